@@ -1,0 +1,161 @@
+"""Stage 3: the denoiser. `python examples/stickers/unet.py [--minutes 600]`, resumable; `--export` writes the averaged weights.
+
+Scenes are rendered and encoded in shards that are used a few times and then replaced; poses and factors widen as it learns.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from recipe import FURNACE, Run, worlds
+from text_tower import LENGTH
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from customize.stickers import draw_scene
+from customize.stickers.scene import draw_caption, draw_factors
+
+MODEL = FURNACE / "model"
+SHARD, SHARDS = 8192, 6  # scenes in a shard, shards kept in memory
+
+
+def build() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(64, 128, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4, 6),  # the number of heads, in spite of its name
+        layers_per_block=1,
+        norm_num_groups=16,
+        cross_attention_dim=192,
+    )
+
+
+def schedule() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+class Source:
+    """Latents and text states of freshly rendered scenes."""
+
+    def __init__(self, rng: np.random.Generator):
+        self.rng, self.world = rng, worlds()
+        self.vae = AutoencoderKL.from_pretrained(MODEL / "vae").eval()
+        self.text = CLIPTextModel.from_pretrained(MODEL / "text_encoder").eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
+        self.pools = self.world.drawings(), self.world.drawings(core=True)
+        self.empty = self.read([""])[0]
+        self.shards: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @torch.no_grad()
+    def read(self, captions: list[str]) -> torch.Tensor:
+        ids = self.tokenizer(captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
+        return self.text(ids).last_hidden_state.half()
+
+    @torch.no_grad()
+    def add_shard(self, images: int) -> None:
+        """Replaces the oldest shard; poses reach their full range, and extra factors their full share, after 60,000 images."""
+        ripe, latents, states = min(images / 60_000, 1.0), [], []
+        for _ in range(SHARD // 64):
+            pool = [self.pools[int(self.rng.random() < 0.85)] for _ in range(64)]
+            scenes = [draw_factors(self.rng, self.world, p, extras=0.1 + 0.25 * ripe, spread=0.4 + 0.6 * ripe) for p in pool]
+            pixels = np.stack([np.asarray(draw_scene(scene, self.world)[0]) for scene in scenes])
+            pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+            latents.append((self.vae.encode(pixels).latent_dist.sample() * self.vae.config.scaling_factor).half())
+            states.append(self.read([draw_caption(self.rng, scene) for scene in scenes]))
+        self.shards = [*self.shards[-SHARDS + 1 :], (torch.cat(latents), torch.cat(states))]
+
+    def batches(self, size: int):
+        """One pass over the shards in random order."""
+        latents, states = (torch.cat(parts) for parts in zip(*self.shards, strict=True))
+        for chosen in torch.randperm(len(latents)).split(size):
+            text = states[chosen].float()
+            text[torch.rand(len(text)) < 0.1] = self.empty.float()
+            yield latents[chosen].float(), text
+
+
+def spread_times(count: int) -> torch.Tensor:
+    """Random times, one in each of `count` equal intervals."""
+    return ((torch.rand(()) + torch.arange(count) / count) % 1 * 1000).long()
+
+
+@torch.no_grad()
+def sheet(unet, source: Source, path) -> None:
+    """32 pictures of trained drawings, for the eye."""
+    pipe = StableDiffusionPipeline(source.vae, source.text, source.tokenizer, unet, schedule(), None, None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    rng = np.random.default_rng(7)
+    scenes = [draw_factors(rng, source.world, source.pools[1], extras=0.2 if i >= 16 else 0) for i in range(32)]
+    prompts = [draw_caption(rng, scene) for scene in scenes]
+    generator = torch.Generator().manual_seed(7)
+    images = pipe(prompts, height=64, width=64, num_inference_steps=20, guidance_scale=4.0, generator=generator).images
+    grid = Image.new("RGB", (8 * 64, 8 * 64))
+    for i, (image, scene) in enumerate(zip(images, scenes, strict=True)):
+        row, column = divmod(i, 8)
+        grid.paste(draw_scene(scene, source.world)[0], (column * 64, row * 128))
+        grid.paste(image, (column * 64, row * 128 + 64))
+    grid.resize((1024, 1024), Image.Resampling.NEAREST).save(path)
+
+
+def export(unet, source: Source) -> None:
+    pipe = StableDiffusionPipeline(source.vae, source.text, source.tokenizer, unet, schedule(), None, None, requires_safety_checker=False)
+    pipe.to(torch.float16).save_pretrained(MODEL.with_name("export"))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=600)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--decay", action="store_true", help="let the learning rate fall to nothing over these minutes")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--export", action="store_true", help="only write the averaged weights as a diffusers folder")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = build().to(memory_format=torch.channels_last)
+    run = Run("unet", model, options.lr, warmup=300, ema=0.999)
+    torch.manual_seed(run.step)
+    source, scheduler = Source(np.random.default_rng(run.step)), schedule()
+    if options.export:
+        model.load_state_dict(run.average)
+        sheet(model, source, FURNACE / "export.png")
+        return export(model, source)
+    begin = seen = time.time()
+    passed = 0.0
+    while passed < 1:
+        source.add_shard(run.images)
+        for latents, text in source.batches(options.batch_size):
+            t, noise = spread_times(len(latents)), torch.randn_like(latents)
+            noisy, target = scheduler.add_noise(latents, noise, t), scheduler.get_velocity(latents, noise, t)
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+            loss = F.mse_loss(model(noisy, t, text).sample, target)
+            run.update({"denoise": loss}, len(latents), passed if options.decay else 0.0)
+            run.report()
+            run.save(250)
+            passed = (time.time() - begin) / 60 / options.minutes
+            if time.time() - seen > 15 * 60:
+                seen, weights = time.time(), {k: v.clone() for k, v in model.state_dict().items()}
+                model.load_state_dict(run.average)
+                sheet(model, source, FURNACE / f"sheet_{run.images:07d}.png")
+                model.load_state_dict(weights)
+            if passed >= 1:
+                break
+    run.save()
+
+
+if __name__ == "__main__":
+    main()
