@@ -131,8 +131,8 @@ def draw_batch(rng, world, pools, looks: Looks, tokenizer, count: int):
     """Captions, and all that they say."""
     captions, nouns, subjects, companions, factors = [], [], [], [], {name: [] for name in FACTORS}
     for _ in range(count):
-        scene = draw_factors(rng, world, pools[int(rng.random() < 0.4)], extras=0.5)
-        style, setting = rng.random() < 0.7, rng.random() < 0.85
+        scene = draw_factors(rng, world, pools[int(rng.random() < 0.6)], extras=0.5)
+        style, setting = rng.random() < 0.8, rng.random() < 0.85
         noun = str(scene.subject) if style else scene.subject.word
         if rng.random() < 0.1:
             noun = RARE[rng.integers(len(RARE))] + " " + noun

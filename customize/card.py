@@ -1,0 +1,68 @@
+"""The model card that every run gets."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from customize.checkpoint import LORA, read_info
+
+USE = """```python
+from customize.pipelines import load_pipeline
+
+pipe = load_pipeline("{folder}")
+pipe("{prompt}").images[0].save("picture.png")
+```"""
+STOCK = """The files are diffusers' own; without this toolkit:
+
+```python
+from diffusers import AutoPipelineForText2Image
+
+pipe = AutoPipelineForText2Image.from_pretrained("{base}")
+{loads}
+```"""
+
+
+def write_card(folder: Path, info: dict, concepts) -> None:
+    """`README.md` with front matter for the hub, how to use the run, its settings and its last validation pictures."""
+    prompts = [concept.instance_prompt for concept in concepts if concept.instance_prompt] or ["..."]
+    samples = sorted((folder / "samples").glob("step-*.png"))
+    pictures = f"## Pictures\n\n![validation pictures](samples/{samples[-1].name})\n\n" if samples else ""
+    defaults_last = sorted(info["config"].items())
+    settings = "\n".join(f"| {name} | {value} |" for name, value in defaults_last if value not in ("", [], False, 0))
+    text = f"""# {folder.name}
+
+A subject taught to `{info["base_model"]}` by **{info["method"]}** in {info["step"]} steps.
+{"Prompt" if len(prompts) == 1 else "Prompts"} of the subject: {", ".join(f"`{p}`" for p in prompts)}.
+
+{pictures}## Use
+
+{USE.format(folder=folder, prompt=prompts[0])}
+
+{_stock(folder, info["base_model"])}
+
+## Settings
+
+| | |
+|---|---|
+{settings}
+"""
+    tags = ["text-to-image", "diffusers", "diffusers-training", info["method"], *(["lora"] if (folder / LORA).exists() else [])]
+    base = None if info["base_model"] == "stickers" or Path(info["base_model"]).exists() else info["base_model"]
+    data = ModelCardData(library_name="diffusers", base_model=base, tags=tags, instance_prompt=prompts[0])
+    (folder / "README.md").write_text(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")))
+
+
+def _stock(folder: Path, base: str) -> str:
+    info, loads = read_info(folder), []
+    if (folder / LORA).exists():
+        loads.append(f'pipe.load_lora_weights("{folder}", weight_name="{LORA}")')
+    for word, name in info["words"].items():
+        if "clip_l" not in _keys(folder / name):
+            loads.append(f'pipe.load_textual_inversion("{folder / name}", token="{word}")')
+    return STOCK.format(base=base, loads="\n".join(loads)) if loads else ""
+
+
+def _keys(path: Path) -> set[str]:
+    from customize.checkpoint import tensors_of
+
+    return set(tensors_of(path))

@@ -1,0 +1,231 @@
+"""The command `customize`: train, generate, demo, methods, push. Whatever is heavy is imported by the command that needs it."""
+
+import errno
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count, takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+from customize.config import help_text, parse
+from customize.errors import UserError, nearest
+from customize.trainers.registry import METHODS, find_entry
+
+TRAINING_MEMORY = (
+    "Out of memory: try --gradient_checkpointing, --train_batch_size 1 with a larger --gradient_accumulation_steps, "
+    "a smaller --resolution, or --mixed_precision bf16."
+)
+DRAWING_MEMORY = "Out of memory: try --num_images_per_prompt 1, --dtype bfloat16, or a smaller --height and --width."
+HELP = {"--help", "-h"}
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class GenerateConfig:
+    """How `customize generate` draws."""
+
+    num_images_per_prompt: int = option(1, "pictures of each prompt; picture i is drawn with seed + i")
+    seed: int = option(0, "seed of the first picture")
+    guidance_scale: float | None = option(None, "how strongly the prompt steers; none leaves it to the pipeline")
+    num_inference_steps: int = option(25, "denoising steps")
+    negative_prompt: str = option("", "what should not be in the picture")
+    height: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline")
+    width: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline")
+    output: str | None = option(None, "folder of the pictures; none means RUN/generated, or ./generated if RUN is no folder")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "precision of the weights")
+    device: Literal["cpu", "cuda"] | None = option(None, "none means the GPU if there is one")
+
+
+@dataclass
+class DemoConfig:
+    output: str = option("runs/demo", "folder of the demo's run")
+    quick: bool = option(False, "fewer steps, to see that everything works")
+
+
+@dataclass
+class PushConfig:
+    private: bool = option(False, "make the repository private")
+
+
+def train(words: list[str]) -> None:
+    if not words:
+        raise UserError("customize train needs a METHOD: `customize methods` lists them.")
+    # Before the seconds that importing torch takes.
+    find_entry(words[0])
+    from customize.trainers.__main__ import run, usage
+
+    if HELP & set(words):
+        return print(usage(words[0]))
+    run(words)
+
+
+def generate(words: list[str]) -> None:
+    (run, *prompts), config = split(words, GenerateConfig, ["RUN", '"PROMPT"'], more=True)
+    check_run(run)
+    check_request(prompts, config)
+    folder = output_folder(run, config.output)
+    pipe = load(run, config)
+    for prompt in prompts:
+        seeds = range(config.seed, config.seed + config.num_images_per_prompt)
+        for seed, image in zip(seeds, draw(pipe, prompt, seeds, config), strict=True):
+            print(save(image, folder, run, prompt, seed, config))
+
+
+def demo(words: list[str]) -> None:
+    _, config = split(words, DemoConfig, [])
+    from customize.demo import demo
+
+    demo(config.output, config.quick)
+
+
+def methods(words: list[str]) -> None:
+    print("\n".join(f"{name:<18} {entry.summary}" for name, entry in METHODS.items()))
+
+
+def push(words: list[str]) -> None:
+    (run, repo_id), config = split(words, PushConfig, ["RUN", "REPO_ID"])
+    if not Path(run).is_dir():
+        raise UserError(f"There is no run folder {run}: check its path.")
+    from customize.hub import push
+
+    print(push(run, repo_id, config.private))
+
+
+# What runs, how it is called, and the dataclass of its flags if the command line knows it.
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, list[type]]] = {
+    "train": (train, " METHOD [FILE.yaml] [--flag value ...]: teach a model your subject (flags: METHOD --help)", []),
+    "generate": (generate, ' RUN "PROMPT" ... [--flag value ...]: draw with a run or a base model', [GenerateConfig]),
+    "demo": (demo, " [--flag value ...]: train and draw in the embedded sticker world", [DemoConfig]),
+    "methods": (methods, ": list the methods", []),
+    "push": (push, " RUN REPO_ID [--private]: upload a run to the Hugging Face Hub", [PushConfig]),
+}
+
+
+def split(words: list[str], config: type, names: list[str], more: bool = False) -> tuple[list[str], Any]:
+    """The words before the first flag, one a name (`more`: or more), and the flags as an instance of `config`."""
+    first = list(takewhile(lambda word: not word.startswith("--"), words))
+    if len(first) < len(names) or (len(first) > len(names) and not more):
+        raise UserError(f"Write {' '.join(names) or 'nothing'} before the flags, not '{' '.join(first)}'.")
+    return first, parse([config], words[len(first) :])[0]
+
+
+def check_run(run: str) -> None:
+    """Raises where `run` is neither a folder, nor `stickers`, nor something that could be on the hub."""
+    if Path(run).is_dir() or run == "stickers":
+        return
+    beside = [str(path.parent) for path in Path(run).parent.glob("*/run.json")]
+    # runs/cat has the shape of a hub id; the hub should not be asked for a misspelt run.
+    if beside or run.startswith("runs/") or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", run):
+        raise UserError(f"There is no run '{run}': give a folder, a hub id or `stickers` as RUN.{nearest(run, beside)}")
+
+
+def check_request(prompts: list[str], config: GenerateConfig) -> None:
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError('"PROMPT" is empty: describe the picture.')
+    for name, least in {"num_images_per_prompt": 1, "num_inference_steps": 1, "seed": 0, "height": 8, "width": 8}.items():
+        number, step = getattr(config, name), max(least, 1)
+        if number is not None and (number < least or number % step):
+            raise UserError(f"--{name} must be {least} or more{' and a multiple of 8' * (step == 8)}, not {number}.")
+
+
+def output_folder(run: str, output: str | None) -> Path:
+    folder = Path(output or (Path(run, "generated") if Path(run).is_dir() else "generated"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"Cannot make the folder {folder} ({error.strerror}): choose another with --output.") from error
+    return folder
+
+
+def load(run: str, config: GenerateConfig) -> Any:
+    import torch
+
+    from customize.pipelines import load_pipeline
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu.")
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_pipeline(run, dtype=getattr(torch, config.dtype)).to(device)
+
+
+def draw(pipe: Any, prompt: str, seeds: Sequence[int], config: GenerateConfig) -> list[Any]:
+    import torch
+
+    optional = {name: getattr(config, name) for name in ("guidance_scale", "negative_prompt", "height", "width")}
+    return pipe(
+        prompt,
+        num_images_per_prompt=len(seeds),
+        num_inference_steps=config.num_inference_steps,
+        # On the CPU, so that a seed gives the same noise on every device, and one a picture, so that each can be re-made alone.
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        **{name: value for name, value in optional.items() if value not in (None, "")},
+    ).images
+
+
+def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: GenerateConfig) -> Path:
+    """Writes the picture with what re-makes it, under a name that is still free."""
+    from PIL.PngImagePlugin import PngInfo
+
+    parameters = {"run": run, "prompt": prompt, "negative_prompt": config.negative_prompt, "seed": seed}
+    parameters |= {"steps": config.num_inference_steps, "scale": config.guidance_scale}
+    info, stem = PngInfo(), f"{slug(prompt)}-{seed}"
+    info.add_text("parameters", json.dumps(parameters))
+    paths = (folder / f"{stem}{ending}.png" for ending in chain([""], (f"-{number}" for number in count(2))))
+    path = next(path for path in paths if not path.exists())
+    image.save(path, pnginfo=info)
+    return path
+
+
+def slug(prompt: str) -> str:
+    return re.sub(r"[\W_]+", "-", prompt.lower())[:50].strip("-") or "image"
+
+
+def run_command(words: list[str]) -> None:
+    if not words or words[0] in HELP:
+        lines = (f"  customize {name}{usage}" for name, (_, usage, _) in COMMANDS.items())
+        return print("Teach a text-to-image model your subject.", *lines, sep="\n")
+    if words[0] not in COMMANDS:
+        raise UserError(f"There is no command '{words[0]}': `customize --help` lists them.{nearest(words[0], COMMANDS)}")
+    command, usage, configs = COMMANDS[words[0]]
+    # A method prints its own help.
+    if not HELP & set(words[1:2] if command is train else words):
+        return command(words[1:])
+    print(f"customize {words[0]}{usage}\n{help_text(configs)}")
+
+
+def remedy(error: Exception, command: str) -> str | None:
+    """One sentence for an error that the user can mend, or None."""
+    if isinstance(error, UserError):
+        return str(error)
+    # By name, because importing torch for its OutOfMemoryError would cost seconds.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return DRAWING_MEMORY if command == "generate" else TRAINING_MEMORY
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        return "The disk is full: free some space, or write elsewhere with --output (generate, demo) or --output_dir (train)."
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        run_command(words)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not (message := remedy(error, words[0])):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,168 @@
+"""Configuration: flat dataclasses, filled from a YAML file and then from the command line on top."""
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import MISSING, Field, fields
+from itertools import takewhile
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from customize.errors import UserError, nearest
+
+BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "none"}
+
+
+class Flag(NamedTuple):
+    """One field of one dataclass, as the user sees it."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    alias: str | None
+
+
+class WordLoader(yaml.BaseLoader):
+    """Reads every scalar but null as text, so that a file's `1e-4` and `no` mean what they mean on the command line."""
+
+
+WordLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+WordLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
+
+
+def parse(dataclasses: list[type], words: Sequence[str]) -> list[Any]:
+    """One instance of each dataclass from `[FILE.yaml] --flag value ...`: words beat the file, the file beats defaults."""
+    known, words = table(dataclasses), list(words)
+    values = read_file(words.pop(0), known) if words and words[0].endswith((".yaml", ".yml")) else {}
+    values |= read_words(words, known)
+    return [build(cls, values) for cls in dataclasses]
+
+
+def help_text(dataclasses: list[type]) -> str:
+    """One line a flag, with its help and default, under the name of its dataclass."""
+    return "\n\n".join("\n".join([f"{cls.__name__}:", *map(help_line, flags_of(cls))]) for cls in dataclasses)
+
+
+def help_line(flag: Flag) -> str:
+    ending = "required" if flag.default is MISSING else f"default {flag.default!r}"
+    also = f", also --{flag.alias}" if flag.alias else ""
+    return f"  --{flag.name:<30} {flag.help} ({expected(flag.type)}; {ending}{also})"
+
+
+def flags_of(cls: type) -> list[Flag]:
+    types = get_type_hints(cls)
+    return [Flag(f.name, types[f.name], default(f), f.metadata.get("help", ""), f.metadata.get("alias")) for f in fields(cls)]
+
+
+def default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def table(dataclasses: list[type]) -> dict[str, Flag]:
+    """Every name and alias with its flag."""
+    known: dict[str, Flag] = {}
+    for flag in (flag for cls in dataclasses for flag in flags_of(cls)):
+        for name in filter(None, (flag.name, flag.alias)):
+            assert name not in known, f"two fields are called {name}"
+            known[name] = flag
+    return known
+
+
+def build(cls: type, values: dict[str, Any]) -> Any:
+    for flag in flags_of(cls):
+        if flag.default is MISSING and flag.name not in values:
+            raise UserError(f"--{flag.name} is missing: give it on the command line or as `{flag.name}:` in the YAML file.")
+    return cls(**{flag.name: values[flag.name] for flag in flags_of(cls) if flag.name in values})
+
+
+def read_file(path: str, known: dict[str, Flag]) -> dict[str, Any]:
+    values = {}
+    for key, value in load_yaml(path).items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UserError(f"{path} has an unknown key '{key}': rename or remove it.{nearest(name, known)}")
+        flag = known[name]
+        if flag.name in values:
+            raise UserError(f"{path} sets '{flag.name}' twice, once as '{key}': keep one of the two.")
+        values[flag.name] = convert(value, flag.type, f"'{key}' in {path}")
+    return values
+
+
+def load_yaml(path: str) -> dict[Any, Any]:
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), WordLoader)
+    except OSError as error:
+        raise UserError(f"Cannot read the configuration file {path} ({error.strerror}): check its path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML, write one `name: value` a line: {reason}.") from error
+    if not isinstance(content, dict | NoneType):
+        raise UserError(f"{path} must hold a `name: value` on each line: it holds something else.")
+    return content or {}
+
+
+def read_words(words: Sequence[str], known: dict[str, Flag]) -> dict[str, Any]:
+    values, rest = {}, list(words)
+    while rest:
+        label, has_value, attached = rest.pop(0).partition("=")
+        following = list(takewhile(lambda word: not word.startswith("--"), rest))
+        del rest[: len(following)]
+        flag, negated = find_flag(label, known)
+        given = [attached] * bool(has_value) + ["false"] * negated + following
+        if not given and bool not in members(flag.type):
+            raise UserError(f"{label} needs a value: write {label} followed by {expected(flag.type)}.")
+        values[flag.name] = convert(given if len(given) > 1 else (given or ["true"])[0], flag.type, label)
+    return values
+
+
+def find_flag(label: str, known: dict[str, Flag]) -> tuple[Flag, bool]:
+    """The flag that a word such as --lr or --no_cache names, and whether the word negates it."""
+    if not label.startswith("--"):
+        raise UserError(f"'{label}' belongs to no flag: write it after the --flag that it is the value of.")
+    name = label[2:].replace("-", "_")
+    if name in known:
+        return known[name], False
+    positive = name.removeprefix("no_")
+    if positive != name and positive in known and bool in members(known[positive].type):
+        return known[positive], True
+    raise UserError(f"Unknown flag {label}: --help lists all flags.{nearest('--' + name, ['--' + k for k in known])}")
+
+
+def members(wanted: Any) -> tuple[Any, ...]:
+    return get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+
+
+def expected(wanted: Any) -> str:
+    """A type in words, for messages and help."""
+    if get_origin(wanted) is Literal:
+        return "one of " + ", ".join(map(str, get_args(wanted)))
+    if get_origin(wanted) is list:
+        return f"a list of {expected(get_args(wanted)[0]).removeprefix('a ')}"
+    return EXPECTED[wanted] if wanted in EXPECTED else " or ".join(map(expected, members(wanted)))
+
+
+def convert(value: Any, wanted: Any, label: str) -> Any:
+    """A word, list of words or None as the type that is wanted; `label` names the flag or key in the message."""
+    # None comes first, or the word "none" would be good text.
+    for member in sorted(members(wanted), key=lambda member: member is not NoneType):
+        with suppress(ValueError, KeyError):
+            return cast(value, member)
+    raise UserError(f"{label} expects {expected(wanted)}, not {'nothing' if value is None else repr(value)}.")
+
+
+def cast(value: Any, wanted: Any) -> Any:
+    """One type, no union; raises ValueError or KeyError where the value does not fit."""
+    if wanted is NoneType:
+        return {"none": None}[str(value).lower()]
+    if get_origin(wanted) is list and isinstance(value, str | list):
+        return [cast(item, get_args(wanted)[0]) for item in ([value] if isinstance(value, str) else value)]
+    if not isinstance(value, str):
+        raise ValueError
+    if get_origin(wanted) is Literal:
+        return {str(choice): choice for choice in get_args(wanted)}[value]
+    return BOOLS[value.lower()] if wanted is bool else wanted(value)

@@ -1,0 +1,399 @@
+"""Pictures of the subjects: finding, checking, cropping and masking them, and the order in which training sees them."""
+
+import hashlib
+import itertools
+import json
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset, Sampler
+
+from customize.errors import UserError, nearest
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+MASK_SUFFIX = ".mask.png"
+
+Bucket = tuple[int, int]  # height, width
+Key = tuple[int, Bucket, bool]  # index of the picture, bucket to crop it to, whether to mirror it
+Decoded = tuple[Image.Image, Image.Image | None]  # picture, mask
+
+
+def _flag(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DataConfig:
+    """What to learn from, and how pictures become tensors."""
+
+    instance_data_dir: str = _flag("", "folder of pictures of the subject")
+    instance_prompt: str = _flag("", "caption of every picture that has none of its own")
+    concepts_list: str = _flag(
+        "", "JSON list of {instance_prompt, class_prompt, instance_data_dir, class_data_dir}, one a concept"
+    )
+    class_prompt: str = _flag("", 'caption of the class (prior) pictures, e.g. "a photo of a dog"')
+    class_data_dir: str = _flag("", "folder of class (prior) pictures")
+    resolution: int = _flag(512, "side of the square crop in pixels; buckets have about its area")
+    use_aspect_ratio_buckets: bool = _flag(False, "crop to the nearest of several aspect ratios instead of to a square")
+    random_flip: bool = _flag(False, "mirror pictures at random")
+    masked_loss: bool = _flag(True, "weight the loss by the masks that are found (NAME.mask.png, or the alpha channel)")
+    unmasked_weight: float = _flag(0.1, "loss weight of what lies outside the mask, 0 to 1")
+    holdout: int = _flag(0, "number of pictures kept from training for the validation loss")
+    max_pixels: int = _flag(100_000_000, "pictures with more pixels are refused")
+    strict: bool = _flag(False, "stop at an unreadable picture instead of skipping it with a warning")
+    dataloader_num_workers: int = _flag(0, "processes that load pictures; 0 loads them in the main process")
+
+
+@dataclass
+class Concept:
+    """One subject: where its pictures and those of its class lie, and how they are captioned."""
+
+    instance_data_dir: str
+    instance_prompt: str
+    class_prompt: str = ""
+    class_data_dir: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A checked picture file; `size` is (width, height) upright, `digest` the sha256 of its and then its mask's bytes."""
+
+    path: Path
+    caption: str
+    mask: Path | None
+    concept: int
+    is_prior: bool
+    digest: str
+    size: tuple[int, int]
+
+
+class _Unreadable(UserError):
+    pass
+
+
+def read_concepts(config: DataConfig) -> list[Concept]:
+    """The concepts of `concepts_list`, or the one of the four single flags; UserError if neither or both are given."""
+    path = config.concepts_list
+    if bool(path) == bool(config.instance_data_dir):
+        raise UserError("Name the pictures' folder with --instance_data_dir, or else several with --concepts_list.")
+    if not path:
+        return [Concept(**{f.name: getattr(config, f.name) for f in fields(Concept)})]
+    try:
+        rows = json.loads(_read_text(Path(path)))
+    except ValueError as error:
+        raise UserError(f"--concepts_list {path} is not valid JSON ({error}); mend the file.") from error
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"--concepts_list {path} must hold a JSON list of one or more concepts; put [ and ] around them.")
+    return [_concept(row, f"Concept {number} of --concepts_list {path}") for number, row in enumerate(rows)]
+
+
+def _concept(row: object, where: str) -> Concept:
+    known = [f.name for f in fields(Concept)]
+    if not isinstance(row, dict) or not all(isinstance(value, str) for value in row.values()):
+        raise UserError(f"{where} must be an object with text for each of the keys {', '.join(known)}.")
+    for key in row.keys() - set(known):
+        raise UserError(f"{where} has the unknown key '{key}'; correct or remove it.{nearest(key, known)}")
+    for key in ("instance_data_dir", "instance_prompt"):
+        if key not in row:
+            raise UserError(f"{where} lacks the key '{key}'; add it.")
+    return Concept(**row)
+
+
+def find_pictures(
+    folder: str | Path, prompt: str, concept: int = 0, is_prior: bool = False, strict: bool = False, max_pixels: int = 10**8
+) -> list[Picture]:
+    """Every picture of `folder`, sorted by path and decoded once as a check.
+
+    A caption is the text of NAME.txt, else of metadata.jsonl (`file_name`, `text`), else `prompt`. An unreadable file is
+    skipped with a warning, or a UserError when `strict`. UserError too for a folder that is missing or has no readable
+    picture, a picture above `max_pixels`, a mask of another size than its picture, and a picture without a caption.
+    """
+    kind = "class" if is_prior else "instance"
+    if not folder or not Path(folder).is_dir():
+        raise UserError(f"There is no folder '{folder}'; correct --{kind}_data_dir.")
+    folder = Path(folder)
+    captions = _read_metadata(folder / "metadata.jsonl")
+    paths = {path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")}
+    pictures = []
+    for path in sorted({path for path in paths if not path.name.lower().endswith(MASK_SUFFIX)} | set(captions)):
+        try:
+            size, digest = _check(path, max_pixels)
+        except _Unreadable as error:
+            if strict:
+                raise
+            warnings.warn(f"{error} It is skipped.", stacklevel=2)
+            continue
+        sidecar = path.with_suffix(".txt")
+        caption = (_read_text(sidecar).strip() if sidecar.is_file() else "") or captions.get(path) or prompt
+        if not caption:
+            raise UserError(f"{path} has no caption; give --{kind}_prompt, or write {sidecar}.")
+        pictures.append(Picture(path, caption, _mask_of(path), concept, is_prior, digest, size))
+    if not pictures:
+        raise UserError(f"{folder} holds no readable picture ({' '.join(sorted(EXTENSIONS))}); correct --{kind}_data_dir.")
+    return pictures
+
+
+def _read_metadata(path: Path) -> dict[Path, str]:
+    """Captions by picture of an imagefolder's metadata.jsonl; nothing if there is no such file."""
+    captions = {}
+    for number, line in enumerate(_read_text(path).split("\n") if path.exists() else [], 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            picture, text = path.parent / row["file_name"], row["text"].strip()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            example = '{"file_name": "1.png", "text": "a caption"}'
+            raise UserError(f"Line {number} of {path} is malformed; write it like {example}.") from error
+        if not picture.is_file():
+            raise UserError(f"Line {number} of {path} lists {picture}, which does not exist; add it or remove the line.")
+        captions[picture] = text
+    return captions
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); correct its path or save it so.") from error
+
+
+def _mask_of(path: Path) -> Path | None:
+    mask = path.with_name(path.stem + MASK_SUFFIX)
+    return mask if mask.is_file() else None
+
+
+def _check(path: Path, max_pixels: int) -> tuple[tuple[int, int], str]:
+    """Decode a picture and its mask once; the upright size and the digest of the two files."""
+    mask = _mask_of(path)
+    size = _decode(path, max_pixels=max_pixels)[0].size
+    digest = hashlib.sha256(path.read_bytes())
+    if mask:
+        mask_size = _decode(mask, upright=False, max_pixels=max_pixels)[0].size
+        if mask_size != size:
+            raise UserError(f"The mask {mask} is {mask_size} but its picture {size} pixels; make them equal or remove it.")
+        digest.update(mask.read_bytes())
+    return size, digest.hexdigest()
+
+
+_pil_limit = threading.Lock()
+
+
+def _open(path: Path) -> Image.Image:
+    """Read the header alone, whatever size it states: PIL's own limit would hide the flag that lifts ours."""
+    with _pil_limit:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _decode(path: Path, upright: bool = True, background: str = "white", max_pixels: float = math.inf) -> Decoded:
+    """RGB picture composited on `background`, and its alpha channel (L) unless that is fully opaque."""
+    try:
+        with _open(path) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise UserError(f"{path} has {width}x{height} pixels: shrink it, or raise --max_pixels (now {max_pixels}).")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image) if upright else image, background)
+    except UserError:
+        raise
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, ... for broken files
+        raise _Unreadable(f"{path} cannot be read as a picture ({error}); replace or remove it.") from error
+
+
+def _to_rgb(image: Image.Image, background: str) -> Decoded:
+    if image.mode == "F" or image.mode.startswith("I"):  # PIL would clip these to 0..255; they hold [0, 1] and 0..65535
+        levels = np.asarray(image).astype(np.float64) / (1 if image.mode == "F" else 65535)
+        image = Image.fromarray((np.nan_to_num(levels).clip(0, 1) * 255).round().astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB"), None
+    image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    return flat, None if alpha.getextrema() == (255, 255) else alpha
+
+
+def read_picture(picture: Picture) -> Decoded:
+    """The upright RGB picture and its mask (L, 255 is the subject) of the same size, or None.
+
+    A mask file is taken as it is (upright already); without one, an alpha channel that is not fully opaque is the mask.
+    Transparent parts are white. UserError if a file vanished or changed size since `find_pictures`.
+    """
+    image, mask = _decode(picture.path)
+    if picture.mask:
+        mask = _decode(picture.mask, upright=False, background="black")[0].convert("L")
+    if image.size != picture.size or (mask and mask.size != picture.size):
+        raise UserError(f"{picture.path} or its mask changed its size during the run; start again.")
+    return image, mask
+
+
+def check_resolution(resolution: int, factor: int) -> None:
+    """UserError unless `resolution` is a positive multiple of `factor`, both in pixels."""
+    if resolution <= 0 or resolution % factor:
+        lower = max(resolution // factor, 0) * factor
+        valid = f"{lower} or {lower + factor}" if lower else f"{factor}"
+        raise UserError(f"--resolution {resolution} is not a positive multiple of {factor}; the nearest valid is {valid}.")
+
+
+def buckets(resolution: int, factor: int) -> list[Bucket]:
+    """(height, width) pairs of about resolution² pixels, in multiples of `factor`, from 1:2 to 2:1, the square included.
+
+    Sides go in steps of about resolution/16: finer ones would leave each picture of a small set alone in its bucket.
+    """
+    step, found = factor * max(1, round(resolution / 16 / factor)), set()
+    for short in range(resolution, math.floor(resolution / math.sqrt(2)) - 1, -step):
+        long = round(resolution**2 / short / factor) * factor
+        if long <= 2 * short:
+            found |= {(short, long), (long, short)}
+    return sorted(found)
+
+
+def nearest_bucket(size: tuple[int, int], buckets: Sequence[Bucket]) -> Bucket:
+    """The (height, width) whose aspect ratio is nearest in logarithm to that of `size` (width, height)."""
+    ratio = math.log(size[0] / size[1])
+    return min(buckets, key=lambda bucket: abs(math.log(bucket[1] / bucket[0]) - ratio))
+
+
+def fit(image: Image.Image, height: int, width: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """Resize to cover height x width at the same aspect ratio, and crop the centre."""
+    return ImageOps.fit(image, (width, height), resample)
+
+
+class SubjectDataset(Dataset):
+    """Pictures as tensors; indexed by a key (index, (height, width), flip), as `Batches` yields them."""
+
+    def __init__(self, pictures: Sequence[Picture], config: DataConfig, factor: int):
+        """`factor`: what the sides of the model's pictures must be multiples of, in pixels."""
+        check_resolution(config.resolution, factor)
+        if not 0 <= config.unmasked_weight <= 1:
+            raise UserError(f"--unmasked_weight {config.unmasked_weight} is not between 0 and 1; choose one that is.")
+        square = [(config.resolution, config.resolution)]
+        self.pictures, self.config = list(pictures), config
+        self.buckets = buckets(config.resolution, factor) if config.use_aspect_ratio_buckets else square
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def bucket_of(self, index: int) -> Bucket:
+        return nearest_bucket(self.pictures[index].size, self.buckets)
+
+    def __getitem__(self, key: Key) -> dict:
+        """`pixels` (3, H, W) in [-1, 1], loss weight `mask` (1, H, W) in [unmasked_weight, 1], and what the picture is."""
+        index, bucket, flip = key
+        picture = self.pictures[index]
+        image, mask = read_picture(picture)
+        pixels = _to_tensor(fit(image, *bucket), flip) * 2 - 1
+        weight = torch.ones(1, *bucket)
+        if mask is not None and self.config.masked_loss:
+            outside = self.config.unmasked_weight
+            weight = outside + (1 - outside) * _to_tensor(fit(mask, *bucket, Image.Resampling.BILINEAR), flip)
+        about = {"prompt": picture.caption, "index": index, "concept": picture.concept, "is_prior": picture.is_prior}
+        return {"pixels": pixels, "mask": weight, **about}
+
+
+def _to_tensor(image: Image.Image, flip: bool) -> torch.Tensor:
+    array = np.array(ImageOps.mirror(image) if flip else image, dtype=np.float32) / 255
+    return torch.from_numpy(array.reshape(image.height, image.width, -1)).permute(2, 0, 1).contiguous()
+
+
+def collate(items: Sequence[dict]) -> dict:
+    """A batch of B items: `pixels` (B, 3, H, W) or their latents' moments `mean` and `std`, `mask` (B, 1, H, W), `index`,
+    `concept`, `is_prior` (B), `prompt` a list."""
+    tensors = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
+    batch: dict = {name: torch.stack([item[name] for item in items]) for name in tensors}
+    batch |= {name: torch.tensor([item[name] for item in items], dtype=torch.long) for name in ("index", "concept")}
+    batch["is_prior"] = torch.tensor([item["is_prior"] for item in items], dtype=torch.bool)
+    return batch | {"prompt": [item["prompt"] for item in items]}
+
+
+@dataclass(eq=False)
+class Batches(Sampler[list[Key]]):
+    """Endless batches of keys, a pure function of the arguments, so that a run resumes exactly at batch `start`.
+
+    An epoch shows every instance picture once, in batches of one bucket; the last batch of a bucket is filled with that
+    bucket's pictures again. If there are prior pictures, `batch_size` of them follow in each batch, each of the same
+    concept as the instance picture it pairs with. Process `rank` of `world` takes batches rank, rank + world, ...
+    UserError if there is no instance picture, or some concepts have prior pictures and others none.
+    """
+
+    dataset: SubjectDataset
+    batch_size: int
+    seed: int
+    start: int = 0  # batches that each process has used already
+    rank: int = 0
+    world: int = 1
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        pictures = self.dataset.pictures
+        self.instances = [index for index, picture in enumerate(pictures) if not picture.is_prior]
+        priors = [index for index, picture in enumerate(pictures) if picture.is_prior]
+        self.priors = _group(priors, lambda index: pictures[index].concept)
+        if not self.instances or self.batch_size < 1:
+            raise UserError(
+                "There is nothing to train on; give one or more instance pictures and a positive --train_batch_size."
+            )
+        if priors and {pictures[index].concept for index in self.instances} - set(self.priors):
+            raise UserError("Some concepts have class pictures and others none; give a class_data_dir to all or to none.")
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return itertools.islice(self._all(), self.rank + self.start * self.world, None, self.world)
+
+    def _all(self) -> Iterator[list[Key]]:
+        """The batches of all processes, from the first."""
+        cycles = {concept: _cycle(members, (self.seed, concept, 1)) for concept, members in self.priors.items()}
+        for epoch in itertools.count():
+            rng = np.random.default_rng((self.seed, epoch))
+            for bucket, chunk in self._chunks(rng):
+                concepts = [self.dataset.pictures[index].concept for index in chunk] if cycles else []
+                indices = chunk + [next(cycles[concept]) for concept in concepts]
+                flips = rng.random(len(indices)) < 0.5 if self.flip else [False] * len(indices)
+                yield [(index, bucket, bool(flip)) for index, flip in zip(indices, flips, strict=True)]
+
+    def _chunks(self, rng: np.random.Generator) -> list[tuple[Bucket, list[int]]]:
+        """One epoch's instance pictures in chunks of batch_size, shuffled."""
+        groups = _group(rng.permutation(self.instances).tolist(), self.dataset.bucket_of)
+        chunks = [
+            (bucket, [members[k % len(members)] for k in range(first, first + self.batch_size)])
+            for bucket, members in groups.items()
+            for first in range(0, len(members), self.batch_size)
+        ]
+        return [chunks[k] for k in rng.permutation(len(chunks))]
+
+
+def _group(indices: Iterable[int], key: Callable[[int], Any]) -> dict[Any, list[int]]:
+    groups: dict[Any, list[int]] = {}
+    for index in indices:
+        groups.setdefault(key(index), []).append(index)
+    return groups
+
+
+def _cycle(members: list[int], seed: tuple[int, ...]) -> Iterator[int]:
+    """All members in a new random order, again and again."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from rng.permutation(members).tolist()
+
+
+def split_holdout(pictures: Sequence[Picture], count: int, seed: int) -> tuple[list[Picture], list[Picture]]:
+    """(train, held out): `count` instance pictures drawn at random, such that each concept keeps one or more for training."""
+    rng = np.random.default_rng(seed)
+    instances = [index for index in rng.permutation(len(pictures)).tolist() if not pictures[index].is_prior]
+    concepts = _group(instances, lambda index: pictures[index].concept)
+    spare = [index for members in concepts.values() for index in members[1:]]
+    if not 0 <= count <= len(spare):
+        raise UserError(f"--holdout {count} leaves a concept without a picture for training; choose 0 to {len(spare)}.")
+    held = set(rng.permutation(spare)[:count].tolist())
+    halves = [[picture for index, picture in enumerate(pictures) if (index in held) == is_held] for is_held in (False, True)]
+    return halves[0], halves[1]

@@ -1,0 +1,94 @@
+"""Low-rank adapters through peft, and their files in the layouts other tools read."""
+
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from customize.errors import UserError
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
+PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD}
+TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+@dataclass
+class LoraFields:
+    """Fields of every method that trains LoRA."""
+
+    rank: int = field(default=8, metadata={"help": "rank of the LoRA matrices"})
+    lora_alpha: float = field(default=0.0, metadata={"help": "LoRA is scaled by lora_alpha / rank; 0 means rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the LoRA matrices"})
+    lora_layers: str = field(default="attention", metadata={"help": "attention, attention+ff, or comma-separated module names"})
+    use_dora: bool = field(default=False, metadata={"help": "also learn the weights' magnitudes (DoRA)"})
+
+
+def add_lora(module: nn.Module, settings: LoraFields, targets: list[str] | None = None) -> None:
+    """Adds trainable float32 LoRA to the linear layers that `lora_layers` (or `targets`) names; zero at the start."""
+    targets = targets or PRESETS.get(settings.lora_layers) or [name.strip() for name in settings.lora_layers.split(",")]
+    linear = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and any(n == t or n.endswith("." + t) for t in targets)]
+    if not linear:
+        raise UserError(f"--lora_layers: no linear layer is named {', '.join(targets)}; use one of {', '.join(PRESETS)}.")
+    if settings.rank < 1:
+        raise UserError("--rank must be at least 1.")
+    module.add_adapter(
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.lora_alpha or settings.rank,
+            lora_dropout=settings.lora_dropout,
+            use_dora=settings.use_dora,
+            init_lora_weights=True,
+            target_modules=linear,
+        )
+    )
+    cast_training_params(module, dtype=torch.float32)
+
+
+def has_lora(module: nn.Module) -> bool:
+    return bool(getattr(module, "peft_config", None))
+
+
+def lora_scale(module: nn.Module) -> float:
+    config = module.peft_config["default"]
+    return config.lora_alpha / config.r
+
+
+def folded_state(module: nn.Module) -> dict[str, Tensor]:
+    """The LoRA tensors in peft's names, float32 on the CPU, with alpha / rank multiplied into `lora_B`.
+
+    Readers that know no alpha (ComfyUI ignores the header) then apply the right scale, as alpha equals rank.
+    """
+    scale, state = lora_scale(module), get_peft_model_state_dict(module)
+    scaled = {name: value * scale if ".lora_B." in name else value for name, value in state.items()}
+    return {name: value.detach().float().cpu().contiguous() for name, value in scaled.items()}
+
+
+def folded_metadata(module: nn.Module) -> dict:
+    """The adapter's configuration for the file's header, after folding."""
+    config = module.peft_config["default"].to_dict()
+    shown = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    return shown | {"lora_alpha": config["r"]}
+
+
+def kohya_state(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """The layout of kohya's sd-scripts with true alphas: `PREFIX_path_with_underscores.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+
+    `prefix` is lora_unet, lora_te (Stable Diffusion), lora_te1 or lora_te2 (XL).
+    """
+    config, out = module.peft_config["default"], {}
+    for name, value in get_peft_model_state_dict(module).items():
+        path, _, kind = name.partition(".lora_")
+        key = f"{prefix}_{with_text_model(path).replace('.', '_')}" if prefix.startswith("lora_te") else f"{prefix}_{path.replace('.', '_')}"
+        part = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(kind, "dora_scale")
+        value = value.detach().float().cpu()
+        out[f"{key}.{part}"] = (value[:, None] if part == "dora_scale" else value).contiguous()
+        out[f"{key}.alpha"] = torch.tensor(float(config.lora_alpha))
+    return out
+
+
+def with_text_model(path: str) -> str:
+    """CLIP's canonical key: transformers 5.6 dropped `text_model.`, which every reader of LoRA files expects."""
+    return path if path.startswith("text_model.") else f"text_model.{path}"

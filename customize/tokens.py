@@ -1,0 +1,104 @@
+"""Learned words: vectors that stand in for placeholder words in every text encoder."""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers.loaders import TextualInversionLoaderMixin
+from torch import Tensor, nn
+
+from customize.errors import UserError
+
+SUFFIXES = ("", "_2", "_3")  # of a pipeline's tokenizers and text encoders
+
+
+def pieces(word: str, count: int) -> list[str]:
+    """The tokens of a word with several vectors, named as diffusers names them: <dog>, <dog>_1, ..."""
+    return [word, *(f"{word}_{i}" for i in range(1, count))]
+
+
+def add_words(tokenizer, words: list[str]) -> None:
+    """Makes each of `words` one token; raises UserError if one is a token already."""
+    for word in words:
+        tokens = tokenizer.tokenize(word)
+        if word in tokenizer.get_vocab() or (len(tokens) == 1 and tokens != [tokenizer.unk_token]):
+            another = f"<my-{word.strip('<>')}>"
+            raise UserError(f"--placeholder_token: '{word}' is already in the tokenizer's vocabulary; choose another word, such as '{another}'.")
+    tokenizer.add_tokens(words)
+
+
+class ConceptTokens(nn.Module):
+    """`words` maps each placeholder, such as "<dog>", to the word whose embedding it starts from.
+
+    Each text encoder gets `num_vectors` trained vectors a word, shape (words * num_vectors, dim), float32. They replace rows
+    on the fly, so the encoder's own embedding table stays as it was, bit for bit.
+    """
+
+    def __init__(self, backbone, words: dict[str, str], num_vectors: int = 1):
+        super().__init__()
+        self.words, self.num_vectors = list(words), num_vectors
+        self.names = backbone.embedding_names[: len(backbone.text_encoders)]
+        self.vectors = nn.ParameterList()
+        tokens = [piece for word in self.words for piece in pieces(word, num_vectors)]
+        for tokenizer, encoder in zip(backbone.tokenizers, backbone.text_encoders, strict=True):
+            start = torch.tensor([_start(tokenizer, word) for word in words.values()]).repeat_interleave(num_vectors)
+            add_words(tokenizer, tokens)
+            table = encoder.get_input_embeddings()
+            self.vectors.append(nn.Parameter(table.weight[start.to(table.weight.device)].detach().float().clone()))
+            ids = torch.tensor(tokenizer.convert_tokens_to_ids(tokens))
+            table.register_forward_pre_hook(_clamp)
+            table.register_forward_hook(self._replace(len(self.vectors) - 1, ids), with_kwargs=False)
+            table.asked = None
+
+    def _replace(self, index: int, ids: Tensor) -> Callable:
+        def hook(table, args, embedded):
+            found = table.asked.unsqueeze(-1) == ids.to(table.asked.device)  # (batch, length, words)
+            learned = found.to(embedded.dtype) @ self.vectors[index].to(embedded.dtype)
+            return torch.where(found.any(-1, keepdim=True), learned, embedded)
+
+        return hook
+
+    def by_word(self) -> dict[str, dict[str, Tensor]]:
+        """For each word, the vectors (num_vectors, dim) by text encoder: `clip_l`, `clip_g`, `t5`."""
+        split = [vectors.detach().split(self.num_vectors) for vectors in self.vectors]
+        return {word: {name: parts[i] for name, parts in zip(self.names, split, strict=True)} for i, word in enumerate(self.words)}
+
+
+def _clamp(table, args):
+    """Ids of learned words lie beyond the table; look up any row for them, `_replace` puts the vector there."""
+    table.asked = args[0]
+    return (args[0].clamp(max=table.num_embeddings - 1),)
+
+
+def _start(tokenizer, word: str) -> int:
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if not ids:
+        raise UserError(f"--initializer_token: '{word}' is empty for the tokenizer; give a word such as the subject's class.")
+    return ids[-1]
+
+
+def load_words(pipe: DiffusionPipeline, word: str, vectors: dict[str, Tensor]) -> None:
+    """Gives a pipeline a learned word; `vectors` as in `ConceptTokens.by_word`, in the order of the text encoders."""
+    for suffix, matrix in zip(_encoder_suffixes(pipe), vectors.values(), strict=True):
+        tokenizer, encoder = getattr(pipe, f"tokenizer{suffix}"), getattr(pipe, f"text_encoder{suffix}")
+        pipe.load_textual_inversion({word: matrix}, token=word, text_encoder=encoder, tokenizer=tokenizer)
+
+
+def _encoder_suffixes(pipe) -> list[str]:
+    return [suffix for suffix in SUFFIXES if getattr(pipe, f"text_encoder{suffix}", None) is not None]
+
+
+class WordsSD3Pipeline(TextualInversionLoaderMixin, StableDiffusion3Pipeline):
+    """Stable Diffusion 3 whose prompts may hold learned words, which diffusers' own pipeline of it does not support."""
+
+    def encode_prompt(self, prompt, prompt_2=None, prompt_3=None, **options):
+        tokenizers = self.tokenizer, self.tokenizer_2, self.tokenizer_3
+        names = "negative_prompt", "negative_prompt_2", "negative_prompt_3"
+        negatives = [options.get(name) or options.get("negative_prompt") for name in names]
+
+        def expand(texts):
+            pairs = zip(texts, tokenizers, strict=True)
+            return [self.maybe_convert_prompt(text, t) if text is not None and t is not None else text for text, t in pairs]
+
+        options |= dict(zip(names, expand(negatives), strict=True))
+        return super().encode_prompt(*expand([prompt, prompt_2 or prompt, prompt_3 or prompt]), **options)

@@ -1,0 +1,129 @@
+"""`accelerate launch -m customize.trainers METHOD [FILE.yaml] [--flag value ...]`: the trainer that `customize train` runs."""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from customize.backbone import Backbone, load_base, wrap
+from customize.cache import TensorCache
+from customize.card import write_card
+from customize.config import help_text, parse
+from customize.data import Concept, DataConfig, Picture, SubjectDataset, check_resolution, read_concepts, split_holdout
+from customize.errors import UserError
+from customize.trainers.loop import TrainConfig, make_accelerator, train
+from customize.trainers.method import Method
+from customize.trainers.prepare import LatentDataset, cache_text, check_prompts, class_pictures, held_out_batches, read_pictures
+from customize.trainers.registry import find_method
+
+
+@dataclass
+class ModelConfig:
+    """Which base model, and what is kept of its work."""
+
+    pretrained_model_name_or_path: str = field(default="stickers", metadata={"help": "a diffusers folder, a hub id, or stickers (embedded)"})
+    revision: str = field(default="", metadata={"help": "revision of the model on the hub"})
+    variant: str = field(default="", metadata={"help": "variant of the weight files, such as fp16"})
+    cache_latents: bool = field(default=True, metadata={"help": "encode pictures and prompts once, then free the encoders"})
+    cache_dir: str = field(default="", metadata={"help": "keep the encoded pictures and prompts in this folder; empty: in memory"})
+    push_to_hub: bool = field(default=False, metadata={"help": "upload the finished run"})
+    hub_model_id: str = field(default="", metadata={"help": "the repository to upload to, as USER/NAME"})
+
+
+def configs(method: type[Method]) -> list[type]:
+    return [ModelConfig, DataConfig, TrainConfig, method.Config]
+
+
+def usage(name: str) -> str:
+    method = find_method(name)
+    title = (sys.modules[method.__module__].__doc__ or "").strip().splitlines()[0]
+    return f"customize train {name} [FILE.yaml] [--flag value ...]\n\n{title}\n\n{help_text(configs(method))}"
+
+
+def run(words: list[str]) -> Path:
+    """Trains the method `words[0]` under the settings of the other words; returns the run folder."""
+    method_class = find_method(words[0])
+    model, data, settings, options = parse(configs(method_class), words[1:])
+    return launch(words[0], model, data, settings, options)
+
+
+def launch(name: str, model: ModelConfig, data: DataConfig, settings: TrainConfig, options) -> Path:
+    """Checks what can be checked, prepares, trains, and writes the run folder with its model card."""
+    concepts = read_concepts(data)
+    pictures = read_pictures(concepts, data)
+    train_pictures, held_out = split_holdout(pictures, data.holdout, settings.seed)
+    check_settings(model, data, settings)
+    accelerator = make_accelerator(settings)
+    backbone = load_backbone(model, data, accelerator)
+    if getattr(options, "with_prior_preservation", False) and options.prior_source == "images":
+        train_pictures += prior_pictures(backbone, concepts, settings, data, options.num_class_images, accelerator)
+    method = find_method(name)(backbone, options, concepts).to(accelerator.device)
+    check_prompts(method, concepts)
+    info = {"base_model": model.pretrained_model_name_or_path, "method": name, "dataset": sorted(p.digest for p in train_pictures)}
+    info["config"] = {k: v for part in (model, data, settings, options) for k, v in asdict(part).items()}
+    dataset, validation = prepared(method, train_pictures, held_out, model, data, settings)
+    step = train(method, dataset, settings, accelerator, validation, info)
+    output = Path(settings.output_dir)
+    if accelerator.is_main_process:
+        write_card(output, info | {"step": step}, concepts)
+        if model.push_to_hub:
+            from customize.hub import push
+
+            print(push(str(output), model.hub_model_id))
+    return output
+
+
+def check_settings(model: ModelConfig, data: DataConfig, settings: TrainConfig) -> None:
+    if model.push_to_hub and not model.hub_model_id:
+        raise UserError("--push_to_hub needs --hub_model_id USER/NAME.")
+    if settings.early_stopping_patience and not data.holdout:
+        raise UserError("--early_stopping_patience needs --holdout N, pictures kept from training for the validation loss.")
+    for flag in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "validation_steps", "checkpointing_steps"):
+        if getattr(settings, flag) < 1:
+            raise UserError(f"--{flag} must be at least 1.")
+
+
+def load_backbone(model: ModelConfig, data: DataConfig, accelerator: Accelerator) -> Backbone:
+    """The frozen base model in the training precision (its autoencoder in float32), on the device."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    options = {k: v for k in ("revision", "variant") if (v := getattr(model, k))}
+    backbone = wrap(load_base(model.pretrained_model_name_or_path, dtype, **options), model.pretrained_model_name_or_path)
+    check_resolution(data.resolution, backbone.factor)
+    backbone.resolution = data.resolution
+    backbone.vae.float()
+    return backbone.to(accelerator.device)
+
+
+def prior_pictures(backbone, concepts: list[Concept], settings: TrainConfig, data: DataConfig, count: int, accelerator) -> list[Picture]:
+    """Every concept's class pictures; the first process draws those that are missing."""
+    found: list[Picture] = []
+    with accelerator.main_process_first(), accelerator.autocast():
+        for i, concept in enumerate(concepts):
+            if not concept.class_prompt:
+                raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog".')
+            folder = Path(concept.class_data_dir or f"{settings.output_dir}/class_images/{i}")
+            found += class_pictures(backbone, concept, i, folder, count, data, settings.seed)
+    return found
+
+
+def prepared(method: Method, pictures: list[Picture], held_out: list[Picture], model: ModelConfig, data: DataConfig, settings: TrainConfig):
+    """The training set and the held-out batches, encoded once where nothing that trains could change them."""
+    factor, device = method.backbone.factor, method.backbone.device
+    dataset, held = SubjectDataset(pictures, data, factor), SubjectDataset(held_out, data, factor)
+    if model.cache_latents:
+        cache = TensorCache(Path(model.cache_dir) if model.cache_dir else None)
+        dataset, held = LatentDataset(dataset, method.backbone, cache), LatentDataset(held, method.backbone, cache)
+        cache_text(method, [*pictures, *held_out], settings.validation_prompt, cache)
+    return dataset, held_out_batches(held, device)
+
+
+def main() -> int:
+    from customize.cli import main as cli
+
+    return cli(["train", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

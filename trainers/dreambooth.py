@@ -1,0 +1,81 @@
+"""DreamBooth: a rare word comes to mean the subject, while its class is kept (Ruiz et al., 2023, arXiv 2208.12242)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from customize.backbone import Condition, Step
+from customize.errors import UserError
+from customize.lora import TEXT_ATTENTION, LoraFields, add_lora
+from customize.trainers.method import Method, MethodConfig
+
+
+@dataclass
+class DreamBoothConfig(LoraFields, MethodConfig):
+    full_finetune: bool = field(default=False, metadata={"help": "train the whole denoiser instead of LoRA"})
+    train_text_encoder: bool = field(default=False, metadata={"help": "train the CLIP text encoders too"})
+    text_encoder_lr: float = field(default=0.0, metadata={"help": "their learning rate; 0 means --learning_rate"})
+    with_prior_preservation: bool = field(default=False, metadata={"help": "keep what the class prompt draws"})
+    prior_loss_weight: float = field(default=1.0, metadata={"help": "weight of the prior loss"})
+    prior_source: Literal["images", "teacher"] = field(
+        default="images",
+        metadata={"help": "images: pictures of the class, made by the base model; teacher: the base model's own prediction"},
+    )
+    num_class_images: int = field(default=100, metadata={"help": "pictures of each class to have in --class_data_dir"})
+
+
+class DreamBooth(Method):
+    Config = DreamBoothConfig
+
+    def __init__(self, backbone, config: DreamBoothConfig, concepts):
+        super().__init__(backbone, config, concepts)
+        self._check()
+        encoders = [encoder for encoder in backbone.text_encoders if "CLIP" in type(encoder).__name__] if config.train_text_encoder else []
+        if config.full_finetune:
+            for module in (backbone.denoiser, *encoders):
+                module.float().requires_grad_(True)
+        else:
+            add_lora(backbone.denoiser, config)
+            for encoder in encoders:
+                add_lora(encoder, config, TEXT_ATTENTION)
+
+    def _check(self) -> None:
+        if not self.config.with_prior_preservation:
+            return
+        if any(not concept.class_prompt for concept in self.concepts):
+            raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog".')
+        if self.teaches and self.config.full_finetune:
+            raise UserError("--prior_source teacher needs LoRA, which can be switched off; with --full_finetune use images.")
+
+    @property
+    def teaches(self) -> bool:
+        return self.config.with_prior_preservation and self.config.prior_source == "teacher"
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        error, is_prior = self.errors(step), step.batch["is_prior"]
+        terms = {"denoise": error[~is_prior].mean()}
+        if is_prior.any():
+            terms["prior"] = self.config.prior_loss_weight * error[is_prior].mean()
+        elif self.teaches:
+            terms["prior"] = self.config.prior_loss_weight * self._teacher_error(step)
+        return terms
+
+    def _teacher_error(self, step: Step) -> Tensor:
+        """How far the prediction for the class prompt has moved from the base model's, at the same noisy latents."""
+        prompts = [self.concepts[concept].class_prompt for concept in step.batch["concept"].tolist()]
+        with torch.no_grad(), self.backbone.without_adapters():
+            kept = self.backbone.denoise(step.noisy, step.t, Condition(self.backbone.encode_prompt(prompts)))
+        moved = self.backbone.denoise(step.noisy, step.t, Condition(self.backbone.encode_prompt(prompts)))
+        return F.mse_loss(moved.float(), kept.float())
+
+    def prompts(self):
+        return [concept.class_prompt for concept in self.concepts] if self.config.with_prior_preservation else []
+
+    def parameter_groups(self, lr):
+        text = {n: p for n, p in self.trainable().items() if n.startswith("backbone.text_encoders.")}
+        rest = [p for n, p in self.trainable().items() if n not in text]
+        groups = [{"params": rest, "lr": lr}, {"params": list(text.values()), "lr": self.config.text_encoder_lr or lr}]
+        return [group for group in groups if group["params"]]

@@ -1,0 +1,72 @@
+"""A method: what it trains, what it conditions on, what it minimises."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from customize.backbone import Backbone, Condition, Step
+from customize.data import Concept
+from customize.losses import denoising
+from customize.tokens import ConceptTokens
+
+
+@dataclass
+class MethodConfig:
+    """Fields of every method."""
+
+    snr_gamma: float = field(default=0.0, metadata={"help": "min-SNR weighting of the loss, 5 is usual; 0 is off"})
+
+
+class Method(nn.Module):
+    """Subclasses add adapters in `__init__`, and override `condition` and `losses` where they differ."""
+
+    Config: type[MethodConfig] = MethodConfig
+
+    def __init__(self, backbone: Backbone, config: MethodConfig, concepts: list[Concept]):
+        super().__init__()
+        self.backbone, self.config, self.concepts = backbone, config, concepts
+        self.tokens: ConceptTokens | None = None
+
+    def condition(self, batch: dict, t: Tensor) -> Condition:
+        """`t` runs from 0, data, to 1, noise, whatever the base model's own times are."""
+        return Condition(self.backbone.encode_prompt(batch["prompt"]))
+
+    def errors(self, step: Step) -> Tensor:
+        """The denoising error of each sample, shape (batch,), under its mask and the min-SNR weight."""
+        error = denoising(step.prediction, step.target, step.batch.get("mask"))
+        return error * self.backbone.snr_weights(step.t, self.config.snr_gamma) if self.config.snr_gamma else error
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        """Named, weighted terms: their sum is minimised, and each is logged as it is."""
+        return {"denoise": self.errors(step).mean()}
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """`batch` holds `prompt` and either `pixels` (batch, 3, height, width) or their latents' moments `mean` and `std`."""
+        if "mean" in batch:
+            latents = self.backbone.sample_latents(batch["mean"], batch["std"])
+        else:
+            latents = self.backbone.encode_image(batch["pixels"])
+        t = self.backbone.draw_times(len(latents))
+        noisy, target = self.backbone.add_noise(latents, torch.randn_like(latents), t)
+        condition = self.condition(batch, t / self.backbone.t_max)
+        prediction = self.backbone.denoise(noisy, t, condition)
+        return self.losses(Step(latents, noisy, t, target, condition, prediction, batch))
+
+    def on_step(self, step: int, steps: int) -> None:
+        """Called before each step, for schedules: a weight that warms up, a vector whose norm is held."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def parameter_groups(self, lr: float) -> list[dict]:
+        return [{"params": list(self.trainable().values()), "lr": lr}]
+
+    def prompts(self) -> list[str]:
+        """Prompts beyond the pictures' own that training will ask for."""
+        return []
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether what the text encoders give changes during training, so that it cannot be cached."""
+        return any(name.startswith(("tokens.", "backbone.text_encoders.")) for name in self.trainable())
