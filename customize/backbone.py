@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from customize import stickers
 from customize.cache import TensorCache, fingerprint, key_of
 from customize.errors import UserError
-from customize.tokens import SUFFIXES, WordsSD3Pipeline
+from customize.tokens import ENCODER_NAMES, SUFFIXES, WordsSD3Pipeline
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Backbone(nn.Module):
 
     denoiser_name = "unet"
     t_max = 1000  # its times, over this, are what encoders see: 0 is data, 1 is noise
-    embedding_names = ("clip_l", "clip_g", "t5")  # of the text encoders, in files of learned words
+    embedding_names = ENCODER_NAMES  # of the text encoders, in files of learned words
 
     def __init__(self, pipe: DiffusionPipeline, name: str = ""):
         super().__init__()
@@ -245,7 +245,8 @@ class Flow(Backbone):
 
 
 class SD3(Flow):
-    embedding_names = ("clip_l", "clip_g", "t5")
+    def __init__(self, pipe, name=""):
+        super().__init__(pipe if isinstance(pipe, WordsSD3Pipeline) else WordsSD3Pipeline(**pipe.components), name)
 
     def _encode_prompt(self, prompts):
         options = {"device": self.device, "do_classifier_free_guidance": False, "max_sequence_length": self.text_length}

@@ -86,6 +86,5 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps([type(module).__name__, settings], sort_keys=True, default=str).encode())
     for name, tensor in module.state_dict().items():
         bits = tensor.detach().view(getattr(torch, f"int{8 * tensor.element_size()}"))  # adds up alike on any device
-        sample = bits.sum(dtype=torch.int64).item(), bits.flatten()[:8].tolist()
-        digest.update(key_of(name, tensor.shape, str(tensor.dtype), sample).encode())
+        digest.update(key_of(name, tensor.shape, str(tensor.dtype), bits.sum().item(), bits.flatten()[:8].tolist()).encode())
     return digest.hexdigest()

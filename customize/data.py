@@ -1,12 +1,11 @@
 """Pictures of the subjects: finding, checking, cropping and masking them, and the order in which training sees them."""
 
 import hashlib
-import itertools
 import json
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from customize.errors import UserError, nearest
 
@@ -204,7 +203,6 @@ def _decode(path: Path, upright: bool = True, background: str = "white", max_pix
             width, height = image.size
             if width * height > max_pixels:
                 raise UserError(f"{path} has {width}x{height} pixels: shrink it, or raise --max_pixels (now {max_pixels}).")
-            image.load()
             return _to_rgb(ImageOps.exif_transpose(image) if upright else image, background)
     except UserError:
         raise
@@ -317,83 +315,22 @@ def collate(items: Sequence[dict]) -> dict:
     return batch | {"prompt": [item["prompt"] for item in items]}
 
 
-@dataclass(eq=False)
-class Batches(Sampler[list[Key]]):
-    """Endless batches of keys, a pure function of the arguments, so that a run resumes exactly at batch `start`.
-
-    An epoch shows every instance picture once, in batches of one bucket; the last batch of a bucket is filled with that
-    bucket's pictures again. If there are prior pictures, `batch_size` of them follow in each batch, each of the same
-    concept as the instance picture it pairs with. Process `rank` of `world` takes batches rank, rank + world, ...
-    UserError if there is no instance picture, or some concepts have prior pictures and others none.
-    """
-
-    dataset: SubjectDataset
-    batch_size: int
-    seed: int
-    start: int = 0  # batches that each process has used already
-    rank: int = 0
-    world: int = 1
-    flip: bool = False
-
-    def __post_init__(self) -> None:
-        pictures = self.dataset.pictures
-        self.instances = [index for index, picture in enumerate(pictures) if not picture.is_prior]
-        priors = [index for index, picture in enumerate(pictures) if picture.is_prior]
-        self.priors = _group(priors, lambda index: pictures[index].concept)
-        if not self.instances or self.batch_size < 1:
-            raise UserError(
-                "There is nothing to train on; give one or more instance pictures and a positive --train_batch_size."
-            )
-        if priors and {pictures[index].concept for index in self.instances} - set(self.priors):
-            raise UserError("Some concepts have class pictures and others none; give a class_data_dir to all or to none.")
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return itertools.islice(self._all(), self.rank + self.start * self.world, None, self.world)
-
-    def _all(self) -> Iterator[list[Key]]:
-        """The batches of all processes, from the first."""
-        cycles = {concept: _cycle(members, (self.seed, concept, 1)) for concept, members in self.priors.items()}
-        for epoch in itertools.count():
-            rng = np.random.default_rng((self.seed, epoch))
-            for bucket, chunk in self._chunks(rng):
-                concepts = [self.dataset.pictures[index].concept for index in chunk] if cycles else []
-                indices = chunk + [next(cycles[concept]) for concept in concepts]
-                flips = rng.random(len(indices)) < 0.5 if self.flip else [False] * len(indices)
-                yield [(index, bucket, bool(flip)) for index, flip in zip(indices, flips, strict=True)]
-
-    def _chunks(self, rng: np.random.Generator) -> list[tuple[Bucket, list[int]]]:
-        """One epoch's instance pictures in chunks of batch_size, shuffled."""
-        groups = _group(rng.permutation(self.instances).tolist(), self.dataset.bucket_of)
-        chunks = [
-            (bucket, [members[k % len(members)] for k in range(first, first + self.batch_size)])
-            for bucket, members in groups.items()
-            for first in range(0, len(members), self.batch_size)
-        ]
-        return [chunks[k] for k in rng.permutation(len(chunks))]
-
-
-def _group(indices: Iterable[int], key: Callable[[int], Any]) -> dict[Any, list[int]]:
-    groups: dict[Any, list[int]] = {}
-    for index in indices:
-        groups.setdefault(key(index), []).append(index)
-    return groups
-
-
-def _cycle(members: list[int], seed: tuple[int, ...]) -> Iterator[int]:
-    """All members in a new random order, again and again."""
-    rng = np.random.default_rng(seed)
-    while True:
-        yield from rng.permutation(members).tolist()
-
-
 def split_holdout(pictures: Sequence[Picture], count: int, seed: int) -> tuple[list[Picture], list[Picture]]:
     """(train, held out): `count` instance pictures drawn at random, such that each concept keeps one or more for training."""
     rng = np.random.default_rng(seed)
     instances = [index for index in rng.permutation(len(pictures)).tolist() if not pictures[index].is_prior]
-    concepts = _group(instances, lambda index: pictures[index].concept)
+    concepts = group(instances, lambda index: pictures[index].concept)
     spare = [index for members in concepts.values() for index in members[1:]]
     if not 0 <= count <= len(spare):
         raise UserError(f"--holdout {count} leaves a concept without a picture for training; choose 0 to {len(spare)}.")
     held = set(rng.permutation(spare)[:count].tolist())
     halves = [[picture for index, picture in enumerate(pictures) if (index in held) == is_held] for is_held in (False, True)]
     return halves[0], halves[1]
+
+
+def group(indices: Iterable[int], key: Callable[[int], Any]) -> dict[Any, list[int]]:
+    """The indices by their key, in their order."""
+    groups: dict[Any, list[int]] = {}
+    for index in indices:
+        groups.setdefault(key(index), []).append(index)
+    return groups

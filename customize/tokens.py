@@ -6,10 +6,12 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
+from transformers import T5EncoderModel
 
 from customize.errors import UserError
 
 SUFFIXES = ("", "_2", "_3")  # of a pipeline's tokenizers and text encoders
+ENCODER_NAMES = ("clip_l", "clip_g", "t5")  # in files of learned words, in the order in which pipelines hold the encoders
 
 
 def pieces(word: str, count: int) -> list[str]:
@@ -43,11 +45,11 @@ class ConceptTokens(nn.Module):
         for tokenizer, encoder in zip(backbone.tokenizers, backbone.text_encoders, strict=True):
             start = torch.tensor([_start(tokenizer, word) for word in words.values()]).repeat_interleave(num_vectors)
             add_words(tokenizer, tokens)
-            table = encoder.get_input_embeddings()
+            table = _called_table(encoder)
             self.vectors.append(nn.Parameter(table.weight[start.to(table.weight.device)].detach().float().clone()))
             ids = torch.tensor(tokenizer.convert_tokens_to_ids(tokens))
             table.register_forward_pre_hook(_clamp)
-            table.register_forward_hook(self._replace(len(self.vectors) - 1, ids), with_kwargs=False)
+            table.register_forward_hook(self._replace(len(self.vectors) - 1, ids))
             table.asked = None
 
     def _replace(self, index: int, ids: Tensor) -> Callable:
@@ -64,6 +66,11 @@ class ConceptTokens(nn.Module):
         return {word: {name: parts[i] for name, parts in zip(self.names, split, strict=True)} for i, word in enumerate(self.words)}
 
 
+def _called_table(encoder: nn.Module) -> nn.Embedding:
+    """The embedding layer that the encoder calls: T5 keeps a second one, with the same weights, outside its stack."""
+    return (encoder.encoder if isinstance(encoder, T5EncoderModel) else encoder).get_input_embeddings()
+
+
 def _clamp(table, args):
     """Ids of learned words lie beyond the table; look up any row for them, `_replace` puts the vector there."""
     table.asked = args[0]
@@ -78,8 +85,9 @@ def _start(tokenizer, word: str) -> int:
 
 
 def load_words(pipe: DiffusionPipeline, word: str, vectors: dict[str, Tensor]) -> None:
-    """Gives a pipeline a learned word; `vectors` as in `ConceptTokens.by_word`, in the order of the text encoders."""
-    for suffix, matrix in zip(_encoder_suffixes(pipe), vectors.values(), strict=True):
+    """Gives a pipeline a learned word; `vectors` as in `ConceptTokens.by_word`, or of the one text encoder under any name."""
+    ordered = [vectors[name] for name in ENCODER_NAMES if name in vectors] or list(vectors.values())
+    for suffix, matrix in zip(_encoder_suffixes(pipe), ordered, strict=True):
         tokenizer, encoder = getattr(pipe, f"tokenizer{suffix}"), getattr(pipe, f"text_encoder{suffix}")
         pipe.load_textual_inversion({word: matrix}, token=word, text_encoder=encoder, tokenizer=tokenizer)
 

@@ -10,12 +10,12 @@ from customize.trainers.registry import METHODS, find_method
 from PIL import Image
 
 from customize import cli
-from customize.cli import main
+from customize.app.cli import main
 from customize.errors import UserError
 
 
 def shell(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "customize.cli", *words], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "customize.app.cli", *words], capture_output=True, text=True)
 
 
 def fake_module(monkeypatch, name: str, **attributes) -> None:
@@ -55,7 +55,7 @@ def pipe(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("words", [["--help"], ["methods"], ["generate", "--help"], ["demo", "--help"], ["push", "-h"]])
 def test_light_commands_leave_torch_alone(words):
-    code = f"import sys; from customize.cli import main; assert main({words}) == 0; assert 'torch' not in sys.modules"
+    code = f"import sys; from customize.app.cli import main; assert main({words}) == 0; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -109,7 +109,7 @@ def test_train_hands_all_words_to_the_trainer(monkeypatch, capsys):
 
 def test_demo_passes_its_flags(monkeypatch):
     seen = []
-    fake_module(monkeypatch, "customize.demo", demo=lambda output, quick: seen.append((output, quick)))
+    fake_module(monkeypatch, "customize.app.demo", demo=lambda output, quick: seen.append((output, quick)))
     assert main(["demo"]) == main(["demo", "--output", "x", "--quick"]) == 0
     assert seen == [("runs/demo", False), ("x", True)]
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from customize.batches import Batches
 from customize.data import (
-    Batches,
     Concept,
     DataConfig,
     Picture,
@@ -79,7 +79,7 @@ def test_a_mask_file_is_upright_already(tmp_path):
     array, mask, exif = noise(6, 4), noise(4, 6, 1)[..., 0], Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
-    Image.fromarray(mask).save(tmp_path / "a.mask.png")
+    Image.fromarray(mask).save(tmp_path / "a.mask.png", exif=exif)
     np.testing.assert_array_equal(np.array(read_picture(only(tmp_path))[1]), mask)
 
 
@@ -494,6 +494,16 @@ def test_priors_pair_with_their_concept_and_cycle():
         rounds = [sequence[k : k + 5] for k in range(0, len(sequence) - 4, 5)]
         assert all(sorted(one) == members for one in rounds)
         assert len({tuple(one) for one in rounds}) > 1
+
+
+def test_the_order_of_priors_depends_on_the_seed():
+    def order(seed):
+        return [index for batch in take(20, dataset_of(WITH_PRIORS), 1, seed=seed) for index, _, _ in batch[1:]]
+
+    assert order(0) == order(0)
+    assert set(order(0)) == set(order(1))
+    by_concept = [[[i for i in order(seed) if i % 2 == concept] for seed in (0, 1)] for concept in (0, 1)]
+    assert all(one[: len(other)] != other[: len(one)] for one, other in by_concept)
 
 
 def test_priors_are_cropped_to_the_bucket_of_the_batch():

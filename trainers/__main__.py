@@ -120,7 +120,7 @@ def prepared(method: Method, pictures: list[Picture], held_out: list[Picture], m
 
 
 def main() -> int:
-    from customize.cli import main as cli
+    from customize.app.cli import main as cli
 
     return cli(["train", *sys.argv[1:]])
 

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from customize import checkpoint
-from customize.data import Batches, collate
+from customize.batches import Batches
+from customize.data import collate
 from customize.errors import UserError
 from customize.trainers.method import Method
 from customize.trainers.state import latest_checkpoint, load_state, save_state

@@ -69,8 +69,7 @@ def generate(words: list[str]) -> None:
     (run, *prompts), config = split(words, GenerateConfig, ["RUN", '"PROMPT"'], more=True)
     check_run(run)
     check_request(prompts, config)
-    folder = output_folder(run, config.output)
-    pipe = load(run, config)
+    folder, pipe = output_folder(run, config.output), load(run, config)
     for prompt in prompts:
         seeds = range(config.seed, config.seed + config.num_images_per_prompt)
         for seed, image in zip(seeds, draw(pipe, prompt, seeds, config), strict=True):
@@ -79,7 +78,7 @@ def generate(words: list[str]) -> None:
 
 def demo(words: list[str]) -> None:
     _, config = split(words, DemoConfig, [])
-    from customize.demo import demo
+    from customize.app.demo import demo
 
     demo(config.output, config.quick)
 
