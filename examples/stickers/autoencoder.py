@@ -20,7 +20,7 @@ def build() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 64),
         latent_channels=8,
-        norm_num_groups=8,
+        norm_num_groups=1,  # more groups would take each picture's own contrast and colour away
         layers_per_block=1,
         mid_block_add_attention=False,
         sample_size=64,

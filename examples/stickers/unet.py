@@ -32,7 +32,7 @@ def build() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4, 6),  # the number of heads, in spite of its name
         layers_per_block=1,
-        norm_num_groups=16,
+        norm_num_groups=8,
         cross_attention_dim=192,
     )
 

@@ -1,0 +1,91 @@
+"""`customize demo`: four pictures of a subject, a few minutes of training, and the subject in scenes it was never seen in."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from customize.backbone import load_base
+from customize.data import DataConfig
+from customize.pipelines import load_pipeline
+from customize.stickers import BACKGROUNDS, Drawing, Scene, World, draw_scene
+from customize.stickers.measure import masked_correlation
+from customize.stickers.scene import draw_pose
+from customize.trainers.__main__ import ModelConfig, launch
+from customize.trainers.dreambooth import DreamBoothConfig
+from customize.trainers.loop import TrainConfig
+
+SUBJECT = Drawing("fox", "flat")  # a drawing that the base model has never seen, of a class that it knows
+SEEN, UNSEEN = ("white", "grass", "stone", "yellow"), ("beach", "night", "bricks", "wood", "pink", "sunset")
+WORD = "sks"
+
+
+def demo(output: str = "runs/demo", quick: bool = False) -> Path:
+    """Trains and draws in `output`; returns the path of the picture that shows it all. `quick` only proves that it runs."""
+    folder = Path(output)
+    pictures = write_pictures(folder / "pictures", SUBJECT)
+    prompts = [f"a {WORD} {SUBJECT.word} {BACKGROUNDS[b]}" for b in UNSEEN]
+    before = draw(load_base("stickers"), prompts)
+    settings = TrainConfig(
+        output_dir=str(folder),
+        train_batch_size=4,
+        max_train_steps=20 if quick else 400,
+        learning_rate=5e-4,
+        lr_scheduler="cosine",
+        checkpointing_steps=1000,
+    )
+    data = DataConfig(instance_data_dir=str(folder / "pictures"), instance_prompt=f"a {WORD} {SUBJECT.word}", resolution=64)
+    data.class_prompt = f"a {SUBJECT.word}"
+    options = DreamBoothConfig(rank=16, with_prior_preservation=True, prior_source="teacher", prior_loss_weight=0.5)
+    launch("dreambooth", ModelConfig(), data, settings, options)
+    after = draw(load_pipeline(folder), prompts)
+    page = folder / "demo.png"
+    compose(pictures, before, after, prompts).save(page)
+    sprite = World().sprite(SUBJECT)
+    scores = [np.mean([masked_correlation(picture, sprite) for picture in drawn]) for drawn in (pictures, before, after)]
+    print(f"correlation with the subject: its own pictures {scores[0]:.2f}, before {scores[1]:.2f}, after {scores[2]:.2f}")
+    print(f"look at {page}; draw more with: customize generate {folder} \"{prompts[0]}\"")
+    return page
+
+
+def write_pictures(folder: Path, subject: Drawing, seed: int = 0) -> list[Image.Image]:
+    """Four scenes of the subject in different poses, as a user's pictures."""
+    world, rng = World(), np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for i, background in enumerate(SEEN):
+        picture, _ = draw_scene(Scene(subject, background, pose=draw_pose(rng), seed=seed + i), world)
+        picture.save(folder / f"{i}.png")
+        pictures.append(picture)
+    return pictures
+
+
+def draw(pipe, prompts: list[str], seed: int = 0, steps: int = 25, guidance_scale: float = 4.0) -> list[Image.Image]:
+    """One picture for each prompt, from the same noises at every call."""
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    return pipe(prompts, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators).images
+
+
+def compose(pictures: list[Image.Image], before: list[Image.Image], after: list[Image.Image], prompts: list[str]) -> Image.Image:
+    """The pictures of the subject on the left; before and after, scene by scene, on the right."""
+    side, gap, top, bold, small = 192, 12, 64, ImageFont.load_default(22), ImageFont.load_default(15)
+    left = 2 * side + 4 * gap
+    page = Image.new("RGB", (left + len(prompts) * (side + gap) + gap, top + 2 * (side + gap) + 40), "white")
+    pen = ImageDraw.Draw(page)
+
+    def place(picture: Image.Image, x: int, y: int) -> None:
+        page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x, y))
+
+    pen.text((gap, 18), "four pictures of the subject", "black", bold)
+    pen.text((left, 18), "above: before, below: after customization", "black", bold)
+    for i, picture in enumerate(pictures):
+        place(picture, gap + (i % 2) * (side + gap), top + (i // 2) * (side + gap))
+    for i, prompt in enumerate(prompts):
+        x = left + i * (side + gap)
+        place(before[i], x, top)
+        place(after[i], x, top + side + gap)
+        pen.text((x, top + 2 * (side + gap)), prompt, "black", small, features=None)
+    pen.line([(left - 1.5 * gap, 10), (left - 1.5 * gap, page.height - 10)], (200, 200, 200), 2)
+    return page

@@ -1,0 +1,209 @@
+"""Compares `customize train dreambooth` with diffusers' `train_dreambooth_lora.py`: steps per second, wall time, peak memory.
+
+    git clone https://github.com/huggingface/diffusers
+    python examples/benchmarks/dreambooth_lora.py --diffusers_script diffusers/examples/dreambooth/train_dreambooth_lora.py
+
+Take the checkout at the diffusers version that is installed. The trainers run one after the other, each in a process of its
+own with the same model, pictures and flags, and the round is repeated (A B C A B C ...). A process starts as
+`python THIS_FILE --child ...`, which only adds a hook that writes its peak memory at exit.
+
+Both trainers show a tqdm bar that they redraw after every step, so both are timed from outside in the same way: the bar's
+stderr is read as it arrives, and a step's time is when its number first appears. Steps per second are those from step
+`--warmup` to the last; imports, loading, encoding for the caches and saving are in the wall time alone.
+
+Where torchvision is missing, diffusers' script gets a stand-in for the five transforms that it uses under these flags.
+"""
+
+import argparse
+import atexit
+import hashlib
+import json
+import os
+import platform
+import re
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import reduce
+from importlib.machinery import ModuleSpec
+from importlib.metadata import version
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+BAR = re.compile(rb"\| *(\d+)/(\d+) \[")  # how tqdm writes "step/steps"
+LORA = "pytorch_lora_weights.safetensors"
+LIBRARIES = ("customize", "diffusers", "torch", "transformers", "accelerate", "peft")
+
+
+def child(memory_file: str, target: str, *words: str) -> None:
+    """Runs `target`, a script or a module, as if by `python target words`; writes the peak memory when the process ends."""
+    atexit.register(write_peaks, Path(memory_file))
+    sys.argv = [target, *words]
+    if target.endswith(".py"):
+        if find_spec("torchvision") is None:
+            stand_in_for_torchvision()
+        runpy.run_path(target, run_name="__main__")
+    else:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+
+
+def write_peaks(path: Path) -> None:
+    """Bytes at the peak: resident (on Linux), and allocated by torch on the GPU (if there is one)."""
+    import torch
+
+    status = Path("/proc/self/status")
+    # not getrusage's ru_maxrss, which begins with the parent's
+    resident = int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) * 1024 if status.exists() else None
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    path.write_text(json.dumps({"resident": resident, "gpu": gpu}))
+
+
+def stand_in_for_torchvision() -> None:
+    """Puts `torchvision.transforms` into this process, as far as the script goes; it does what torchvision does for PIL pictures.
+
+    Not as a folder on PYTHONPATH: transformers would find it there and import from torchvision what the stand-in lacks.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+    from transformers.utils import is_torchvision_available
+
+    assert not is_torchvision_available()  # transformers remembers this answer
+
+    def resize(image: Image.Image, size: int, how: Image.Resampling) -> Image.Image:
+        short = min(image.size)
+        return image if short == size else image.resize([side * size // short for side in image.size], how)
+
+    parts = {
+        "InterpolationMode": Image.Resampling,
+        "Resize": lambda size, interpolation: lambda image: resize(image, size, interpolation),
+        "CenterCrop": lambda n: lambda x: x.crop(((x.width - n) // 2, (x.height - n) // 2, (x.width + n) // 2, (x.height + n) // 2)),
+        "ToTensor": lambda: lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255),
+        "Normalize": lambda mean, std: lambda x: x.sub(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None]),
+        "Compose": lambda steps: lambda image: reduce(lambda x, step: step(x), steps, image),
+    }
+    sys.modules["torchvision"] = module_from_spec(ModuleSpec("torchvision", None))
+    vars(sys.modules["torchvision"])["transforms"] = SimpleNamespace(**parts)
+
+
+def draw_pictures(folder: Path) -> str:
+    """Writes four pictures of a drawing that the embedded model has not seen; returns the prompt."""
+    import numpy as np
+
+    from customize.stickers import BACKGROUNDS, Scene, World, draw_scene
+    from customize.stickers.scene import draw_pose
+
+    world, rng = World(), np.random.default_rng(0)
+    subject = world.drawings(held_out=True)[0]
+    folder.mkdir()
+    for i, background in enumerate(list(BACKGROUNDS)[:4]):
+        draw_scene(Scene(subject, background, pose=draw_pose(rng), seed=i), world)[0].save(folder / f"{i}.png")
+    return f"a sks {subject.word}"
+
+
+def random_model(folder: Path) -> Path:
+    """The embedded model's layout and size with random weights."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stickers"))
+    import autoencoder
+    import text_tower
+    import unet
+    from diffusers import StableDiffusionPipeline
+
+    from customize.stickers import World
+
+    tokenizer = text_tower.train_tokenizer(World())
+    parts = (autoencoder.build(), text_tower.build(tokenizer), tokenizer, unet.build(), unet.schedule())
+    StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def measure(words: list[str], steps: int, warmup: int, work: Path) -> dict[str, Any]:
+    """One training in a new process."""
+    from safetensors.torch import load_file
+
+    memory, output, begin = work / "memory.json", work / "output", time.perf_counter()
+    command = [sys.executable, __file__, "--child", str(memory), *words, "--output_dir", str(output)]
+    text, read, bars = b"", 0, [{0: begin}]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"}) as process:
+        while chunk := os.read(process.stderr.fileno(), 1 << 16):  # type: ignore[union-attr]
+            now, text = time.perf_counter(), text + chunk
+            for match in BAR.finditer(text, read):
+                read, step = match.end(), int(match[1])
+                if int(match[2]) == steps:
+                    bars += [{}] if step == 0 else []  # a new bar
+                    bars[-1].setdefault(step, now)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{text.decode(errors='replace')[-3000:]}")
+    wall = time.perf_counter() - begin
+    bar = max(bars[1:], key=lambda bar: max(bar.values()) - min(bar.values()))  # loading weights may show one of `steps` too
+    trained = sum(value.numel() for value in load_file(output / LORA).values())
+    speed = (steps - warmup) / (bar[steps] - bar[warmup])
+    return {"steps_per_s": speed, "wall_s": wall, "trained_values": trained, **json.loads(memory.read_text())}
+
+
+def report(rows: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> str:
+    def spread(runs: list[dict[str, Any]], name: str, unit: int, digits: int) -> str:
+        values = [run[name] / unit for run in runs if run[name] is not None]
+        return " / ".join(f"{f(values):.{digits}f}" for f in (min, statistics.median, max)) if values else "-"
+
+    columns = {"steps/s": ("steps_per_s", 1, 2), "wall time, s": ("wall_s", 1, 1), "trained values": ("trained_values", 1, 0)}
+    columns |= {"peak resident, MiB": ("resident", 2**20, 0), "peak GPU, MiB": ("gpu", 2**20, 0)}
+    medians = {name: statistics.median(run["steps_per_s"] for run in runs) for name, runs in rows.items()}
+    table = [["trainer", "ratio", *columns], ["---"] * (len(columns) + 2)]
+    for name, runs in rows.items():
+        table.append([name, f"{medians[name] / medians['diffusers']:.2f}", *(spread(runs, *column) for column in columns.values())])
+    lines = [*(f"| {' | '.join(row)} |" for row in table), "", "Least / median / greatest; the ratio is of median steps/s to diffusers'.", ""]
+    return "\n".join([*lines, *(f"- {name}: {value}" for name, value in about.items())])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--diffusers_script", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="a Stable Diffusion 1.5 folder, else the embedded one or random weights of its size")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--warmup", type=int, default=10, help="first steps, which are not timed")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks"))
+    options = parser.parse_args()
+    if not 0 < options.warmup < options.steps:
+        parser.error("--warmup must be positive and less than --steps")
+    import torch
+
+    from customize.stickers import MODEL
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        model = options.model or (MODEL if (MODEL / "model_index.json").exists() else random_model(work / "random weights"))
+        flags = {"pretrained_model_name_or_path": model, "instance_prompt": draw_pictures(work / "data"), "instance_data_dir": work / "data"}
+        flags |= {"resolution": 64, "train_batch_size": 4, "rank": 8, "max_train_steps": options.steps, "learning_rate": 1e-4, "seed": 0}
+        flags |= {"lr_scheduler": "constant", "lr_warmup_steps": 0, "mixed_precision": "no", "checkpointing_steps": options.steps + 1}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))] + ["--report_to", "tensorboard"]
+        ours = ["customize.app.cli", "train", "dreambooth", *words]
+        theirs = [str(options.diffusers_script), *words, "--center_crop"]
+        trainers = {"diffusers": theirs, "customize --no_cache_latents": [*ours, "--no_cache_latents"], "customize": ours}
+        about = {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
+            "machine": f"{platform.platform()}, {os.cpu_count()} cores, load average at the start {os.getloadavg()[0]:.1f}",
+            "libraries": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
+            "torchvision": "a stand-in for diffusers' script" if find_spec("torchvision") is None else version("torchvision"),
+            "diffusers' script": f"SHA-256 {hashlib.sha256(options.diffusers_script.read_bytes()).hexdigest()}",
+            "timed": f"steps {options.warmup + 1} to {options.steps}, {options.repeats} repeats in turn",
+            "flags": " ".join(words).replace(folder, "TEMPORARY"),
+        }
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in trainers}
+        for name, command in list(trainers.items()) * options.repeats:
+            rows[name].append(measure(command, options.steps, options.warmup, Path(tempfile.mkdtemp(dir=work))))
+            print(name, rows[name][-1], file=sys.stderr)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    (options.output_dir / "dreambooth_lora.json").write_text(json.dumps({"about": about, "rows": rows}, indent=2))
+    (options.output_dir / "dreambooth_lora.md").write_text(report(rows, about) + "\n")
+    print(report(rows, about))
+
+
+if __name__ == "__main__":
+    child(*sys.argv[2:]) if sys.argv[1:2] == ["--child"] else main()
