@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from customize.trainers.method import Method, MethodConfig
+from customize.trainers.validation import sample
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from tiny import BASES, tiny
 
@@ -13,8 +15,6 @@ from customize.cache import TensorCache
 from customize.errors import UserError
 from customize.lora import TEXT_ATTENTION, LoraFields, add_lora
 from customize.tokens import WordsSD3Pipeline
-from customize.trainers.method import Method, MethodConfig
-from customize.trainers.validation import sample
 
 PROMPTS = ["a photo of sks dog", "the cat on grass"]
 FLOW = {"sd3", "flux"}
@@ -64,7 +64,7 @@ def test_clean_inverts_add_noise(base):
 
 def velocity_backbone():
     pipe = tiny("sd15")
-    pipe.scheduler = DDIMScheduler.from_config(dict(pipe.scheduler.config) | {"prediction_type": "v_prediction"})
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
     return wrap(pipe)
 
 

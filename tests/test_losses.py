@@ -93,7 +93,7 @@ def alphas_by_hand() -> list[float]:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_min_snr_weights_by_hand(prediction_type):
     pipe = tiny("sd15")
-    pipe.scheduler = DDIMScheduler.from_config(dict(pipe.scheduler.config) | {"prediction_type": prediction_type})
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction_type)
     times, alphas = [0, 1, 100, 400, 999], alphas_by_hand()
     expected = []
     for t in times:

@@ -7,9 +7,9 @@ Take the checkout at the diffusers version that is installed. The trainers run o
 own with the same model, pictures and flags, and the round is repeated (A B C A B C ...). A process starts as
 `python THIS_FILE --child ...`, which only adds a hook that writes its peak memory at exit.
 
-Both trainers show a tqdm bar that they redraw after every step, so both are timed from outside in the same way: the bar's
-stderr is read as it arrives, and a step's time is when its number first appears. Steps per second are those from step
-`--warmup` to the last; imports, loading, encoding for the caches and saving are in the wall time alone.
+Both trainers redraw a tqdm bar after every step, so both are timed from outside in the same way: stderr is read as it arrives,
+and a step's time is when its number first appears. Steps per second are those from step `--warmup` to the last; imports,
+loading, encoding for the caches and saving are in the wall time alone.
 
 Where torchvision is missing, diffusers' script gets a stand-in for the five transforms that it uses under these flags.
 """
@@ -38,11 +38,13 @@ from typing import Any
 BAR = re.compile(rb"\| *(\d+)/(\d+) \[")  # how tqdm writes "step/steps"
 LORA = "pytorch_lora_weights.safetensors"
 LIBRARIES = ("customize", "diffusers", "torch", "transformers", "accelerate", "peft")
+Run = dict[str, Any]
 
 
 def child(memory_file: str, target: str, *words: str) -> None:
     """Runs `target`, a script or a module, as if by `python target words`; writes the peak memory when the process ends."""
     atexit.register(write_peaks, Path(memory_file))
+    os.environ["HF_HUB_OFFLINE"] = "1"
     sys.argv = [target, *words]
     if target.endswith(".py"):
         if find_spec("torchvision") is None:
@@ -53,7 +55,7 @@ def child(memory_file: str, target: str, *words: str) -> None:
 
 
 def write_peaks(path: Path) -> None:
-    """Bytes at the peak: resident (on Linux), and allocated by torch on the GPU (if there is one)."""
+    """Bytes at the peak: resident (Linux only), and allocated by torch on the GPU (if there is one)."""
     import torch
 
     status = Path("/proc/self/status")
@@ -64,7 +66,7 @@ def write_peaks(path: Path) -> None:
 
 
 def stand_in_for_torchvision() -> None:
-    """Puts `torchvision.transforms` into this process, as far as the script goes; it does what torchvision does for PIL pictures.
+    """Puts `torchvision.transforms` into this process, as far as the script uses it; the results are torchvision's.
 
     Not as a folder on PYTHONPATH: transformers would find it there and import from torchvision what the stand-in lacks.
     """
@@ -82,9 +84,9 @@ def stand_in_for_torchvision() -> None:
     parts = {
         "InterpolationMode": Image.Resampling,
         "Resize": lambda size, interpolation: lambda image: resize(image, size, interpolation),
-        "CenterCrop": lambda n: lambda x: x.crop(((x.width - n) // 2, (x.height - n) // 2, (x.width + n) // 2, (x.height + n) // 2)),
+        "CenterCrop": lambda n: lambda x: x.crop([(side + sign * n) // 2 for sign in (-1, 1) for side in x.size]),
         "ToTensor": lambda: lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255),
-        "Normalize": lambda mean, std: lambda x: x.sub(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None]),
+        "Normalize": lambda mean, std: lambda x: x.sub(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1)),
         "Compose": lambda steps: lambda image: reduce(lambda x, step: step(x), steps, image),
     }
     sys.modules["torchvision"] = module_from_spec(ModuleSpec("torchvision", None))
@@ -122,14 +124,14 @@ def random_model(folder: Path) -> Path:
     return folder
 
 
-def measure(words: list[str], steps: int, warmup: int, work: Path) -> dict[str, Any]:
+def measure(words: list[str], steps: int, warmup: int, work: Path) -> Run:
     """One training in a new process."""
     from safetensors.torch import load_file
 
     memory, output, begin = work / "memory.json", work / "output", time.perf_counter()
     command = [sys.executable, __file__, "--child", str(memory), *words, "--output_dir", str(output)]
-    text, read, bars = b"", 0, [{0: begin}]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"}) as process:
+    text, read, bars = b"", 0, [{0: begin, steps: begin}]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while chunk := os.read(process.stderr.fileno(), 1 << 16):  # type: ignore[union-attr]
             now, text = time.perf_counter(), text + chunk
             for match in BAR.finditer(text, read):
@@ -137,34 +139,37 @@ def measure(words: list[str], steps: int, warmup: int, work: Path) -> dict[str, 
                 if int(match[2]) == steps:
                     bars += [{}] if step == 0 else []  # a new bar
                     bars[-1].setdefault(step, now)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{text.decode(errors='replace')[-3000:]}")
     wall = time.perf_counter() - begin
-    bar = max(bars[1:], key=lambda bar: max(bar.values()) - min(bar.values()))  # loading weights may show one of `steps` too
+    # The longest: loading weights may have shown a bar of as many steps.
+    bar = max(bars, key=lambda bar: max(bar.values()) - min(bar.values()))
+    if process.returncode or not {warmup, steps} <= bar.keys():
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{text.decode(errors='replace')[-3000:]}")
     trained = sum(value.numel() for value in load_file(output / LORA).values())
     speed = (steps - warmup) / (bar[steps] - bar[warmup])
     return {"steps_per_s": speed, "wall_s": wall, "trained_values": trained, **json.loads(memory.read_text())}
 
 
-def report(rows: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> str:
-    def spread(runs: list[dict[str, Any]], name: str, unit: int, digits: int) -> str:
-        values = [run[name] / unit for run in runs if run[name] is not None]
-        return " / ".join(f"{f(values):.{digits}f}" for f in (min, statistics.median, max)) if values else "-"
+def spread(runs: list[Run], name: str, unit: int = 1, digits: int = 0) -> str:
+    values = [run[name] / unit for run in runs if run[name] is not None]
+    return " / ".join(f"{f(values):.{digits}f}" for f in (min, statistics.median, max)) if values else "-"
 
-    columns = {"steps/s": ("steps_per_s", 1, 2), "wall time, s": ("wall_s", 1, 1), "trained values": ("trained_values", 1, 0)}
-    columns |= {"peak resident, MiB": ("resident", 2**20, 0), "peak GPU, MiB": ("gpu", 2**20, 0)}
-    medians = {name: statistics.median(run["steps_per_s"] for run in runs) for name, runs in rows.items()}
-    table = [["trainer", "ratio", *columns], ["---"] * (len(columns) + 2)]
+
+def report(rows: dict[str, list[Run]], ratios: dict[str, float], about: dict[str, Any]) -> str:
+    head = ["trainer", "steps/s", "ratio", "wall time, s", "peak resident, MiB", "peak GPU, MiB", "trained values"]
+    table = [head, ["---"] * len(head)]
     for name, runs in rows.items():
-        table.append([name, f"{medians[name] / medians['diffusers']:.2f}", *(spread(runs, *column) for column in columns.values())])
-    lines = [*(f"| {' | '.join(row)} |" for row in table), "", "Least / median / greatest; the ratio is of median steps/s to diffusers'.", ""]
-    return "\n".join([*lines, *(f"- {name}: {value}" for name, value in about.items())])
+        memory = [spread(runs, kind, 2**20) for kind in ("resident", "gpu")]
+        speed, wall, trained = spread(runs, "steps_per_s", 1, 2), spread(runs, "wall_s", 1, 1), str(runs[0]["trained_values"])
+        table.append([name, speed, f"{ratios[name]:.2f}", wall, *memory, trained])
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    lines += ["", "Least / median / greatest of the repeats; the ratio is that of median steps/s to diffusers'.", ""]
+    return "\n".join([*lines, *(f"- {name}: {value}" for name, value in about.items()), ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--diffusers_script", type=Path, required=True)
-    parser.add_argument("--model", type=Path, help="a Stable Diffusion 1.5 folder, else the embedded one or random weights of its size")
+    parser.add_argument("--model", type=Path, help="a diffusers folder; else the embedded model, or random weights of its size")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=10, help="first steps, which are not timed")
     parser.add_argument("--repeats", type=int, default=5)
@@ -179,10 +184,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model = options.model or (MODEL if (MODEL / "model_index.json").exists() else random_model(work / "random weights"))
-        flags = {"pretrained_model_name_or_path": model, "instance_prompt": draw_pictures(work / "data"), "instance_data_dir": work / "data"}
-        flags |= {"resolution": 64, "train_batch_size": 4, "rank": 8, "max_train_steps": options.steps, "learning_rate": 1e-4, "seed": 0}
-        flags |= {"lr_scheduler": "constant", "lr_warmup_steps": 0, "mixed_precision": "no", "checkpointing_steps": options.steps + 1}
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))] + ["--report_to", "tensorboard"]
+        flags = f"--resolution 64 --train_batch_size 4 --rank 8 --max_train_steps {options.steps} --learning_rate 1e-4 --seed 0 "
+        flags += "--lr_scheduler constant --lr_warmup_steps 0 --mixed_precision no --report_to tensorboard"
+        words = [*flags.split(), "--checkpointing_steps", str(options.steps + 1), "--pretrained_model_name_or_path", str(model)]
+        words += ["--instance_prompt", draw_pictures(work / "data"), "--instance_data_dir", str(work / "data")]
         ours = ["customize.app.cli", "train", "dreambooth", *words]
         theirs = [str(options.diffusers_script), *words, "--center_crop"]
         trainers = {"diffusers": theirs, "customize --no_cache_latents": [*ours, "--no_cache_latents"], "customize": ours}
@@ -195,14 +200,17 @@ def main() -> None:
             "timed": f"steps {options.warmup + 1} to {options.steps}, {options.repeats} repeats in turn",
             "flags": " ".join(words).replace(folder, "TEMPORARY"),
         }
-        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in trainers}
+        rows: dict[str, list[Run]] = {name: [] for name in trainers}
         for name, command in list(trainers.items()) * options.repeats:
             rows[name].append(measure(command, options.steps, options.warmup, Path(tempfile.mkdtemp(dir=work))))
             print(name, rows[name][-1], file=sys.stderr)
+    medians = {name: statistics.median(run["steps_per_s"] for run in runs) for name, runs in rows.items()}
+    ratios = {name: median / medians["diffusers"] for name, median in medians.items()}
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    (options.output_dir / "dreambooth_lora.json").write_text(json.dumps({"about": about, "rows": rows}, indent=2))
-    (options.output_dir / "dreambooth_lora.md").write_text(report(rows, about) + "\n")
-    print(report(rows, about))
+    results = {"about": about, "ratios": ratios, "rows": rows}
+    (options.output_dir / "dreambooth_lora.json").write_text(json.dumps(results, indent=2))
+    (options.output_dir / "dreambooth_lora.md").write_text(report(rows, ratios, about))
+    print(report(rows, ratios, about))
 
 
 if __name__ == "__main__":

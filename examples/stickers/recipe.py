@@ -21,7 +21,7 @@ class Run:
 
     def __init__(self, name: str, model: nn.Module, lr: float, warmup: int = 200, ema: float = 0.0, decay: float = 0.01):
         self.path, self.model, self.lr, self.warmup, self.decay_rate = FURNACE / f"{name}.pt", model, lr, warmup, ema
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()} if ema else {}
         self.step, self.images, self.since, self.log = 0, 0, 0, []
         self.start = self.last = time.time()

@@ -25,8 +25,8 @@ SHARD, SHARDS = 8192, 6  # scenes in a shard, shards kept in memory
 def build() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=8,
-        out_channels=8,
+        in_channels=12,
+        out_channels=12,
         block_out_channels=(64, 128, 192),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

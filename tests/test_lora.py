@@ -1,0 +1,236 @@
+"""LoRA: which layers, and what other tools find in its files."""
+
+import json
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+from tiny import BASES, tiny
+
+from customize import checkpoint
+from customize.backbone import wrap
+from customize.errors import UserError
+from customize.lora import TEXT_ATTENTION, LoraFields, add_lora, with_text_model
+
+RANK, ALPHA = 4, 6.0
+
+
+def adapted(base: str, text: bool = False, **options):
+    """A backbone whose LoRA is random everywhere."""
+    backbone = wrap(tiny(base), base)
+    fields = LoraFields(**({"rank": RANK, "lora_alpha": ALPHA} | options))
+    add_lora(backbone.denoiser, fields)
+    for encoder in backbone.text_encoders if text else []:
+        if "CLIP" in type(encoder).__name__:
+            add_lora(encoder, fields, TEXT_ATTENTION)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in backbone.named_parameters():
+            if "lora_" in name:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return backbone
+
+
+def saved(backbone, folder, kohya: bool = False):
+    checkpoint.save(folder, backbone, None, {"base_model": backbone.name, "method": "none", "config": {}}, kohya)
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+def layers(module) -> dict[str, torch.nn.Module]:
+    """The adapted layers by the path that they have in the untouched module."""
+    return {name: m for name, m in module.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+
+
+def up_and_down(state: dict, start: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's matrices under either pair of names that diffusers writes."""
+    ends = {name: name.removeprefix(start) for name in state if name.startswith(start + ".lora")}
+    [up] = [name for name, end in ends.items() if "lora_B" in end or ".up" in end]
+    [down] = [name for name, end in ends.items() if "lora_A" in end or ".down" in end]
+    return state[up], state[down]
+
+
+# which layers
+
+
+def targets(base: str, layer_names: str) -> set[str]:
+    backbone = wrap(tiny(base))
+    add_lora(backbone.denoiser, LoraFields(rank=2, lora_layers=layer_names))
+    return set(layers(backbone.denoiser))
+
+
+def linear_with(base: str, *parts: str) -> set[str]:
+    found = wrap(tiny(base)).denoiser.named_modules()
+    return {name for name, m in found if isinstance(m, torch.nn.Linear) and any(part in name for part in parts)}
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+def test_presets_of_unets(base):
+    assert targets(base, "attention") == linear_with(base, "attn1.", "attn2.")
+    assert targets(base, "attention+ff") == linear_with(base, "attn1.", "attn2.", ".ff.net.")
+
+
+def test_presets_of_sd3():
+    assert targets("sd3", "attention") == linear_with("sd3", ".attn.")
+    blocks = linear_with("sd3", ".attn.", ".ff.net.", ".ff_context.net.")
+    assert targets("sd3", "attention+ff") >= blocks
+    assert targets("sd3", "attention+ff") - blocks <= {"proj_out"}
+
+
+def test_presets_of_flux():
+    assert targets("flux", "attention") == linear_with("flux", ".attn.to_", ".attn.add_")
+    blocks = linear_with("flux", ".attn.to_", ".attn.add_", ".ff.net.", ".ff_context.net.", ".proj_mlp", "blocks.0.proj_out")
+    assert targets("flux", "attention+ff") >= blocks
+    assert targets("flux", "attention+ff") - blocks <= {"proj_out"}
+
+
+def test_layers_by_name():
+    assert targets("sd15", "attn2.to_k, attn2.to_v") == linear_with("sd15", "attn2.to_k", "attn2.to_v")
+
+
+def test_a_name_matches_whole_parts_of_a_path():
+    with pytest.raises(UserError, match="lora_layers"):
+        targets("sd15", "o_k")
+
+
+@pytest.mark.parametrize("name", ["to_nowhere", "atention", ""])
+def test_an_unknown_layer_is_refused_and_the_presets_are_named(name):
+    with pytest.raises(UserError, match=r"lora_layers.*attention, attention\+ff"):
+        targets("sd15", name)
+
+
+def test_an_unknown_layer_beside_a_known_one_is_refused():
+    with pytest.raises(UserError, match=r"lora_layers.*to_nowhere"):
+        targets("sd15", "to_k,to_nowhere")
+
+
+def test_rank_is_positive():
+    with pytest.raises(UserError, match="rank"):
+        adapted("sd15", rank=0)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_only_lora_trains_in_float32_and_starts_at_zero(base):
+    backbone = wrap(tiny(base).to(dtype=torch.bfloat16))
+    add_lora(backbone.denoiser, LoraFields(rank=2))
+    trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+    assert not any(p.any() for name, p in trained.items() if "lora_B" in name)
+    assert {p.dtype for name, p in backbone.named_parameters() if name not in trained} == {torch.bfloat16}
+
+
+def test_alpha_defaults_to_the_rank():
+    backbone = adapted("sd15", lora_alpha=0.0)
+    assert all(m.scaling["default"] == 1.0 for m in layers(backbone.denoiser).values())
+
+
+# diffusers' file
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_alpha_is_folded_into_the_up_matrices(base, tmp_path):
+    backbone = adapted(base)
+    state, found = saved(backbone, tmp_path), layers(backbone.denoiser)
+    for path, layer in found.items():
+        up, down = up_and_down(state, f"{backbone.denoiser_name}.{path}")
+        assert torch.allclose(up, layer.lora_B["default"].weight * ALPHA / RANK, atol=1e-6)
+        assert torch.equal(down, layer.lora_A["default"].weight)
+    assert len(state) == 2 * len(found)
+    assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_header_says_that_alpha_is_the_rank(base, tmp_path):
+    backbone = adapted(base, text=True)
+    saved(backbone, tmp_path)
+    said = json.loads(checkpoint.header(tmp_path / "pytorch_lora_weights.safetensors")["lora_adapter_metadata"])
+    names = [backbone.denoiser_name, "text_encoder", *([] if base in ("sd15", "flux") else ["text_encoder_2"])]
+    for name in names:
+        assert said[f"{name}.r"] == RANK
+        assert said[f"{name}.lora_alpha"] == RANK
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_keys_of_text_encoders_contain_text_model(base, tmp_path):
+    backbone = adapted(base, text=True)
+    state = saved(backbone, tmp_path)
+    keys = [key for key in state if key.startswith("text_encoder")]
+    assert keys
+    for key in keys:
+        assert key.split(".")[1:4] == ["text_model", "encoder", "layers"]
+        assert key.count("text_model.") == 1
+    for path, layer in layers(backbone.text_encoders[0]).items():
+        up, down = up_and_down(state, f"text_encoder.text_model.{path.removeprefix('text_model.')}")
+        assert torch.allclose(up, layer.lora_B["default"].weight * ALPHA / RANK, atol=1e-6)
+        assert torch.equal(down, layer.lora_A["default"].weight)
+
+
+def test_text_model_is_not_doubled():
+    assert with_text_model("encoder.x") == "text_model.encoder.x"
+    assert with_text_model("text_model.encoder.x") == "text_model.encoder.x"
+
+
+# kohya's file
+
+
+def parts_of(base: str, backbone) -> list[tuple[str, torch.nn.Module]]:
+    if base == "sd15":
+        return [("lora_unet", backbone.denoiser), ("lora_te", backbone.text_encoders[0])]
+    return [("lora_unet", backbone.denoiser), ("lora_te1", backbone.text_encoders[0]), ("lora_te2", backbone.text_encoders[1])]
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+def test_kohyas_file_holds_true_alphas_and_the_trained_change(base, tmp_path):
+    backbone = adapted(base, text=True)
+    saved(backbone, tmp_path, kohya=True)
+    state, known = load_file(tmp_path / "lora_kohya.safetensors"), set()
+    for prefix, module in parts_of(base, backbone):
+        for path, layer in layers(module).items():
+            inside = path if prefix == "lora_unet" else f"text_model.{path.removeprefix('text_model.')}"
+            key = f"{prefix}_{inside.replace('.', '_')}"
+            up, down, alpha = (state[f"{key}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+            assert alpha.item() == ALPHA
+            assert alpha.shape == ()
+            assert down.shape[0] == RANK
+            delta = alpha.item() / down.shape[0] * up @ down
+            assert torch.allclose(delta, layer.get_delta_weight("default"), atol=1e-6)
+            assert delta.abs().max() > 1e-3
+            known |= {f"{key}.{part}" for part in ("lora_up.weight", "lora_down.weight", "alpha")}
+    assert set(state) == known
+    example = "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha"
+    assert (example if base == "sd15" else example.replace("lora_te_", "lora_te2_")) in state
+
+
+def test_kohyas_file_of_dora_gives_the_trained_weight(tmp_path):
+    """W' = dora_scale (W + delta) / |W + delta|, the norm taken over each output's row (Liu et al., 2024, eq. 5)."""
+    backbone = adapted("sd15", use_dora=True)
+    saved(backbone, tmp_path, kohya=True)
+    state = load_file(tmp_path / "lora_kohya.safetensors")
+    for path, layer in layers(backbone.denoiser).items():
+        key = f"lora_unet_{path.replace('.', '_')}"
+        weight = layer.base_layer.weight.detach()
+        scale = state[f"{key}.dora_scale"]
+        assert scale.shape == (weight.shape[0], 1)
+        up, down = state[f"{key}.lora_up.weight"], state[f"{key}.lora_down.weight"]
+        moved = weight + state[f"{key}.alpha"] / RANK * up @ down
+        rebuilt = torch.stack([scale[i] * row / row.square().sum().sqrt() for i, row in enumerate(moved)])
+        x = torch.randn(3, weight.shape[1])
+        bias = 0 if layer.base_layer.bias is None else layer.base_layer.bias
+        assert torch.allclose(layer(x), x @ rebuilt.T + bias, atol=1e-5)
+        assert not torch.allclose(rebuilt, weight, atol=1e-3)
+
+
+@pytest.mark.parametrize("base", ["sd3", "flux"])
+def test_kohyas_layout_is_refused_for_transformers(base, tmp_path):
+    with pytest.raises(UserError, match="export_kohya"):
+        saved(adapted(base), tmp_path, kohya=True)
+
+
+def test_saving_leaves_the_trained_tensors_alone(tmp_path):
+    backbone = adapted("sd15", text=True)
+    before = {name: value.clone() for name, value in get_peft_model_state_dict(backbone.denoiser).items()}
+    saved(backbone, tmp_path, kohya=True)
+    saved(backbone, tmp_path, kohya=True)
+    after = get_peft_model_state_dict(backbone.denoiser)
+    assert all(torch.equal(before[name], after[name]) for name in before)
