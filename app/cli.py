@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, takewhile
@@ -62,7 +64,8 @@ def train(words: list[str]) -> None:
 
     if HELP & set(words):
         return print(usage(words[0]))
-    run(words)
+    quiet_libraries()
+    print(f"the run is in {run(words)}")
 
 
 def generate(words: list[str]) -> None:
@@ -80,6 +83,7 @@ def demo(words: list[str]) -> None:
     _, config = split(words, DemoConfig, [])
     from customize.app.demo import demo
 
+    quiet_libraries()
     demo(config.output, config.quick)
 
 
@@ -149,6 +153,7 @@ def load(run: str, config: GenerateConfig) -> Any:
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu.")
+    quiet_libraries()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return load_pipeline(run, dtype=getattr(torch, config.dtype)).to(device)
 
@@ -210,9 +215,24 @@ def remedy(error: Exception, command: str) -> str | None:
     return None
 
 
+def quiet_libraries() -> None:
+    """Leaves the screen to our own messages; downloads keep their progress bars."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # transformers speaks at import already
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         run_command(words)
     except KeyboardInterrupt:

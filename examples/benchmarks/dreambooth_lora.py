@@ -3,15 +3,14 @@
     git clone https://github.com/huggingface/diffusers
     python examples/benchmarks/dreambooth_lora.py --diffusers_script diffusers/examples/dreambooth/train_dreambooth_lora.py
 
-Take the checkout at the diffusers version that is installed. The trainers run one after the other, each in a process of its
-own with the same model, pictures and flags, and the round is repeated (A B C A B C ...). A process starts as
-`python THIS_FILE --child ...`, which only adds a hook that writes its peak memory at exit.
+Take the checkout at the installed version. The trainers run one after the other, each in a process of its own with the same
+model, pictures and flags, in turn (A B C A B C ...). A process is `python THIS_FILE --child ...`, which only adds a hook that
+writes its peak memory at exit.
 
 Both trainers redraw a tqdm bar after every step, so both are timed from outside in the same way: stderr is read as it arrives,
 and a step's time is when its number first appears. Steps per second are those from step `--warmup` to the last; imports,
-loading, encoding for the caches and saving are in the wall time alone.
-
-Where torchvision is missing, diffusers' script gets a stand-in for the five transforms that it uses under these flags.
+loading, encoding for the caches and saving are in the wall time alone. Where torchvision is missing, diffusers' script gets
+a stand-in for the transforms that it uses under these flags, and the report says so.
 """
 
 import argparse
@@ -36,14 +35,13 @@ from types import SimpleNamespace
 from typing import Any
 
 BAR = re.compile(rb"\| *(\d+)/(\d+) \[")  # how tqdm writes "step/steps"
-LORA = "pytorch_lora_weights.safetensors"
 LIBRARIES = ("customize", "diffusers", "torch", "transformers", "accelerate", "peft")
 Run = dict[str, Any]
 
 
 def child(memory_file: str, target: str, *words: str) -> None:
     """Runs `target`, a script or a module, as if by `python target words`; writes the peak memory when the process ends."""
-    atexit.register(write_peaks, Path(memory_file))
+    atexit.register(write_memory, Path(memory_file))
     os.environ["HF_HUB_OFFLINE"] = "1"
     sys.argv = [target, *words]
     if target.endswith(".py"):
@@ -54,15 +52,16 @@ def child(memory_file: str, target: str, *words: str) -> None:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
 
 
-def write_peaks(path: Path) -> None:
-    """Bytes at the peak: resident (Linux only), and allocated by torch on the GPU (if there is one)."""
+def write_memory(path: Path) -> None:
+    """Bytes at the peak: resident (Linux only), and allocated by torch on the GPU (if there is one); and what it ran on."""
     import torch
 
     status = Path("/proc/self/status")
     # not getrusage's ru_maxrss, which begins with the parent's
     resident = int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) * 1024 if status.exists() else None
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    path.write_text(json.dumps({"resident": resident, "gpu": gpu}))
+    cpu = None, f"CPU, {torch.get_num_threads()} threads"
+    gpu, device = (torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()) if torch.cuda.is_available() else cpu
+    path.write_text(json.dumps({"resident": resident, "gpu": gpu, "device": device}))
 
 
 def stand_in_for_torchvision() -> None:
@@ -76,51 +75,41 @@ def stand_in_for_torchvision() -> None:
     from transformers.utils import is_torchvision_available
 
     assert not is_torchvision_available()  # transformers remembers this answer
-
-    def resize(image: Image.Image, size: int, how: Image.Resampling) -> Image.Image:
-        short = min(image.size)
-        return image if short == size else image.resize([side * size // short for side in image.size], how)
-
     parts = {
         "InterpolationMode": Image.Resampling,
-        "Resize": lambda size, interpolation: lambda image: resize(image, size, interpolation),
+        "Resize": lambda n, interpolation: lambda x: x.resize([side * n // min(x.size) for side in x.size], interpolation),
         "CenterCrop": lambda n: lambda x: x.crop([(side + sign * n) // 2 for sign in (-1, 1) for side in x.size]),
-        "ToTensor": lambda: lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255),
-        "Normalize": lambda mean, std: lambda x: x.sub(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1)),
-        "Compose": lambda steps: lambda image: reduce(lambda x, step: step(x), steps, image),
+        "ToTensor": lambda: lambda x: torch.from_numpy(np.array(x)).permute(2, 0, 1).contiguous().float().div(255),
+        "Normalize": lambda mean, std: lambda x: (x - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1),
+        "Compose": lambda steps: lambda x: reduce(lambda x, step: step(x), steps, x),
     }
     sys.modules["torchvision"] = module_from_spec(ModuleSpec("torchvision", None))
     vars(sys.modules["torchvision"])["transforms"] = SimpleNamespace(**parts)
 
 
-def draw_pictures(folder: Path) -> str:
+def draw_pictures(folder: Path, world: Any) -> str:
     """Writes four pictures of a drawing that the embedded model has not seen; returns the prompt."""
-    import numpy as np
+    from customize.stickers import BACKGROUNDS, Scene, draw_scene
 
-    from customize.stickers import BACKGROUNDS, Scene, World, draw_scene
-    from customize.stickers.scene import draw_pose
-
-    world, rng = World(), np.random.default_rng(0)
     subject = world.drawings(held_out=True)[0]
     folder.mkdir()
-    for i, background in enumerate(list(BACKGROUNDS)[:4]):
-        draw_scene(Scene(subject, background, pose=draw_pose(rng), seed=i), world)[0].save(folder / f"{i}.png")
+    for background in list(BACKGROUNDS)[:4]:
+        draw_scene(Scene(subject, background), world)[0].save(folder / f"{background}.png")
     return f"a sks {subject.word}"
 
 
-def random_model(folder: Path) -> Path:
-    """The embedded model's layout and size with random weights."""
+def random_model(folder: Path, world: Any) -> Path:
+    """Writes a model of the embedded one's layout and size with random weights."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stickers"))
     import autoencoder
     import text_tower
     import unet
     from diffusers import StableDiffusionPipeline
 
-    from customize.stickers import World
-
-    tokenizer = text_tower.train_tokenizer(World())
+    tokenizer = text_tower.train_tokenizer(world)
     parts = (autoencoder.build(), text_tower.build(tokenizer), tokenizer, unet.build(), unet.schedule())
-    StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False).save_pretrained(folder)
+    pipe: Any = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
     return folder
 
 
@@ -140,30 +129,27 @@ def measure(words: list[str], steps: int, warmup: int, work: Path) -> Run:
                     bars += [{}] if step == 0 else []  # a new bar
                     bars[-1].setdefault(step, now)
     wall = time.perf_counter() - begin
-    # The longest: loading weights may have shown a bar of as many steps.
-    bar = max(bars, key=lambda bar: max(bar.values()) - min(bar.values()))
+    bar = max(bars, key=lambda bar: max(bar.values()) - min(bar.values()))  # others, as of loading weights, are short
     if process.returncode or not {warmup, steps} <= bar.keys():
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{text.decode(errors='replace')[-3000:]}")
-    trained = sum(value.numel() for value in load_file(output / LORA).values())
+    trained = sum(value.numel() for value in load_file(output / "pytorch_lora_weights.safetensors").values())
     speed = (steps - warmup) / (bar[steps] - bar[warmup])
     return {"steps_per_s": speed, "wall_s": wall, "trained_values": trained, **json.loads(memory.read_text())}
 
 
-def spread(runs: list[Run], name: str, unit: int = 1, digits: int = 0) -> str:
-    values = [run[name] / unit for run in runs if run[name] is not None]
-    return " / ".join(f"{f(values):.{digits}f}" for f in (min, statistics.median, max)) if values else "-"
-
-
 def report(rows: dict[str, list[Run]], ratios: dict[str, float], about: dict[str, Any]) -> str:
-    head = ["trainer", "steps/s", "ratio", "wall time, s", "peak resident, MiB", "peak GPU, MiB", "trained values"]
+    def spread(runs: list[Run], name: str, unit: int = 1, digits: int = 0) -> str:
+        values = [run[name] / unit for run in runs if run[name] is not None]
+        return " / ".join(f"{f(values):.{digits}f}" for f in (min, statistics.median, max)) if values else "-"
+
+    head = ["trainer", "steps/s", "ratio", "wall time, s", "peak resident, MiB", "peak GPU, MiB", "trained values", "device"]
     table = [head, ["---"] * len(head)]
     for name, runs in rows.items():
-        memory = [spread(runs, kind, 2**20) for kind in ("resident", "gpu")]
-        speed, wall, trained = spread(runs, "steps_per_s", 1, 2), spread(runs, "wall_s", 1, 1), str(runs[0]["trained_values"])
-        table.append([name, speed, f"{ratios[name]:.2f}", wall, *memory, trained])
-    lines = [f"| {' | '.join(row)} |" for row in table]
-    lines += ["", "Least / median / greatest of the repeats; the ratio is that of median steps/s to diffusers'.", ""]
-    return "\n".join([*lines, *(f"- {name}: {value}" for name, value in about.items()), ""])
+        numbers = [spread(runs, "steps_per_s", 1, 2), f"{ratios[name]:.2f}", spread(runs, "wall_s", 1, 1)]
+        numbers += [spread(runs, "resident", 2**20), spread(runs, "gpu", 2**20), str(runs[0]["trained_values"])]
+        table.append([name, *numbers, runs[0]["device"]])
+    legend = "Least / median / greatest of the repeats; the ratio is that of median steps/s to diffusers'."
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in table), "", legend, "", *(f"- {k}: {v}" for k, v in about.items()), ""])
 
 
 def main() -> None:
@@ -176,23 +162,20 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks"))
     options = parser.parse_args()
     if not 0 < options.warmup < options.steps:
-        parser.error("--warmup must be positive and less than --steps")
-    import torch
-
-    from customize.stickers import MODEL
+        parser.error("--warmup must be 1 or more and less than --steps")
+    from customize.stickers import MODEL, World
 
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        model = options.model or (MODEL if (MODEL / "model_index.json").exists() else random_model(work / "random weights"))
-        flags = f"--resolution 64 --train_batch_size 4 --rank 8 --max_train_steps {options.steps} --learning_rate 1e-4 --seed 0 "
-        flags += "--lr_scheduler constant --lr_warmup_steps 0 --mixed_precision no --report_to tensorboard"
+        work, world, model = Path(folder), World(), options.model
+        model = model or (MODEL if (MODEL / "model_index.json").exists() else random_model(work / "random weights", world))
+        flags = f"--resolution 64 --train_batch_size 4 --rank 8 --max_train_steps {options.steps} --learning_rate 1e-4"
+        flags += " --seed 0 --lr_scheduler constant --lr_warmup_steps 0 --mixed_precision no --report_to tensorboard"
         words = [*flags.split(), "--checkpointing_steps", str(options.steps + 1), "--pretrained_model_name_or_path", str(model)]
-        words += ["--instance_prompt", draw_pictures(work / "data"), "--instance_data_dir", str(work / "data")]
+        words += ["--instance_prompt", draw_pictures(work / "data", world), "--instance_data_dir", str(work / "data")]
         ours = ["customize.app.cli", "train", "dreambooth", *words]
-        theirs = [str(options.diffusers_script), *words, "--center_crop"]
-        trainers = {"diffusers": theirs, "customize --no_cache_latents": [*ours, "--no_cache_latents"], "customize": ours}
+        trainers = {"diffusers": [str(options.diffusers_script), *words, "--center_crop"]}
+        trainers |= {"customize --no_cache_latents": [*ours, "--no_cache_latents"], "customize": ours}
         about = {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
             "machine": f"{platform.platform()}, {os.cpu_count()} cores, load average at the start {os.getloadavg()[0]:.1f}",
             "libraries": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
             "torchvision": "a stand-in for diffusers' script" if find_spec("torchvision") is None else version("torchvision"),
@@ -206,11 +189,11 @@ def main() -> None:
             print(name, rows[name][-1], file=sys.stderr)
     medians = {name: statistics.median(run["steps_per_s"] for run in runs) for name, runs in rows.items()}
     ratios = {name: median / medians["diffusers"] for name, median in medians.items()}
+    print(text := report(rows, ratios, about))
     options.output_dir.mkdir(parents=True, exist_ok=True)
+    (options.output_dir / "dreambooth_lora.md").write_text(text)
     results = {"about": about, "ratios": ratios, "rows": rows}
     (options.output_dir / "dreambooth_lora.json").write_text(json.dumps(results, indent=2))
-    (options.output_dir / "dreambooth_lora.md").write_text(report(rows, ratios, about))
-    print(report(rows, ratios, about))
 
 
 if __name__ == "__main__":

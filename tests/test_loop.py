@@ -1,0 +1,564 @@
+"""The loop: accumulation, resuming, stopping, averages, and what stays on disk when something goes wrong."""
+
+import copy
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from customize.trainers import loop, state
+from customize.trainers.__main__ import run
+from customize.trainers.dreambooth import DreamBooth
+from customize.trainers.loop import TrainConfig, accumulate_gradients, interruption, make_accelerator, train
+from customize.trainers.prepare import held_out_batches
+from customize.trainers.textual_inversion import TextualInversion
+from customize.trainers.validation import validation_loss
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tiny import BASES, tiny
+
+from customize import checkpoint
+from customize.backbone import wrap
+from customize.data import Concept, DataConfig, SubjectDataset, find_pictures
+from customize.errors import UserError
+
+CASES = {
+    "dreambooth": (DreamBooth, {"rank": 2, "lora_dropout": 0.3, "train_text_encoder": True}),
+    "textual_inversion": (TextualInversion, {"placeholder_token": "<toy>", "initializer_token": "dog", "num_vectors": 2}),
+}
+FILES = {"dreambooth": "pytorch_lora_weights.safetensors", "textual_inversion": "learned_embeds.safetensors"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps its settings for the whole process."""
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def build(pictures, case="dreambooth", base="sd15", dtype=torch.float32, **data):
+    """A method and its pictures; the same weights at every call."""
+    method_class, options = CASES[case]
+    prompt = "a photo of <toy>" if case == "textual_inversion" else "a photo of sks dog"
+    backbone = wrap(tiny(base).to(dtype=dtype), base)
+    backbone.vae.float()
+    backbone.resolution = 16
+    torch.manual_seed(11)
+    method = method_class(backbone, method_class.Config(**options), [Concept(str(pictures), prompt, "a dog")])
+    return method, SubjectDataset(find_pictures(pictures, prompt), DataConfig(resolution=16, **data), backbone.factor)
+
+
+def settings(folder, **changes) -> TrainConfig:
+    return TrainConfig(
+        **({"output_dir": str(folder), "max_train_steps": 5, "learning_rate": 1e-2, "checkpointing_steps": 99} | changes)
+    )
+
+
+def go(pictures, folder, case="dreambooth", data=None, held_out=None, base="sd15", dtype=torch.float32, **changes):
+    """Trains from the start; returns the method and the last step."""
+    method, dataset = build(pictures, case, base, dtype, **(data or {}))
+    config = settings(folder, **changes)
+    batches = held_out_batches(dataset, torch.device("cpu")) if held_out else None
+    step = train(method, dataset, config, make_accelerator(config), batches, {"base_model": base, "method": case, "config": {}})
+    return method, step
+
+
+def same_tensors(first, second) -> bool:
+    a, b = load_file(first), load_file(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def checkpoints(folder) -> set[str]:
+    return {path.name for path in folder.glob("checkpoint-*")}
+
+
+def step_of(folder) -> int:
+    return json.loads((folder / "run.json").read_text())["step"]
+
+
+# accumulation
+
+
+class Toy(torch.nn.Module):
+    """Two terms whose gradients are known: of w, mean(x) and 2 w."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+
+    def forward(self, batch):
+        return {"linear": (self.w * batch["x"]).sum(1).mean(), "square": self.w.square().sum()}
+
+
+def toy_step(batches, accumulation, max_norm):
+    config = TrainConfig(gradient_accumulation_steps=accumulation, max_grad_norm=max_norm)
+    accelerator, toy = make_accelerator(config), Toy()
+    wrapped, optimizer = accelerator.prepare(toy, torch.optim.SGD(toy.parameters(), 1.0))
+    sums = accumulate_gradients(accelerator, wrapped, iter(batches), optimizer, {"w": toy.w}, config, 0)
+    return toy.w.detach(), sums
+
+
+def test_accumulated_batches_give_their_mean_gradient():
+    x = torch.tensor([[1.0, 4.0], [3.0, 0.0]])
+    w, sums = toy_step([{"x": x[:1]}, {"x": x[1:]}, {"x": x * 1000}], 2, 1e9)
+    gradient = torch.tensor([(1.0 + 3.0) / 2 + 2 * 1.0, (4.0 + 0.0) / 2 + 2 * -2.0])
+    assert torch.allclose(w, torch.tensor([1.0, -2.0]) - gradient)
+    assert sums == pytest.approx({"linear": ((1 - 8) + (3 - 0)) / 2, "square": 5.0})
+    whole, whole_sums = toy_step([{"x": x}], 1, 1e9)
+    assert torch.allclose(w, whole)
+    assert sums == pytest.approx(whole_sums)
+
+
+def test_the_accumulated_gradient_is_clipped_once():
+    x = torch.tensor([[1.0, 4.0], [3.0, 0.0]])
+    w, _ = toy_step([{"x": x[:1]}, {"x": x[1:]}], 2, 0.5)
+    gradient = torch.tensor([4.0, -2.0])
+    assert torch.allclose(w, torch.tensor([1.0, -2.0]) - gradient / gradient.norm() * 0.5, atol=1e-5)
+
+
+def test_each_step_uses_its_batches_in_order(pictures, tmp_path):
+    """Three steps of two batches of one picture are the first six batches of the data's order."""
+    method, dataset = build(pictures)
+    config, seen, forward = settings(tmp_path, max_train_steps=3, gradient_accumulation_steps=2), [], method.forward
+    method.forward = lambda batch: seen.extend(batch["index"].tolist()) or forward(batch)
+    train(method, dataset, config, make_accelerator(config))
+    order = loop.Batches(dataset, 1, config.seed)
+    assert seen == [key[0][0] for key, _ in zip(order, range(6), strict=False)]
+
+
+# resuming
+
+RESUMED = {
+    "plain": {},
+    "ema": {"use_ema": True},
+    "flip": {"data": {"random_flip": True}, "train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "schedule": {"lr_scheduler": "cosine", "lr_warmup_steps": 3},
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_ends_with_the_same_bits(case, kind, pictures, tmp_path):
+    options, file = RESUMED[kind], FILES[case]
+    go(pictures, tmp_path / "whole", case, checkpointing_steps=2, checkpoints_total_limit=0, **options)
+    torch.manual_seed(123)  # what the process did before does not matter
+    _, step = go(pictures, tmp_path / "rest", case, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"), **options)
+    assert step == 5
+    assert same_tensors(tmp_path / "whole" / file, tmp_path / "rest" / file)
+    assert not same_tensors(tmp_path / "whole" / file, tmp_path / "whole" / "checkpoint-2" / file)
+    assert step_of(tmp_path / "rest") == 5
+    assert step_of(tmp_path / "whole" / "checkpoint-2") == 2
+
+
+def test_latest_is_the_highest_number_that_is_complete(pictures, tmp_path):
+    go(pictures, tmp_path, checkpointing_steps=1, max_train_steps=10, checkpoints_total_limit=0)
+    (tmp_path / "checkpoint-10" / state.FILE).unlink()
+    (tmp_path / "checkpoint-11.partial").mkdir()
+    assert state.latest_checkpoint(tmp_path).name == "checkpoint-9"
+    _, step = go(pictures, tmp_path, max_train_steps=10, resume_from_checkpoint="latest")
+    assert step == 10
+
+
+@pytest.fixture
+def stopped(pictures, tmp_path):
+    """A run that has a checkpoint at step 2."""
+    go(pictures, tmp_path / "run", checkpointing_steps=2, max_train_steps=2)
+    return tmp_path / "run" / "checkpoint-2"
+
+
+def test_resuming_from_nothing(pictures, tmp_path):
+    for given in ("latest", str(tmp_path / "checkpoint-7")):
+        with pytest.raises(UserError, match="resume_from_checkpoint"):
+            go(pictures, tmp_path, resume_from_checkpoint=given)
+
+
+def test_resuming_another_method(pictures, tmp_path, stopped):
+    with pytest.raises(UserError, match="other tensors"):
+        go(pictures, tmp_path, "textual_inversion", resume_from_checkpoint=str(stopped))
+
+
+def test_resuming_with_another_rank(pictures, tmp_path, stopped, monkeypatch):
+    monkeypatch.setitem(CASES, "dreambooth", (DreamBooth, {"rank": 3, "train_text_encoder": True}))
+    with pytest.raises(UserError, match="resume_from_checkpoint"):
+        go(pictures, tmp_path, resume_from_checkpoint=str(stopped))
+
+
+def test_resuming_with_an_average_that_was_not_kept(pictures, tmp_path, stopped):
+    with pytest.raises(UserError, match="resume_from_checkpoint"):
+        go(pictures, tmp_path, use_ema=True, resume_from_checkpoint=str(stopped))
+
+
+def test_resuming_from_a_damaged_file(pictures, tmp_path, stopped):
+    file = stopped / state.FILE
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match="damaged"):
+        go(pictures, tmp_path, resume_from_checkpoint=str(stopped))
+
+
+# a process that dies
+
+AT_STEP = """
+import os, signal, sys
+from customize.trainers import loop
+from customize.app.cli import main
+original, where, number = getattr(loop, sys.argv[1]), sys.argv[1], [0]
+def counted(*arguments, **options):
+    number[0] += 1
+    if number[0] == int(sys.argv[2]):
+        os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+    return original(*arguments, **options)
+setattr(loop, where, counted)
+sys.exit(main(sys.argv[4:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases") / "sd15"
+    tiny("sd15").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def words(base_folder, pictures):
+    flags = {
+        "pretrained_model_name_or_path": base_folder,
+        "instance_data_dir": pictures,
+        "instance_prompt": "a photo of sks dog",
+    }
+    flags |= {
+        "resolution": 16,
+        "max_train_steps": 8,
+        "checkpointing_steps": 3,
+        "rank": 2,
+        "learning_rate": 1e-2,
+        "lora_dropout": 0.3,
+    }
+    return ["dreambooth", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+
+
+def die(function, call, with_signal, words, folder):
+    """Runs the command line in a process that gets the signal at the given call of a function of the loop."""
+    command = [sys.executable, "-c", AT_STEP, function, str(call), with_signal, "train", *words, "--output_dir", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "kept"), [("accumulate_gradients", 8, "checkpoint-6"), ("save_state", 2, "checkpoint-3")]
+)
+def test_a_killed_process_is_resumed_to_the_same_bits(function, call, kept, words, tmp_path):
+    """Killed within a step, and while it writes its second checkpoint."""
+    process = die(function, call, "SIGKILL", words, tmp_path / "killed")
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert state.latest_checkpoint(tmp_path / "killed").name == kept
+    assert not (tmp_path / "killed" / FILES["dreambooth"]).exists()
+    run([*words, "--output_dir", str(tmp_path / "killed"), "--resume_from_checkpoint", "latest"])
+    run([*words, "--output_dir", str(tmp_path / "whole")])
+    assert same_tensors(tmp_path / "killed" / FILES["dreambooth"], tmp_path / "whole" / FILES["dreambooth"])
+    assert {p.name for p in (tmp_path / "killed").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(words, tmp_path):
+    process = die("accumulate_gradients", 5, "SIGINT", words, tmp_path / "stopped")
+    assert process.returncode == 2, process.stderr
+    last = process.stderr.strip().splitlines()[-1]
+    assert f"--resume_from_checkpoint latest --output_dir {tmp_path / 'stopped'}" in last
+    assert "stopped at step 5" in last
+    assert "Traceback" not in process.stderr
+    assert state.latest_checkpoint(tmp_path / "stopped").name == "checkpoint-5"
+    run([*words, "--output_dir", str(tmp_path / "stopped"), "--resume_from_checkpoint", "latest"])
+    run([*words, "--output_dir", str(tmp_path / "whole")])
+    assert same_tensors(tmp_path / "stopped" / FILES["dreambooth"], tmp_path / "whole" / FILES["dreambooth"])
+
+
+@pytest.mark.parametrize("late", [1, 2, 3, 4])
+def test_wherever_ctrl_c_comes_the_step_is_saved(late, pictures, tmp_path, monkeypatch):
+    """The question whether it was pressed is answered with yes from the given time on."""
+    asked = []
+
+    @contextmanager
+    def pressed():
+        yield lambda: asked.append(None) or len(asked) >= late
+
+    monkeypatch.setattr(loop, "interruption", pressed)
+    with pytest.raises(UserError, match="stopped at step") as error:
+        go(pictures, tmp_path)
+    assert f"stopped at step {step_of(state.latest_checkpoint(tmp_path) or tmp_path / 'none')};" in str(error.value)
+
+
+def test_a_second_ctrl_c_is_immediate_and_the_handler_is_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    with interruption() as interrupted:
+        assert not interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# losses that are not finite, full disks
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(bad, pictures, tmp_path):
+    method, dataset = build(pictures)
+    config, losses, calls = settings(tmp_path, checkpointing_steps=2), method.losses, []
+
+    def spoilt(step):
+        calls.append(None)
+        return {name: value * (bad if len(calls) == 4 else 1) for name, value in losses(step).items()}
+
+    method.losses = spoilt
+    with pytest.raises(UserError, match=r"not finite.*checkpoint.*learning_rate"):
+        train(method, dataset, config, make_accelerator(config), info={"base_model": "sd15", "method": "x", "config": {}})
+    assert checkpoints(tmp_path) == {"checkpoint-2"}
+    assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "checkpoint-2" / FILES["dreambooth"]).values())
+    assert not (tmp_path / FILES["dreambooth"]).exists()
+    _, step = go(pictures, tmp_path, resume_from_checkpoint="latest")
+    assert step == 5
+
+
+FULL = [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["os", "safetensors"])
+@pytest.mark.parametrize("module", [state, checkpoint], ids=["state", "adapter"])
+def test_a_full_disk_leaves_the_older_checkpoint(module, error, pictures, tmp_path, monkeypatch):
+    original, calls = module.save_file, []
+
+    def save_file(tensors, path, *arguments):
+        calls.append(None)
+        original(tensors, path, *arguments)
+        if len(calls) == 2:
+            path.write_bytes(path.read_bytes()[:10])
+            raise error
+
+    monkeypatch.setattr(module, "save_file", save_file)
+    with pytest.raises(UserError, match="disk is full"):
+        go(pictures, tmp_path, "textual_inversion", checkpointing_steps=1)
+    assert {path.name for path in tmp_path.iterdir()} - {"pictures"} == {"checkpoint-1"}
+    monkeypatch.undo()
+    _, step = go(pictures, tmp_path, "textual_inversion", resume_from_checkpoint="latest")
+    assert step == 5
+
+
+def test_a_full_disk_at_the_end_leaves_the_earlier_result(pictures, tmp_path, monkeypatch):
+    go(pictures, tmp_path, "textual_inversion", max_train_steps=1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    def save_file(*arguments):
+        raise FULL[0]
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(UserError, match="disk is full"):
+        go(pictures, tmp_path, "textual_inversion", max_train_steps=2)
+    assert len(before) >= 2
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["pictures"]
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(2, {3, 4}), (1, {4}), (0, {1, 2, 3, 4})])
+def test_checkpoints_total_limit(limit, kept, pictures, tmp_path):
+    go(pictures, tmp_path, checkpointing_steps=1, max_train_steps=4, checkpoints_total_limit=limit)
+    assert checkpoints(tmp_path) == {f"checkpoint-{n}" for n in kept}
+
+
+def test_the_limit_counts_numbers_not_letters(pictures, tmp_path):
+    go(pictures, tmp_path, checkpointing_steps=1, max_train_steps=11, checkpoints_total_limit=3)
+    assert checkpoints(tmp_path) == {"checkpoint-9", "checkpoint-10", "checkpoint-11"}
+
+
+# validation
+
+
+def test_early_stopping_and_the_best(pictures, tmp_path, monkeypatch):
+    """Losses 3, 2, 2.5, 2.6 at steps 2, 4, 6, 8: step 4 is the best, and two validations later it is over."""
+    losses = iter([3.0, 2.0, 2.5, 2.6, 0.0])
+    monkeypatch.setattr(loop, "validation_loss", lambda *arguments, **options: next(losses))
+    limits = {"validation_steps": 2, "early_stopping_patience": 2, "checkpointing_steps": 4, "max_train_steps": 20}
+    _, step = go(pictures, tmp_path / "run", held_out=True, checkpoints_total_limit=0, **limits)
+    best, file = tmp_path / "run" / "best", FILES["dreambooth"]
+    assert step == 8
+    assert step_of(best) == 4
+    assert step_of(tmp_path / "run") == 8
+    assert same_tensors(best / file, tmp_path / "run" / "checkpoint-4" / file)
+    assert not same_tensors(best / file, tmp_path / "run" / file)
+
+    losses = iter([2.5, 2.6, 0.0])  # the best loss and the count go on in a resumed run
+    shutil.rmtree(best)
+    _, step = go(
+        pictures, tmp_path / "run", held_out=True, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"), **limits
+    )
+    assert step == 8
+    assert not best.exists()
+
+
+def test_the_best_of_an_averaged_run_is_the_average(pictures, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        loop, "validation_loss", lambda method, *a, **o: seen.append(method.tokens.vectors[0].detach().clone()) or 1.0
+    )
+    method, _ = go(pictures, tmp_path, "textual_inversion", held_out=True, use_ema=True, max_train_steps=3)
+    saved = load_file(tmp_path / "best" / "learned_embeds.safetensors")["<toy>"]
+    assert torch.equal(saved, seen[0])
+    assert torch.equal(saved, load_file(tmp_path / "learned_embeds.safetensors")["<toy>"])
+    assert not torch.equal(saved, method.tokens.vectors[0].detach())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_validation_does_not_disturb_training(case, pictures, tmp_path):
+    go(pictures, tmp_path / "blind", case)
+    prompt = ["a red <toy>" if case == "textual_inversion" else "a red dog"]
+    go(pictures, tmp_path / "seen", case, held_out=True, validation_steps=2, validation_prompt=prompt)
+    assert same_tensors(tmp_path / "blind" / FILES[case], tmp_path / "seen" / FILES[case])
+    assert {p.name for p in (tmp_path / "seen" / "samples").iterdir()} == {f"step-{n:06d}.png" for n in (2, 4, 5)}
+
+
+def test_the_validation_loss_by_hand(pictures):
+    """Eight draws of time and noise for each held-out picture, from one seed."""
+    method, dataset = build(pictures, "textual_inversion")
+    batches, backbone, errors = held_out_batches(dataset, torch.device("cpu"))[:2], method.backbone, []
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for batch in batches:
+            for _ in range(8):
+                latents = backbone.encode_image(batch["pixels"])
+                t = torch.randint(1000, (1,))
+                noise = torch.randn_like(latents)
+                alpha = backbone.noise.alphas_cumprod[t]
+                noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+                text = backbone.pipe.encode_prompt("a photo of <toy>", "cpu", 1, False)[0]
+                errors.append((backbone.denoiser(noisy, t, text).sample - noise).square().mean().item())
+    torch.manual_seed(77)
+    assert validation_loss(method, batches, seed=4) == pytest.approx(sum(errors) / 16, rel=1e-5)
+    after = torch.rand(1)
+    torch.manual_seed(77)
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_the_validation_loss_is_without_dropout(pictures):
+    method, dataset = build(pictures)
+    with torch.no_grad():
+        for name, p in method.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
+    batches = held_out_batches(dataset, torch.device("cpu"))[:1]
+    method.train()
+    training = validation_loss(method, batches)
+    assert any(m.training for n, m in method.named_modules() if "lora_dropout" in n)  # and it goes on as it was
+    method.eval()
+    assert training == validation_loss(method, batches)
+
+
+# averages
+
+
+@pytest.mark.parametrize("decay", [0.999, 0.1])
+def test_the_average_by_hand(decay, pictures, tmp_path):
+    """diffusers' warm-up: the decay at step n is n / (n + 9), at most `ema_decay`, and 0 at the first."""
+    method, dataset = build(pictures, "textual_inversion")
+    config, seen = settings(tmp_path, max_train_steps=3, use_ema=True, ema_decay=decay), []
+    method.on_step = lambda step, steps: seen.append(method.tokens.vectors[0].detach().clone())
+    train(method, dataset, config, make_accelerator(config), info={"base_model": "sd15", "method": "x", "config": {}})
+    values = [*seen[1:], method.tokens.vectors[0].detach()]
+    average = values[0]
+    for n, value in enumerate(values[1:], 2):
+        d = min(n / (n + 9), decay)
+        average = d * average + (1 - d) * value
+    saved = load_file(tmp_path / "learned_embeds.safetensors")["<toy>"]
+    assert torch.allclose(saved, average, atol=1e-7)
+    assert (saved - values[-1]).abs().max() > 1e-5
+
+
+# memory and precision
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_gradient_checkpointing_gives_the_same_gradients(base, pictures, tmp_path, monkeypatch):
+    """With plain gradient descent at rate 1, what moves is the gradient."""
+    monkeypatch.setattr(loop, "make_optimizer", lambda method, *_: torch.optim.SGD(method.parameter_groups(1.0)))
+    found, forwards = [], []
+    for on in (False, True):
+        method, dataset = build(pictures, base=base)
+        before = {name: p.detach().clone() for name, p in method.trainable().items()}
+        block = (
+            method.backbone.denoiser.down_blocks[0].resnets
+            if base in ("sd15", "sdxl")
+            else method.backbone.denoiser.transformer_blocks
+        )[0]
+        calls = []
+        block.register_forward_hook(lambda *_, calls=calls: calls.append(None))
+        config = settings(tmp_path / str(on), max_train_steps=1, gradient_checkpointing=on, max_grad_norm=1e9)
+        train(method, dataset, config, make_accelerator(config), info={"base_model": base, "method": "x", "config": {}})
+        found.append({name: p.detach() - before[name] for name, p in method.trainable().items()})
+        forwards.append(len(calls))
+    assert forwards == [1, 2]  # the second is the one within backward
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
+    assert max(value.abs().max() for value in found[0].values()) > 1e-4
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("case", CASES)
+def test_bf16_keeps_what_is_trained_in_float32(case, base, pictures, tmp_path):
+    options = {"mixed_precision": "bf16", "max_train_steps": 2, "checkpointing_steps": 1, "use_ema": True, "held_out": True}
+    prompt = ["a red <toy>" if case == "textual_inversion" else "a red dog"]
+    method, step = go(pictures, tmp_path, case, base=base, dtype=torch.bfloat16, validation_prompt=prompt, **options)
+    trained = method.trainable()
+    assert step == 2
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert {p.dtype for n, p in method.backbone.denoiser.named_parameters() if f"backbone.denoiser.{n}" not in trained} == {
+        torch.bfloat16
+    }
+    saved = load_file(tmp_path / FILES[case])
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert all(torch.isfinite(value).all() for value in saved.values())
+    start, _ = build(pictures, case, base, torch.bfloat16)
+    assert any(not torch.equal(p, trained[name]) for name, p in start.trainable().items())
+    assert (tmp_path / "samples" / "step-000002.png").exists()
+    again = copy.deepcopy(saved)
+    go(
+        pictures,
+        tmp_path,
+        case,
+        base=base,
+        dtype=torch.bfloat16,
+        resume_from_checkpoint=str(tmp_path / "checkpoint-1"),
+        **options,
+    )
+    assert all(torch.equal(again[name], value) for name, value in load_file(tmp_path / FILES[case]).items())
+
+
+def test_two_runs_of_one_process_may_differ_in_precision(tmp_path):
+    """As on the web page, which trains in its own process."""
+    for precision in ("no", "bf16", "no"):
+        assert make_accelerator(settings(tmp_path, mixed_precision=precision)).mixed_precision == precision
+
+
+# settings
+
+
+def test_scale_lr_multiplies(pictures, tmp_path):
+    method, _ = build(pictures)
+    config = settings(tmp_path, learning_rate=1e-3, scale_lr=True, train_batch_size=3, gradient_accumulation_steps=4)
+    assert {group["lr"] for group in loop.make_optimizer(method, config, 2).param_groups} == {pytest.approx(24e-3)}
+
+
+def test_an_unknown_schedule_is_a_user_error(pictures, tmp_path):
+    with pytest.raises(UserError, match="lr_scheduler"):
+        go(pictures, tmp_path, lr_scheduler="cosin")
+
+
+def test_eight_bit_adam_names_what_to_install(pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        go(pictures, tmp_path, use_8bit_adam=True)
