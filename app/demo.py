@@ -45,7 +45,7 @@ def demo(output: str = "runs/demo", quick: bool = False) -> Path:
     sprite = World().sprite(SUBJECT)
     scores = [np.mean([masked_correlation(picture, sprite) for picture in drawn]) for drawn in (pictures, before, after)]
     print(f"correlation with the subject: its own pictures {scores[0]:.2f}, before {scores[1]:.2f}, after {scores[2]:.2f}")
-    print(f"look at {page}; draw more with: customize generate {folder} \"{prompts[0]}\"")
+    print(f'look at {page}; draw more with: customize generate {folder} "{prompts[0]}"')
     return page
 
 
@@ -68,7 +68,9 @@ def draw(pipe, prompts: list[str], seed: int = 0, steps: int = 25, guidance_scal
     return pipe(prompts, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators).images
 
 
-def compose(pictures: list[Image.Image], before: list[Image.Image], after: list[Image.Image], prompts: list[str]) -> Image.Image:
+def compose(
+    pictures: list[Image.Image], before: list[Image.Image], after: list[Image.Image], prompts: list[str]
+) -> Image.Image:
     """The pictures of the subject on the left; before and after, scene by scene, on the right."""
     side, gap, top, bold, small = 192, 12, 64, ImageFont.load_default(22), ImageFont.load_default(15)
     left = 2 * side + 4 * gap

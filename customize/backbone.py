@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ class Backbone(nn.Module):
 
     denoiser_name = "unet"
     t_max = 1000  # its times, over this, are what encoders see: 0 is data, 1 is noise
-    embedding_names = ENCODER_NAMES  # of the text encoders, in files of learned words
+    embedding_names: tuple[str, ...] = ENCODER_NAMES  # of the text encoders, in files of learned words
 
     def __init__(self, pipe: DiffusionPipeline, name: str = ""):
         super().__init__()
@@ -118,7 +119,7 @@ class Backbone(nn.Module):
         """Encodes every prompt once; only for encoders that no longer change."""
         model = key_of("text", self.name, *(fingerprint(encoder) for encoder in self.text_encoders))
         for prompt in dict.fromkeys(prompts):
-            self.prompts[prompt] = cache.get(key_of(model, prompt), lambda p=prompt: self._encode_prompt([p]))
+            self.prompts[prompt] = cache.get(key_of(model, prompt), partial(self._encode_prompt, [prompt]))
 
     def release_text_encoders(self) -> None:
         """Frees the memory of encoders whose prompts are all cached."""
@@ -285,7 +286,12 @@ class Flux(Flow):
         return self.pipe._unpack_latents(velocity, h * scale, w * scale, scale)
 
 
-BACKBONES = {"StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": SDXL, "StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux}
+BACKBONES = {
+    "StableDiffusionPipeline": SD,
+    "StableDiffusionXLPipeline": SDXL,
+    "StableDiffusion3Pipeline": SD3,
+    "FluxPipeline": Flux,
+}
 
 
 def load_base(name: str, dtype: torch.dtype = torch.float32, **options) -> DiffusionPipeline:
@@ -298,7 +304,9 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, **options) -> Diffu
     if folder.exists():
         _check_folder(folder)
     elif name.startswith((".", "/", "~")):
-        raise UserError(f"--pretrained_model_name_or_path: there is no folder '{name}'; give a diffusers folder, a hub id or 'stickers'.")
+        raise UserError(
+            f"--pretrained_model_name_or_path: there is no folder '{name}'; give a diffusers folder, a hub id or 'stickers'."
+        )
     try:
         pipe = DiffusionPipeline.from_pretrained(
             str(folder) if folder.exists() else name,
@@ -309,7 +317,9 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, **options) -> Diffu
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--pretrained_model_name_or_path: '{name}' could not be loaded as a diffusers pipeline ({reason}).") from error
+        raise UserError(
+            f"--pretrained_model_name_or_path: '{name}' could not be loaded as a diffusers pipeline ({reason})."
+        ) from error
     if isinstance(pipe, StableDiffusion3Pipeline):
         pipe = WordsSD3Pipeline(**pipe.components)
     for part in pipe.components.values():
@@ -321,7 +331,9 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, **options) -> Diffu
 def _check_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise UserError(f"--pretrained_model_name_or_path: '{folder}' has no model_index.json; give the folder of a diffusers pipeline.")
+        raise UserError(
+            f"--pretrained_model_name_or_path: '{folder}' has no model_index.json; give the folder of a diffusers pipeline."
+        )
     listed = json.loads(index.read_text())
     kind = listed.get("_class_name")
     if kind not in BACKBONES:

@@ -1,9 +1,9 @@
 """The folder a run leaves: diffusers' own file for each part that has one, and `run.json`, which says how it was made.
 
-    run.json                              format, base model, method, resolved configuration, library versions
-    pytorch_lora_weights.safetensors      LoRA in diffusers' layout, alpha folded in
-    learned_embeds[-WORD].safetensors     learned words
-    unet/, transformer/, text_encoder/    only where a whole component was trained
+run.json                              format, base model, method, resolved configuration, library versions
+pytorch_lora_weights.safetensors      LoRA in diffusers' layout, alpha folded in
+learned_embeds[-WORD].safetensors     learned words
+unet/, transformer/, text_encoder/    only where a whole component was trained
 """
 
 import errno
@@ -16,11 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from customize.backbone import Backbone, load_base
 from customize.errors import UserError
@@ -50,7 +51,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise UserError(f"the disk is full: '{folder}' was not written, earlier checkpoints are intact; free some space.") from error
+            raise UserError(
+                f"the disk is full: '{folder}' was not written, earlier checkpoints are intact; free some space."
+            ) from error
         raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -92,7 +95,8 @@ def _adapted(backbone: Backbone) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _save_lora(folder: Path, backbone: Backbone, kohya: bool) -> None:
-    arguments, flat = {}, {}
+    arguments: dict = {}
+    flat: dict[str, Tensor] = {}
     for name, module in _adapted(backbone):
         state = folded_state(module)
         if name.startswith("text_encoder"):
@@ -117,14 +121,16 @@ def _kohya_prefix(name: str, backbone: Backbone) -> str:
 
 def _save_components(folder: Path, backbone: Backbone) -> None:
     """Components that were trained as a whole."""
-    parts = {backbone.denoiser_name: backbone.denoiser} | {f"text_encoder{s}": e for s, e in zip(SUFFIXES, backbone.text_encoders, strict=False)}
+    parts = {backbone.denoiser_name: backbone.denoiser} | {
+        f"text_encoder{s}": e for s, e in zip(SUFFIXES, backbone.text_encoders, strict=False)
+    }
     for name, module in parts.items():
         if not has_lora(module) and any(p.requires_grad for p in module.parameters()):
             module.save_pretrained(folder / name, safe_serialization=True)
 
 
 def _save_words(folder: Path, tokens: ConceptTokens) -> dict[str, str]:
-    """One file a word: one key, the word, for a model with one text encoder, else a key for each encoder; returns their names."""
+    """One file a word, with one key, the word, or a key for each of several text encoders; returns their names."""
     files = {}
     for word, vectors in tokens.by_word().items():
         safe = "".join(c if c.isalnum() else "_" for c in word)
@@ -143,7 +149,9 @@ def read_info(run: Path) -> dict:
     except ValueError as error:
         raise UserError(f"'{run / 'run.json'}' is damaged ({error}); use an earlier checkpoint.") from error
     if info.get("format", 0) > FORMAT:
-        raise UserError(f"'{run}' was written by a later version (format {info['format']}, this one reads {FORMAT}): pip install -U customize.")
+        raise UserError(
+            f"'{run}' was written by a later version (format {info['format']}, known is {FORMAT}): pip install -U customize."
+        )
     return info
 
 
@@ -170,7 +178,7 @@ def load_pipeline(run: str | Path, dtype: torch.dtype = torch.float32, **options
     revision = {k: v for k in ("revision", "variant") if (v := info["config"].get(k))}
     pipe = load_base(info["base_model"], dtype, **(revision | options))
     for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and (folder / name).is_dir():
+        if isinstance(part, ModelMixin | PreTrainedModel) and (folder / name).is_dir():
             setattr(pipe, name, type(part).from_pretrained(folder / name, dtype=dtype, use_safetensors=True).eval())
     load(folder, pipe)
     return pipe

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from diffusers import ModelMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
@@ -26,10 +27,12 @@ class LoraFields:
     use_dora: bool = field(default=False, metadata={"help": "also learn the weights' magnitudes (DoRA)"})
 
 
-def add_lora(module: nn.Module, settings: LoraFields, targets: list[str] | None = None) -> None:
+def add_lora(module: ModelMixin, settings: LoraFields, targets: list[str] | None = None) -> None:
     """Adds trainable float32 LoRA to the linear layers that `lora_layers` (or `targets`) names; zero at the start."""
     targets = targets or PRESETS.get(settings.lora_layers) or [name.strip() for name in settings.lora_layers.split(",")]
-    linear = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and any(n == t or n.endswith("." + t) for t in targets)]
+    linear = [
+        n for n, m in module.named_modules() if isinstance(m, nn.Linear) and any(n == t or n.endswith("." + t) for t in targets)
+    ]
     if not linear:
         raise UserError(f"--lora_layers: no linear layer is named {', '.join(targets)}; use one of {', '.join(PRESETS)}.")
     if settings.rank < 1:
@@ -47,16 +50,16 @@ def add_lora(module: nn.Module, settings: LoraFields, targets: list[str] | None 
     cast_training_params(module, dtype=torch.float32)
 
 
-def has_lora(module: nn.Module) -> bool:
+def has_lora(module: ModelMixin) -> bool:
     return bool(getattr(module, "peft_config", None))
 
 
-def lora_scale(module: nn.Module) -> float:
+def lora_scale(module: ModelMixin) -> float:
     config = module.peft_config["default"]
     return config.lora_alpha / config.r
 
 
-def folded_state(module: nn.Module) -> dict[str, Tensor]:
+def folded_state(module: ModelMixin) -> dict[str, Tensor]:
     """The LoRA tensors in peft's names, float32 on the CPU, with alpha / rank multiplied into `lora_B`.
 
     Readers that know no alpha (ComfyUI ignores the header) then apply the right scale, as alpha equals rank.
@@ -66,22 +69,26 @@ def folded_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().float().cpu().contiguous() for name, value in scaled.items()}
 
 
-def folded_metadata(module: nn.Module) -> dict:
+def folded_metadata(module: ModelMixin) -> dict:
     """The adapter's configuration for the file's header, after folding."""
     config = module.peft_config["default"].to_dict()
     shown = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     return shown | {"lora_alpha": config["r"]}
 
 
-def kohya_state(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """The layout of kohya's sd-scripts with true alphas: `PREFIX_path_with_underscores.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+def kohya_state(module: ModelMixin, prefix: str) -> dict[str, Tensor]:
+    """The layout of kohya's sd-scripts with true alphas: `PREFIX_path_with_underscores.lora_down.weight`, `.alpha`, ...
 
     `prefix` is lora_unet, lora_te (Stable Diffusion), lora_te1 or lora_te2 (XL).
     """
     config, out = module.peft_config["default"], {}
     for name, value in get_peft_model_state_dict(module).items():
         path, _, kind = name.partition(".lora_")
-        key = f"{prefix}_{with_text_model(path).replace('.', '_')}" if prefix.startswith("lora_te") else f"{prefix}_{path.replace('.', '_')}"
+        key = (
+            f"{prefix}_{with_text_model(path).replace('.', '_')}"
+            if prefix.startswith("lora_te")
+            else f"{prefix}_{path.replace('.', '_')}"
+        )
         part = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(kind, "dora_scale")
         value = value.detach().float().cpu()
         out[f"{key}.{part}"] = (value[:, None] if part == "dora_scale" else value).contiguous()

@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
-from transformers import T5EncoderModel
+from transformers import PreTrainedModel, T5EncoderModel
 
 from customize.errors import UserError
 
@@ -25,7 +25,9 @@ def add_words(tokenizer, words: list[str]) -> None:
         tokens = tokenizer.tokenize(word)
         if word in tokenizer.get_vocab() or (len(tokens) == 1 and tokens != [tokenizer.unk_token]):
             another = f"<my-{word.strip('<>')}>"
-            raise UserError(f"--placeholder_token: '{word}' is already in the tokenizer's vocabulary; choose another word, such as '{another}'.")
+            raise UserError(
+                f"--placeholder_token: '{word}' is in the tokenizer's vocabulary already; choose another, such as '{another}'."
+            )
     tokenizer.add_tokens(words)
 
 
@@ -50,7 +52,6 @@ class ConceptTokens(nn.Module):
             ids = torch.tensor(tokenizer.convert_tokens_to_ids(tokens))
             table.register_forward_pre_hook(_clamp)
             table.register_forward_hook(self._replace(len(self.vectors) - 1, ids))
-            table.asked = None
 
     def _replace(self, index: int, ids: Tensor) -> Callable:
         def hook(table, args, embedded):
@@ -63,10 +64,12 @@ class ConceptTokens(nn.Module):
     def by_word(self) -> dict[str, dict[str, Tensor]]:
         """For each word, the vectors (num_vectors, dim) by text encoder: `clip_l`, `clip_g`, `t5`."""
         split = [vectors.detach().split(self.num_vectors) for vectors in self.vectors]
-        return {word: {name: parts[i] for name, parts in zip(self.names, split, strict=True)} for i, word in enumerate(self.words)}
+        return {
+            word: {name: parts[i] for name, parts in zip(self.names, split, strict=True)} for i, word in enumerate(self.words)
+        }
 
 
-def _called_table(encoder: nn.Module) -> nn.Embedding:
+def _called_table(encoder: PreTrainedModel) -> nn.Embedding:
     """The embedding layer that the encoder calls: T5 keeps a second one, with the same weights, outside its stack."""
     return (encoder.encoder if isinstance(encoder, T5EncoderModel) else encoder).get_input_embeddings()
 

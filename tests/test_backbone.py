@@ -5,16 +5,16 @@ import shutil
 
 import pytest
 import torch
-from customize.trainers.method import Method, MethodConfig
-from customize.trainers.validation import sample
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from tiny import BASES, tiny
 
 from customize.backbone import Condition, load_base, wrap
 from customize.cache import TensorCache
 from customize.errors import UserError
 from customize.lora import TEXT_ATTENTION, LoraFields, add_lora
 from customize.tokens import WordsSD3Pipeline
+from customize.trainers.method import Method, MethodConfig
+from customize.trainers.validation import sample
+from tiny import BASES, tiny
 
 PROMPTS = ["a photo of sks dog", "the cat on grass"]
 FLOW = {"sd3", "flux"}

@@ -6,12 +6,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from customize.trainers.registry import METHODS, find_method
 from PIL import Image
 
 from customize import cli
 from customize.app.cli import main
 from customize.errors import UserError
+from customize.trainers.registry import METHODS, find_method
 
 
 def shell(*words: str) -> subprocess.CompletedProcess:

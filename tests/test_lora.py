@@ -6,12 +6,12 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import BASES, tiny
 
 from customize import checkpoint
 from customize.backbone import wrap
 from customize.errors import UserError
 from customize.lora import TEXT_ATTENTION, LoraFields, add_lora, with_text_model
+from tiny import BASES, tiny
 
 RANK, ALPHA = 4, 6.0
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from tiny import tiny
 
 from customize.backbone import wrap
 from customize.errors import UserError
 from customize.losses import denoising
+from tiny import tiny
 
 
 @pytest.fixture

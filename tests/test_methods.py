@@ -5,20 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
-from tiny import BASES, draw, tiny
 
 from customize import checkpoint
 from customize.backbone import wrap
 from customize.data import Concept, DataConfig, SubjectDataset, find_pictures
-from customize.errors import UserError
-from customize.pipelines import load_pipeline
 from customize.tokens import WordsSD3Pipeline
 from customize.trainers.dreambooth import DreamBooth
 from customize.trainers.loop import TrainConfig, make_accelerator, train
 from customize.trainers.pivotal_tuning import PivotalTuning
 from customize.trainers.textual_inversion import TextualInversion
+from tiny import BASES, draw, tiny
 
 WORD = {"placeholder_token": "<toy>", "initializer_token": "dog"}
 CASES = {
@@ -98,7 +95,9 @@ def test_trains_saves_and_reloads(base, case, pictures, tmp_path):
     else:
         pipe = stock_pipeline(base, tmp_path / "run")
     error = float(np.abs(picture - draw(pipe, prompt)).max())
-    RESULTS.append(f"{base:5s} {case:28s} trained {len(names):3d} moved {len(moved):3d} frozen identical {frozen} reload error {error:.0e}")
+    RESULTS.append(
+        f"{base:5s} {case:28s} trained {len(names):3d} moved {len(moved):3d} frozen identical {frozen} reload error {error:.0e}"
+    )
 
     assert names
     # the text encoder's last layers may get no gradient where only an earlier layer is read

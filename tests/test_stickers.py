@@ -8,7 +8,19 @@ from PIL import Image
 
 from customize.stickers import BACKGROUNDS, Drawing, Scene, World, caption, draw_scene
 from customize.stickers.measure import masked_correlation
-from customize.stickers.scene import BORDERS, COUNTS, FRAMES, LIGHTS, ORIENTATIONS, SIZES, TINTS, WEATHERS, Pose, draw_factors, draw_pose
+from customize.stickers.scene import (
+    BORDERS,
+    COUNTS,
+    FRAMES,
+    LIGHTS,
+    ORIENTATIONS,
+    SIZES,
+    TINTS,
+    WEATHERS,
+    Pose,
+    draw_factors,
+    draw_pose,
+)
 
 WORLD = World()
 FOX = Drawing("fox", "3d")

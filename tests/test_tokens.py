@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import BASES, tiny, tokenizer
 
 from customize.backbone import wrap
 from customize.errors import UserError
 from customize.tokens import ConceptTokens, add_words, load_words, pieces
+from tiny import BASES, tiny, tokenizer
 
 FIRST = len(tokenizer())  # the id of the first new word
 ALL = [(base, i) for base in BASES for i in range({"sd15": 1, "sdxl": 2, "sd3": 3, "flux": 2}[base])]

@@ -14,9 +14,16 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
-WORDS = "a photo of the dog cat on grass sks red blue toy in style".split()
+WORDS = ["a", "photo", "of", "the", "dog", "cat", "on", "grass", "sks", "red", "blue", "toy", "in", "style"]
 
 
 def tokenizer(length: int = 16) -> PreTrainedTokenizerFast:
@@ -49,12 +56,20 @@ def t5(dim: int = 32):
 
 
 def vae(shift: float | None = None):
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (8, 8)}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 8),
+    }
     return AutoencoderKL(latent_channels=4, norm_num_groups=2, layers_per_block=1, shift_factor=shift, **blocks)
 
 
 def unet(cross: int = 16, xl: bool = False):
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16}
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 16,
+    }
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(8, 16),
@@ -98,7 +113,9 @@ def sd3():
     )
     encoders = {"text_encoder": clip(True), "text_encoder_2": clip(True), "text_encoder_3": t5()}
     tokenizers = {"tokenizer": tokenizer(), "tokenizer_2": tokenizer(), "tokenizer_3": tokenizer()}
-    return StableDiffusion3Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(0.0), **encoders, **tokenizers)
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(0.0), **encoders, **tokenizers
+    )
 
 
 def flux():
@@ -128,7 +145,7 @@ def tiny(base: str):
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
-            for name, p in part.named_parameters():  # diffusers starts some output layers at zero: wake them
+            for p in part.parameters():  # diffusers starts some output layers at zero: wake them
                 if not p.any():
                     torch.nn.init.normal_(p, std=0.05)
     return pipe

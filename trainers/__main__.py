@@ -23,11 +23,15 @@ from customize.trainers.registry import find_method
 class ModelConfig:
     """Which base model, and what is kept of its work."""
 
-    pretrained_model_name_or_path: str = field(default="stickers", metadata={"help": "a diffusers folder, a hub id, or stickers (embedded)"})
+    pretrained_model_name_or_path: str = field(
+        default="stickers", metadata={"help": "a diffusers folder, a hub id, or stickers (embedded)"}
+    )
     revision: str = field(default="", metadata={"help": "revision of the model on the hub"})
     variant: str = field(default="", metadata={"help": "variant of the weight files, such as fp16"})
     cache_latents: bool = field(default=True, metadata={"help": "encode pictures and prompts once, then free the encoders"})
-    cache_dir: str = field(default="", metadata={"help": "keep the encoded pictures and prompts in this folder; empty: in memory"})
+    cache_dir: str = field(
+        default="", metadata={"help": "keep the encoded pictures and prompts in this folder; empty: in memory"}
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "upload the finished run"})
     hub_model_id: str = field(default="", metadata={"help": "the repository to upload to, as USER/NAME"})
 
@@ -61,7 +65,11 @@ def launch(name: str, model: ModelConfig, data: DataConfig, settings: TrainConfi
         train_pictures += prior_pictures(backbone, concepts, settings, data, options.num_class_images, accelerator)
     method = find_method(name)(backbone, options, concepts).to(accelerator.device)
     check_prompts(method, concepts)
-    info = {"base_model": model.pretrained_model_name_or_path, "method": name, "dataset": sorted(p.digest for p in train_pictures)}
+    info = {
+        "base_model": model.pretrained_model_name_or_path,
+        "method": name,
+        "dataset": sorted(p.digest for p in train_pictures),
+    }
     info["config"] = {k: v for part in (model, data, settings, options) for k, v in asdict(part).items()}
     dataset, validation = prepared(method, train_pictures, held_out, model, data, settings)
     step = train(method, dataset, settings, accelerator, validation, info)
@@ -80,7 +88,13 @@ def check_settings(model: ModelConfig, data: DataConfig, settings: TrainConfig) 
         raise UserError("--push_to_hub needs --hub_model_id USER/NAME.")
     if settings.early_stopping_patience and not data.holdout:
         raise UserError("--early_stopping_patience needs --holdout N, pictures kept from training for the validation loss.")
-    for flag in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "validation_steps", "checkpointing_steps"):
+    for flag in (
+        "max_train_steps",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "validation_steps",
+        "checkpointing_steps",
+    ):
         if getattr(settings, flag) < 1:
             raise UserError(f"--{flag} must be at least 1.")
 
@@ -96,7 +110,9 @@ def load_backbone(model: ModelConfig, data: DataConfig, accelerator: Accelerator
     return backbone.to(accelerator.device)
 
 
-def prior_pictures(backbone, concepts: list[Concept], settings: TrainConfig, data: DataConfig, count: int, accelerator) -> list[Picture]:
+def prior_pictures(
+    backbone, concepts: list[Concept], settings: TrainConfig, data: DataConfig, count: int, accelerator
+) -> list[Picture]:
     """Every concept's class pictures; the first process draws those that are missing."""
     found: list[Picture] = []
     with accelerator.main_process_first(), accelerator.autocast():
@@ -108,7 +124,14 @@ def prior_pictures(backbone, concepts: list[Concept], settings: TrainConfig, dat
     return found
 
 
-def prepared(method: Method, pictures: list[Picture], held_out: list[Picture], model: ModelConfig, data: DataConfig, settings: TrainConfig):
+def prepared(
+    method: Method,
+    pictures: list[Picture],
+    held_out: list[Picture],
+    model: ModelConfig,
+    data: DataConfig,
+    settings: TrainConfig,
+):
     """The training set and the held-out batches, encoded once where nothing that trains could change them."""
     factor, device = method.backbone.factor, method.backbone.device
     dataset, held = SubjectDataset(pictures, data, factor), SubjectDataset(held_out, data, factor)

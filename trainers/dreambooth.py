@@ -33,7 +33,11 @@ class DreamBooth(Method):
     def __init__(self, backbone, config: DreamBoothConfig, concepts):
         super().__init__(backbone, config, concepts)
         self._check()
-        encoders = [encoder for encoder in backbone.text_encoders if "CLIP" in type(encoder).__name__] if config.train_text_encoder else []
+        encoders = (
+            [encoder for encoder in backbone.text_encoders if "CLIP" in type(encoder).__name__]
+            if config.train_text_encoder
+            else []
+        )
         if config.full_finetune:
             for module in (backbone.denoiser, *encoders):
                 module.float().requires_grad_(True)

@@ -62,7 +62,9 @@ class TrainConfig:
     validation_prompt: list[str] = field(default_factory=list, metadata={"help": "prompts drawn at every validation"})
     num_validation_images: int = _flag(1, "pictures for each validation prompt")
     validation_steps: int = _flag(100, "steps between validations")
-    early_stopping_patience: int = _flag(0, "stop after so many validations without a better validation loss (needs --holdout); 0: never")
+    early_stopping_patience: int = _flag(
+        0, "stop after so many validations without a better validation loss (needs --holdout); 0: never"
+    )
     report_to: str = _flag("", "tensorboard, wandb or another tracker of accelerate")
     export_kohya: bool = _flag(False, "also write the LoRA in kohya's layout")
 
@@ -85,7 +87,11 @@ def make_optimizer(method: Method, config: TrainConfig, processes: int) -> torch
     lr = config.learning_rate
     if config.scale_lr:
         lr *= processes * config.train_batch_size * config.gradient_accumulation_steps
-    options = {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.adam_weight_decay, "eps": config.adam_epsilon}
+    options = {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
     if not config.use_8bit_adam:
         return torch.optim.AdamW(method.parameter_groups(lr), **options, fused=True)
     try:
@@ -95,7 +101,14 @@ def make_optimizer(method: Method, config: TrainConfig, processes: int) -> torch
     return AdamW8bit(method.parameter_groups(lr), **options)
 
 
-def train(method: Method, dataset, config: TrainConfig, accelerator: Accelerator, held_out: list[dict] | None = None, info: dict | None = None):
+def train(
+    method: Method,
+    dataset,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    held_out: list[dict] | None = None,
+    info: dict | None = None,
+):
     """Minimises the sum of `method(batch)` and writes the run folder; returns the last step.
 
     `dataset` gives items for the keys of `Batches`; `held_out` are collated batches for the validation loss. Stops early by
@@ -163,7 +176,7 @@ def train(method: Method, dataset, config: TrainConfig, accelerator: Accelerator
             if interrupted():
                 raise UserError(f"stopped at step {step}; go on with --resume_from_checkpoint latest --output_dir {output}.")
             if config.early_stopping_patience and best.since >= config.early_stopping_patience:
-                bar.write(f"no better validation loss for {best.since} validations: stopped at step {step}, the best is in {output / 'best'}")
+                bar.write(f"no better validation loss for {best.since} validations: stopped, the best is in {output / 'best'}")
                 break
     bar.close()
     write(output)
@@ -211,7 +224,9 @@ def make_loader(dataset, config: TrainConfig, accelerator: Accelerator, step: in
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }
 
 
 class Best:
@@ -241,7 +256,9 @@ def validate(method, held_out, config: TrainConfig, accelerator, step: int, best
             accelerator.log({"validation_loss": loss}, step)
             bar.write(f"step {step}: validation loss {loss:.4f}{' (best)' if better else ''}")
         if config.validation_prompt and accelerator.is_main_process:
-            pictures = sample(method, config.validation_prompt, config.num_validation_images, method.backbone.resolution, config.seed)
+            pictures = sample(
+                method, config.validation_prompt, config.num_validation_images, method.backbone.resolution, config.seed
+            )
             folder = Path(config.output_dir) / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             sheet(pictures).save(folder / f"step-{step:06d}.png")
@@ -269,7 +286,9 @@ def resume(config: TrainConfig, accelerator, trained, parts) -> int:
     if config.resume_from_checkpoint == "latest":
         found = latest_checkpoint(Path(config.output_dir))
         if found is None:
-            raise UserError(f"--resume_from_checkpoint latest: there is no checkpoint in '{config.output_dir}'; leave the flag out to start anew.")
+            raise UserError(
+                f"--resume_from_checkpoint latest: '{config.output_dir}' holds no checkpoint; leave the flag out to start anew."
+            )
         folder = found
     return load_state(folder, accelerator, trained, **parts)
 
@@ -288,7 +307,7 @@ def _no_folder():
 
 @contextmanager
 def interruption():
-    """Gives a function that says whether Ctrl-C was pressed: the step is finished and saved first; a second Ctrl-C is immediate."""
+    """Gives a function that says whether Ctrl-C was pressed: the step is finished and saved first; a second is immediate."""
     pressed: list[float] = []
 
     def handle(signum, frame):

@@ -8,8 +8,12 @@ from customize.trainers.textual_inversion import WordFields, new_words
 
 @dataclass
 class PivotalTuningConfig(WordFields, DreamBoothConfig):
-    token_learning_rate: float = field(default=0.0, metadata={"help": "learning rate of the new words; 0 means --learning_rate"})
-    train_text_encoder_ti_frac: float = field(default=1.0, metadata={"help": "part of the steps in which the new words are trained"})
+    token_learning_rate: float = field(
+        default=0.0, metadata={"help": "learning rate of the new words; 0 means --learning_rate"}
+    )
+    train_text_encoder_ti_frac: float = field(
+        default=1.0, metadata={"help": "part of the steps in which the new words are trained"}
+    )
 
 
 class PivotalTuning(DreamBooth):
@@ -25,5 +29,7 @@ class PivotalTuning(DreamBooth):
     def parameter_groups(self, lr):
         words = list(self.tokens.parameters())
         known = {id(p) for p in words}
-        groups = [group | {"params": [p for p in group["params"] if id(p) not in known]} for group in super().parameter_groups(lr)]
+        groups = [
+            group | {"params": [p for p in group["params"] if id(p) not in known]} for group in super().parameter_groups(lr)
+        ]
         return [*groups, {"params": words, "lr": self.config.token_learning_rate or lr, "weight_decay": 0.0}]

@@ -15,11 +15,17 @@ from customize.errors import UserError
 from customize.trainers.method import Method
 
 
-def class_pictures(backbone: Backbone, concept: Concept, index: int, folder: Path, count: int, config: DataConfig, seed: int) -> list[Picture]:
+def class_pictures(
+    backbone: Backbone, concept: Concept, index: int, folder: Path, count: int, config: DataConfig, seed: int
+) -> list[Picture]:
     """The concept's prior pictures. What `folder` lacks of `count` is drawn by the base model from the class prompt,
     so call this before any adapter is added. Pictures that are there already are used as they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    have = find_pictures(folder, concept.class_prompt, index, True, config.strict, config.max_pixels) if any(folder.iterdir()) else []
+    have = (
+        find_pictures(folder, concept.class_prompt, index, True, config.strict, config.max_pixels)
+        if any(folder.iterdir())
+        else []
+    )
     pipe = backbone.pipe
     pipe.set_progress_bar_config(disable=True)
     for i in tqdm(range(len(have), count), desc=f"class pictures of '{concept.class_prompt}'"):
@@ -39,7 +45,9 @@ def read_pictures(concepts: list[Concept], config: DataConfig) -> list[Picture]:
     return [
         picture
         for i, concept in enumerate(concepts)
-        for picture in find_pictures(concept.instance_data_dir, concept.instance_prompt, i, False, config.strict, config.max_pixels)
+        for picture in find_pictures(
+            concept.instance_data_dir, concept.instance_prompt, i, False, config.strict, config.max_pixels
+        )
     ]
 
 
@@ -50,7 +58,9 @@ class LatentDataset(Dataset):
     def __init__(self, dataset: SubjectDataset, backbone: Backbone, cache: TensorCache):
         self.pictures, self.config, self.bucket_of = dataset.pictures, dataset.config, dataset.bucket_of
         self.model = key_of("latents", fingerprint(backbone.vae))
-        self.items = {key: self._encode(dataset, key, backbone, cache) for key in tqdm(list(all_keys(dataset)), desc="encoding pictures")}
+        self.items = {
+            key: self._encode(dataset, key, backbone, cache) for key in tqdm(list(all_keys(dataset)), desc="encoding pictures")
+        }
 
     def _encode(self, dataset: SubjectDataset, key: Key, backbone: Backbone, cache: TensorCache) -> dict:
         index, bucket, flip = key
@@ -105,4 +115,6 @@ def check_prompts(method: Method, concepts: list[Concept]) -> None:
             for tokenizer in method.backbone.tokenizers[:1]:
                 length = len(tokenizer(prompt).input_ids) if prompt else 0
                 if length > tokenizer.model_max_length:
-                    raise UserError(f"--instance_prompt: '{prompt}' has {length} tokens, the model reads {tokenizer.model_max_length}; shorten it.")
+                    raise UserError(
+                        f"--instance_prompt: '{prompt}' has {length} tokens, over {tokenizer.model_max_length}: shorten it."
+                    )

@@ -12,7 +12,9 @@ class WordFields:
     """Fields of every method that learns words."""
 
     placeholder_token: str = field(default="", metadata={"help": "the new word, such as <dog>; several are joined by +"})
-    initializer_token: str = field(default="", metadata={"help": "the word it starts from, such as dog; several are joined by +"})
+    initializer_token: str = field(
+        default="", metadata={"help": "the word it starts from, such as dog; several are joined by +"}
+    )
     num_vectors: int = field(default=1, metadata={"help": "vectors of each new word"})
 
 
@@ -30,7 +32,9 @@ def new_words(backbone, config: WordFields, prompts: list[str]) -> ConceptTokens
         raise UserError("--num_vectors must be at least 1.")
     for prompt in prompts:
         if not any(word in prompt for word in words):
-            raise UserError(f"--instance_prompt: '{prompt}' does not contain {' or '.join(words)}, so that nothing would be learned.")
+            raise UserError(
+                f"--instance_prompt: '{prompt}' does not contain {' or '.join(words)}, so that nothing would be learned."
+            )
     return ConceptTokens(backbone, dict(zip(words, starts, strict=True)), config.num_vectors)
 
 

@@ -27,7 +27,9 @@ def validation_loss(method: Method, batches: list[dict], seed: int = 0, repeats:
 
 
 @torch.no_grad()
-def sample(method: Method, prompts: list[str], count: int, resolution: int, seed: int = 0, steps: int = 25) -> list[tuple[str, Image.Image]]:
+def sample(
+    method: Method, prompts: list[str], count: int, resolution: int, seed: int = 0, steps: int = 25
+) -> list[tuple[str, Image.Image]]:
     """`count` pictures for each prompt, drawn by the very modules that are being trained."""
     pipe, pictures = method.backbone.pipe, []
     pipe.set_progress_bar_config(disable=True)
@@ -48,7 +50,11 @@ def prompt_arguments(method: Method, prompt: str) -> dict[str, str | Tensor]:
     cached = method.backbone.prompts
     if prompt not in cached or len(method.backbone.text_encoders):
         return {"prompt": prompt}
-    names = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
+    names = {
+        "encoder_hidden_states": "prompt_embeds",
+        "text_embeds": "pooled_prompt_embeds",
+        "pooled_projections": "pooled_prompt_embeds",
+    }
     arguments = {names[name]: value for name, value in cached[prompt].items()}
     if "negative_prompt_embeds" in method.backbone.pipe.encode_prompt.__code__.co_varnames:
         arguments |= {f"negative_{names[name]}": value for name, value in cached[""].items()}

@@ -65,7 +65,9 @@ def _grass(row, rng, size):
 def _beach(row, rng, size):
     shore = rng.uniform(0.3, 0.45)
     sand = int((shore + 0.15) * size)
-    pixels = _bands(row, size, (shore, _colour(140, 205, 250)), (shore + 0.15, _colour(60, 140, 210)), (1, _colour(235, 210, 150)))
+    pixels = _bands(
+        row, size, (shore, _colour(140, 205, 250)), (shore + 0.15, _colour(60, 140, 210)), (1, _colour(235, 210, 150))
+    )
     pixels[sand:] += _speckle(rng, size - sand, size, size, 8)
     return pixels
 

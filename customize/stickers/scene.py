@@ -12,10 +12,21 @@ from PIL import Image, ImageFilter
 from customize.stickers.backgrounds import BACKGROUNDS, draw_background
 from customize.stickers.world import Drawing, World
 
-TINTS = {"red": (235, 60, 50), "blue": (60, 110, 235), "green": (60, 180, 75), "purple": (150, 70, 200), "golden": (240, 190, 50), "gray": (150, 150, 150)}
+TINTS = {
+    "red": (235, 60, 50),
+    "blue": (60, 110, 235),
+    "green": (60, 180, 75),
+    "purple": (150, 70, 200),
+    "golden": (240, 190, 50),
+    "gray": (150, 150, 150),
+}
 SIZES = {"tiny": (0.3, 0.38), "": (0.62, 0.82), "huge": (0.98, 1.12)}  # of the picture's side
 ORIENTATIONS = {"": 0, "upside down": 180, "lying sideways": 90}  # degrees, counter-clockwise
-LIGHTS = {"": (1.0, 1.0, 1.0), "in dim light": (0.5, 0.5, 0.55), "in warm light": (1.1, 0.88, 0.6)}  # factors of red, green, blue
+LIGHTS = {
+    "": (1.0, 1.0, 1.0),
+    "in dim light": (0.5, 0.5, 0.55),
+    "in warm light": (1.1, 0.88, 0.6),
+}  # factors of red, green, blue
 WEATHERS = ("", "in the rain", "in fog")
 BORDERS = ("", "with a white border")
 FRAMES = ("", "in a wooden frame")
@@ -60,13 +71,19 @@ def draw_pose(rng: np.random.Generator, spread: float = 1.0) -> Pose:
     """A random pose; `spread` scales its range, 0 is upright in the middle."""
     u = rng.uniform(-1, 1, 7) * spread
     mirror, shadow = rng.random() < 0.5 * min(spread, 1.0), (rng.random() < 0.5) * 0.35
-    return Pose(0.09 * u[0], 0.07 * u[1], 0.5 + 0.5 * u[2], 14 * u[3], bool(mirror), (0.18 * u[4], 0.18 * u[5]), 0.22 * u[6], shadow)
+    return Pose(
+        0.09 * u[0], 0.07 * u[1], 0.5 + 0.5 * u[2], 14 * u[3], bool(mirror), (0.18 * u[4], 0.18 * u[5]), 0.22 * u[6], shadow
+    )
 
 
-def draw_factors(rng: np.random.Generator, world: World, subjects: list[Drawing], extras: float = 0.4, spread: float = 1.0) -> Scene:
+def draw_factors(
+    rng: np.random.Generator, world: World, subjects: list[Drawing], extras: float = 0.4, spread: float = 1.0
+) -> Scene:
     """A random scene of one of `subjects`; with probability `extras` it has a factor beyond subject and background."""
     subject = subjects[rng.integers(len(subjects))]
-    scene = Scene(subject, list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))], pose=draw_pose(rng, spread), seed=int(rng.integers(2**31)))
+    scene = Scene(
+        subject, list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))], pose=draw_pose(rng, spread), seed=int(rng.integers(2**31))
+    )
     while rng.random() < extras:
         scene = replace(scene, **draw_extra(rng, subjects))
         extras /= 2
@@ -81,7 +98,15 @@ def draw_extra(rng: np.random.Generator, companions: list[Drawing]) -> dict:
         return values[rng.integers(len(values))]
 
     field = one_of(["tint", "tint", "size", "size", "orientation", "light", "weather", "border", "frame", "count", "companion"])
-    values = {"tint": TINTS, "size": SIZES, "orientation": ORIENTATIONS, "light": LIGHTS, "weather": WEATHERS, "border": BORDERS, "frame": FRAMES}
+    values = {
+        "tint": TINTS,
+        "size": SIZES,
+        "orientation": ORIENTATIONS,
+        "light": LIGHTS,
+        "weather": WEATHERS,
+        "border": BORDERS,
+        "frame": FRAMES,
+    }
     if field == "count":
         return {"count": int(rng.integers(2, 4)), "companion": None}
     if field == "companion":
@@ -139,7 +164,10 @@ def _placements(scene: Scene, rng: np.random.Generator) -> list[tuple[Drawing, P
     small = min(1.05 / scene.count, 0.62) * min(scale, 0.72)
     small = small / 0.72
     step = 0.94 / scene.count
-    return [(scene.subject, replace(pose, x=pose.x / 3 + (i - (scene.count - 1) / 2) * step, scale=small), True) for i in range(scene.count)]
+    return [
+        (scene.subject, replace(pose, x=pose.x / 3 + (i - (scene.count - 1) / 2) * step, scale=small), True)
+        for i in range(scene.count)
+    ]
 
 
 def _tinted(sprite: np.ndarray, tint: str) -> np.ndarray:

@@ -47,7 +47,7 @@ class World:
         return self.atlas[y : y + self.size, x : x + self.size]
 
     def drawings(self, core: bool | None = None, held_out: bool | None = False) -> list[Drawing]:
-        """All drawings; `core` and `held_out` keep those of the core vocabulary and those kept from pretraining (None: either)."""
+        """All drawings; `core` and `held_out` keep those of the core vocabulary and those not pretrained on (None: either)."""
         return [
             Drawing(word, studio)
             for word, entry in self.classes.items()

@@ -102,9 +102,10 @@ def random_model(folder: Path, world: Any) -> Path:
     """Writes a model of the embedded one's layout and size with random weights."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stickers"))
     import autoencoder
-    import text_tower
     import unet
     from diffusers import StableDiffusionPipeline
+
+    import text_tower
 
     tokenizer = text_tower.train_tokenizer(world)
     parts = (autoencoder.build(), text_tower.build(tokenizer), tokenizer, unet.build(), unet.schedule())

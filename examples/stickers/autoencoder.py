@@ -12,8 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from recipe import FURNACE, Run, render_batch, worlds
 from torch import Tensor
+
+from recipe import FURNACE, Run, render_batch, worlds
 
 LATENTS, KEPT = 12, 100.0  # components; the constant that keeps the encoder's last normalisation from changing anything
 
@@ -114,7 +115,9 @@ def main():
         with torch.no_grad():
             latents = model.encode(pixels).latent_dist.mode()
             latents = latents + options.noise * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
-        run.update({"reconstruction": reconstruction(model.decode(latents).sample, pixels)}, options.batch_size, (passed - 0.6) / 0.4)
+        run.update(
+            {"reconstruction": reconstruction(model.decode(latents).sample, pixels)}, options.batch_size, (passed - 0.6) / 0.4
+        )
         run.report()
         run.save(500)
     run.save()

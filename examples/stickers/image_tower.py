@@ -11,13 +11,13 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from recipe import FURNACE, Run, worlds
-from text_tower import LENGTH, LOOK, Looks
 from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from customize.stickers import BACKGROUNDS, Scene, caption, draw_scene
 from customize.stickers.scene import draw_caption, draw_factors
+from recipe import FURNACE, Run, worlds
+from text_tower import LENGTH, LOOK, Looks
 
 MODEL = FURNACE / "model"
 

@@ -1,7 +1,7 @@
-"""How well a method teaches held-out drawings: `python examples/stickers/measure_customization.py [--output runs/measured]`.
+"""How well a method teaches held-out drawings. `python examples/stickers/measure_customization.py`
 
-For each of six held-out drawings (four pictures each) and each method: likeness (masked correlation of the drawing with pictures
-of six unseen scenes), obedience (the background is the one asked for), before and after; and the prior, what the class word
+For each of six held-out drawings (four pictures each) and method: likeness (masked correlation of the drawing with pictures of
+six unseen scenes), obedience (the background is the one asked for), before and after; and the prior, what the class word
 alone draws before and after. Writes a Markdown table, JSON, and one sheet of pictures for each method.
 """
 
@@ -54,7 +54,10 @@ def settings(method: str, subject: Drawing, folder: Path, steps: int):
 
 def score(pictures: list[Image.Image], sprite: np.ndarray, backgrounds=UNSEEN) -> dict[str, float]:
     likeness = float(np.mean([masked_correlation(picture, sprite) for picture in pictures]))
-    return {"likeness": likeness, "obedience": float(np.mean([background_of(p) == b for p, b in zip(pictures, backgrounds, strict=True)]))}
+    return {
+        "likeness": likeness,
+        "obedience": float(np.mean([background_of(p) == b for p, b in zip(pictures, backgrounds, strict=True)])),
+    }
 
 
 def measure(method: str, subject: Drawing, folder: Path, steps: int) -> tuple[dict, list[Image.Image]]:
@@ -68,7 +71,14 @@ def measure(method: str, subject: Drawing, folder: Path, steps: int) -> tuple[di
     launch(method.split("-")[0], ModelConfig(), data, train, options)
     seconds, pipe = time.time() - begin, load_pipeline(folder)
     after, after_class = draw(pipe, subject_prompts), draw(pipe, class_prompts)
-    drift = float(np.mean([np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() / 255 for a, b in zip(before_class, after_class, strict=True)]))
+    drift = float(
+        np.mean(
+            [
+                np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() / 255
+                for a, b in zip(before_class, after_class, strict=True)
+            ]
+        )
+    )
     row = {"method": method, "subject": str(subject), "seconds": round(seconds), "prior drift": drift}
     for name, pictures in {"own pictures": taught, "before": before_class, "after": after, "class after": after_class}.items():
         likeness = score(pictures, sprite, UNSEEN[: len(pictures)])
@@ -90,7 +100,9 @@ def main():
     for method in options.methods:
         strips = []
         for subject in SUBJECTS[: options.subjects]:
-            row, pictures = measure(method, subject, options.output / f"{method}-{subject.studio}-{subject.word}", options.steps)
+            row, pictures = measure(
+                method, subject, options.output / f"{method}-{subject.studio}-{subject.word}", options.steps
+            )
             rows.append(row)
             strips.append(pictures)
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)

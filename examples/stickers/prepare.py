@@ -1,6 +1,7 @@
 """Builds the sticker world's sprite atlas from the three npm packages of drawings.
 
-    npm pack emoji-datasource@16.0.0 emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
+    npm pack emoji-datasource@16.0.0 emoji-datasource-google@16.0.0
+    npm pack emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
     python examples/stickers/prepare.py FOLDER_WITH_THE_TGZ_FILES [--full atlas_folder] [--size 64]
 
 It rewrites `customize/stickers/data/` (the core vocabulary and the held-out drawings, which the package ships) and, with

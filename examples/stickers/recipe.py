@@ -21,7 +21,9 @@ class Run:
 
     def __init__(self, name: str, model: nn.Module, lr: float, warmup: int = 200, ema: float = 0.0, decay: float = 0.01):
         self.path, self.model, self.lr, self.warmup, self.decay_rate = FURNACE / f"{name}.pt", model, lr, warmup, ema
-        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr, betas=(0.9, 0.98), weight_decay=decay, fused=True
+        )
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()} if ema else {}
         self.step, self.images, self.since, self.log = 0, 0, 0, []
         self.start = self.last = time.time()
@@ -33,7 +35,7 @@ class Run:
             print(f"{name}: resumed at step {self.step}, {self.images} images", flush=True)
 
     def update(self, losses: dict[str, torch.Tensor], images: int, progress: float = 0.0) -> None:
-        """One optimizer step on the sum of `losses`; `progress` (0 to 1) is how much of the final decay of the rate has passed."""
+        """One optimizer step on the sum of `losses`; `progress` (0 to 1) is the part of the rate's final decay that passed."""
         sum(losses.values()).backward()
         self.since += 1
         rate = self.lr * min(1.0, self.since / self.warmup) * min(1.0, max(1.0 - progress, 0.02))

@@ -13,14 +13,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from recipe import FURNACE, Run, worlds
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from customize.stickers.backgrounds import BACKGROUNDS
-from customize.stickers.scene import BORDERS, COUNTS, FRAMES, LIGHTS, ORIENTATIONS, PREFIXES, SIZES, TINTS, WEATHERS, caption, draw_factors
+from customize.stickers.scene import (
+    BORDERS,
+    COUNTS,
+    FRAMES,
+    LIGHTS,
+    ORIENTATIONS,
+    PREFIXES,
+    SIZES,
+    TINTS,
+    WEATHERS,
+    caption,
+    draw_factors,
+)
+from recipe import FURNACE, Run, worlds
 
 LENGTH, FIRST_PATCH, LOOK = 40, 24, 128
 RARE = ("sks", "zwx", "ohwx", "snq")  # words without meaning, for methods that bind a subject to one
@@ -39,12 +51,25 @@ FACTORS = {
 
 def train_tokenizer(world) -> CLIPTokenizer:
     """Byte-pair encoding in CLIP's format whose merges go on until every word of the world is one token."""
-    phrases = [*BACKGROUNDS.values(), *TINTS, *SIZES, *ORIENTATIONS, *LIGHTS, *WEATHERS, *BORDERS, *FRAMES, *COUNTS.values(), *PREFIXES]
+    phrases = [
+        *BACKGROUNDS.values(),
+        *TINTS,
+        *SIZES,
+        *ORIENTATIONS,
+        *LIGHTS,
+        *WEATHERS,
+        *BORDERS,
+        *FRAMES,
+        *COUNTS.values(),
+        *PREFIXES,
+    ]
     words = " ".join([*phrases, *world.classes, *world.studios, *RARE, "a next to the of and in on with style"]).split()
     core = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     alphabet = sorted(ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=20000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=20000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
     core.train_from_iterator(sorted(words), trainer)
     merges = [tuple(pair) for pair in __import__("json").loads(core.to_str())["model"]["merges"]]
     pieces = [*alphabet, *(c + "</w>" for c in alphabet), *dict.fromkeys(a + b for a, b in merges)]
@@ -71,7 +96,9 @@ def build(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def thumbnails(world, drawings) -> np.ndarray:
     """16 x 16 pictures with premultiplied alpha, values around 0, shape (drawings, 16, 16, 4)."""
-    small = [np.asarray(Image.fromarray(world.sprite(d)).resize((16, 16), Image.Resampling.BOX), np.float32) / 255 for d in drawings]
+    small = [
+        np.asarray(Image.fromarray(world.sprite(d)).resize((16, 16), Image.Resampling.BOX), np.float32) / 255 for d in drawings
+    ]
     return np.stack([np.concatenate([(s[..., :3] - 0.5) * s[..., 3:], s[..., 3:] - 0.5], -1) for s in small]) * 2
 
 
@@ -108,7 +135,9 @@ class Teacher(nn.Module):
         amount = torch.rand(len(embedded), 1, 1) * 0.33 * embedded.detach().std()
         return embedded + amount * torch.randn_like(embedded)
 
-    def forward(self, ids: Tensor, noun: Tensor, look: Tensor, patches: Tensor, companion: Tensor, factors: dict) -> dict[str, Tensor]:
+    def forward(
+        self, ids: Tensor, noun: Tensor, look: Tensor, patches: Tensor, companion: Tensor, factors: dict
+    ) -> dict[str, Tensor]:
         """`noun` (batch,): the position of the noun's last token, 0 where there is no subject."""
         output = self.text(ids)
         states, position = output.last_hidden_state, torch.arange(LENGTH)
@@ -170,7 +199,11 @@ def main():
     rng, begin = np.random.default_rng(run.step), time.time()
     pools = world.drawings(), world.drawings(core=True)
     while (passed := (time.time() - begin) / 60 / options.minutes) < 1:
-        run.update(teacher(*draw_batch(rng, world, pools, looks, tokenizer, options.batch_size)), options.batch_size, (passed - 0.4) / 0.6)
+        run.update(
+            teacher(*draw_batch(rng, world, pools, looks, tokenizer, options.batch_size)),
+            options.batch_size,
+            (passed - 0.4) / 0.6,
+        )
         run.report()
         run.save(200)
     run.save()
@@ -179,7 +212,9 @@ def main():
     with torch.no_grad():
         batch = draw_batch(rng, world, pools, looks, tokenizer, 512)
         losses = teacher(*batch)
-    print("without noise:", {k: round(v.item(), 4) for k, v in losses.items()}, "look variance", looks.code.var(0).mean().item())
+    print(
+        "without noise:", {k: round(v.item(), 4) for k, v in losses.items()}, "look variance", looks.code.var(0).mean().item()
+    )
     teacher.text.save_pretrained(FURNACE / "model" / "text_encoder")
     tokenizer.save_pretrained(FURNACE / "model" / "tokenizer")
 

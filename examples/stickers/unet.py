@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from recipe import FURNACE, Run, worlds
-from text_tower import LENGTH
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from customize.stickers import draw_scene
 from customize.stickers.scene import draw_caption, draw_factors
+from recipe import FURNACE, Run, worlds
+from text_tower import LENGTH
 
 MODEL = FURNACE / "model"
 SHARD, SHARDS = 8192, 6  # scenes in a shard, shards kept in memory
@@ -96,7 +96,9 @@ def spread_times(count: int) -> torch.Tensor:
 @torch.no_grad()
 def sheet(unet, source: Source, path) -> None:
     """32 pictures of trained drawings, for the eye."""
-    pipe = StableDiffusionPipeline(source.vae, source.text, source.tokenizer, unet, schedule(), None, None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(
+        source.vae, source.text, source.tokenizer, unet, schedule(), None, None, requires_safety_checker=False
+    )
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(7)
     scenes = [draw_factors(rng, source.world, source.pools[1], extras=0.2 if i >= 16 else 0) for i in range(32)]
@@ -112,7 +114,9 @@ def sheet(unet, source: Source, path) -> None:
 
 
 def export(unet, source: Source) -> None:
-    pipe = StableDiffusionPipeline(source.vae, source.text, source.tokenizer, unet, schedule(), None, None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(
+        source.vae, source.text, source.tokenizer, unet, schedule(), None, None, requires_safety_checker=False
+    )
     pipe.to(torch.float16).save_pretrained(MODEL.with_name("export"))
 
 
