@@ -87,7 +87,8 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> dict[str, Tensor]:
         """Mean and standard deviation of the latent posterior, for pixels (batch, 3, height, width) in [-1, 1]."""
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        with torch.autocast(self.device.type, enabled=False):  # XL's autoencoder overflows in float16
+            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return {"mean": posterior.mean.float(), "std": posterior.std.float()}
 
     def sample_latents(self, mean: Tensor, std: Tensor) -> Tensor:

@@ -139,6 +139,8 @@ def prepared(
         cache = TensorCache(Path(model.cache_dir) if model.cache_dir else None)
         dataset, held = LatentDataset(dataset, method.backbone, cache), LatentDataset(held, method.backbone, cache)
         cache_text(method, [*pictures, *held_out], settings.validation_prompt, cache)
+        if not settings.validation_prompt:
+            method.backbone.vae.cpu()  # nothing is encoded or decoded any more
     return dataset, held_out_batches(held, device)
 
 

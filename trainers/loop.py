@@ -114,7 +114,8 @@ def train(
     `dataset` gives items for the keys of `Batches`; `held_out` are collated batches for the validation loss. Stops early by
     `early_stopping_patience`, at Ctrl-C after saving, and with a UserError when the loss is no longer finite.
     """
-    output, info = Path(config.output_dir), {"step": 0, **(info or {})}
+    output, info = Path(config.output_dir), info or {}
+    method.train()
     trained = method.trainable()
     if config.gradient_checkpointing:
         method.backbone.denoiser.enable_gradient_checkpointing()
@@ -193,10 +194,7 @@ def accumulate_gradients(accelerator, wrapped, batches, optimizer, trained, conf
             losses = wrapped(batch)
             total = torch.stack([value.float() for value in losses.values()]).sum()
             if not torch.isfinite(total):
-                raise UserError(
-                    f"the loss is not finite at step {step}; the last checkpoint in {config.output_dir} is good. "
-                    "Lower --learning_rate, or use --mixed_precision bf16 instead of fp16."
-                )
+                raise UserError(not_finite(step, Path(config.output_dir)))
             accelerator.backward(total)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(list(trained.values()), config.max_grad_norm)
@@ -205,6 +203,14 @@ def accumulate_gradients(accelerator, wrapped, batches, optimizer, trained, conf
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.item() / config.gradient_accumulation_steps
     return sums
+
+
+def not_finite(step: int, output: Path) -> str:
+    kept = latest_checkpoint(output)
+    good = f"'{kept}' is the last good checkpoint" if kept else "no checkpoint was written yet"
+    return (
+        f"the loss is not finite at step {step}; {good}. Lower --learning_rate, or use --mixed_precision bf16 instead of fp16."
+    )
 
 
 def make_loader(dataset, config: TrainConfig, accelerator: Accelerator, step: int) -> DataLoader:

@@ -22,8 +22,12 @@ def fixed_randomness(seed: int) -> Iterator[None]:
 @torch.no_grad()
 def validation_loss(method: Method, batches: list[dict], seed: int = 0, repeats: int = 8) -> float:
     """The mean denoising loss on held-out pictures, each with the same `repeats` times and noises at every call."""
+    was_training = method.training
+    method.eval()
     with fixed_randomness(seed):
-        return sum(method(batch)["denoise"].item() for batch in batches for _ in range(repeats)) / (len(batches) * repeats)
+        total = sum(method(batch)["denoise"].item() for batch in batches for _ in range(repeats))
+    method.train(was_training)
+    return total / (len(batches) * repeats)
 
 
 @torch.no_grad()

@@ -109,8 +109,7 @@ def random_model(folder: Path, world: Any) -> Path:
 
     tokenizer = text_tower.train_tokenizer(world)
     parts = (autoencoder.build(), text_tower.build(tokenizer), tokenizer, unet.build(), unet.schedule())
-    pipe: Any = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
-    pipe.save_pretrained(folder)
+    StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False).save_pretrained(folder)
     return folder
 
 
@@ -150,7 +149,7 @@ def report(rows: dict[str, list[Run]], ratios: dict[str, float], about: dict[str
         numbers += [spread(runs, "resident", 2**20), spread(runs, "gpu", 2**20), str(runs[0]["trained_values"])]
         table.append([name, *numbers, runs[0]["device"]])
     legend = "Least / median / greatest of the repeats; the ratio is that of median steps/s to diffusers'."
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in table), "", legend, "", *(f"- {k}: {v}" for k, v in about.items()), ""])
+    return "\n".join([*(f"| {' | '.join(r)} |" for r in table), "", legend, "", *(f"- {k}: {v}" for k, v in about.items()), ""])
 
 
 def main() -> None:
