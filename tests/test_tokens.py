@@ -148,7 +148,7 @@ def test_negative_prompts_of_sd3_may_hold_words():
 
 @pytest.mark.parametrize("word", ["dog", "cat"])
 def test_a_word_of_the_vocabulary_is_refused(word):
-    with pytest.raises(UserError, match=f"'{word}' is already in the tokenizer's vocabulary.*<my-{word}>"):
+    with pytest.raises(UserError, match=f"'{word}' is .*already.*<my-{word}>"):
         ConceptTokens(wrap(tiny("sd15")), {word: "dog"})
 
 

@@ -1,4 +1,4 @@
-"""Stage 3: the denoiser. `python examples/stickers/unet.py [--minutes 600]`, resumable; `--export` writes the averaged weights.
+"""Stage 3: the denoiser. `python examples/stickers/unet.py [--minutes 600]`, resumable. The averaged weights are what counts.
 
 Scenes are rendered and encoded in shards that are used a few times and then replaced; poses and factors widen as it learns.
 """
@@ -114,13 +114,6 @@ def sheet(unet, source: Source, path) -> None:
     grid.resize((1024, 1024), Image.Resampling.NEAREST).save(path)
 
 
-def export(unet, source: Source) -> None:
-    pipe = StableDiffusionPipeline(
-        source.vae, source.text, source.tokenizer, unet, schedule(), None, None, requires_safety_checker=False
-    )
-    pipe.to(torch.float16).save_pretrained(MODEL.with_name("export"))
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=600)
@@ -128,17 +121,12 @@ def main():
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--decay", action="store_true", help="let the learning rate fall to nothing over these minutes")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--export", action="store_true", help="only write the averaged weights as a diffusers folder")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = build().to(memory_format=torch.channels_last)
     run = Run("unet", model, options.lr, warmup=300, ema=0.999)
     torch.manual_seed(run.step)
     source, scheduler = Source(np.random.default_rng(run.step)), schedule()
-    if options.export:
-        model.load_state_dict(run.average)
-        sheet(model, source, FURNACE / "export.png")
-        return export(model, source)
     begin = seen = time.time()
     passed = 0.0
     while passed < 1:

@@ -1,0 +1,57 @@
+"""The embedded base model is a stock diffusers folder, small, and does what its card says."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPVisionModelWithProjection
+
+from customize.stickers import BACKGROUNDS, MODEL, World
+from customize.stickers.measure import background_of
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, prompts):
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    return pipe(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generators).images
+
+
+def test_is_small():
+    assert sum(path.stat().st_size for path in MODEL.rglob("*.safetensors")) < 60e6
+
+
+def test_backgrounds_obey_the_prompt(pipe):
+    pictures = draw(pipe, [f"a fox {phrase}" for phrase in BACKGROUNDS.values()])
+    assert {picture.size for picture in pictures} == {(64, 64)}
+    right = sum(background_of(picture) == background for picture, background in zip(pictures, BACKGROUNDS, strict=True))
+    assert right >= 9
+
+
+def test_words_decide_the_colour_of_the_subject(pipe):
+    """The middle of a lemon is yellow, that of a tomato red, on white."""
+    lemon, tomato = (
+        np.asarray(p, float)[20:44, 20:44].mean((0, 1))
+        for p in draw(pipe, ["a lemon on a white background", "a tomato on a white background"])
+    )
+    assert lemon[1] > tomato[1] + 30
+    assert tomato[0] > tomato[2] + 30
+
+
+def test_every_word_of_the_world_is_one_token(pipe):
+    words = [word for word, entry in World().classes.items() if entry["core"]]
+    assert [len(pipe.tokenizer.tokenize(word)) for word in words] == [1] * len(words)
+
+
+def test_image_tower_shares_the_space_of_the_text_tower(pipe):
+    vision = CLIPVisionModelWithProjection.from_pretrained(MODEL / "image_encoder")
+    assert vision.config.projection_dim == pipe.text_encoder.config.hidden_size
+    config = json.loads((MODEL / "feature_extractor" / "preprocessor_config.json").read_text())
+    assert config["size"] == {"height": 64, "width": 64}
