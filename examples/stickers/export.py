@@ -24,9 +24,24 @@ from customize.stickers.scene import draw_factors
 from recipe import FURNACE, render_batch, worlds
 
 STEPS, SCALE = 25, 4.0
-SHOWN = (
-    ["fox", "cat", "penguin", "whale", "butterfly", "cactus", "mushroom", "pizza", "doughnut", "strawberry", "hamburger", "guitar", "rocket", "bus", "robot", "teddy"]
-)
+SHOWN = [
+    "fox",
+    "cat",
+    "penguin",
+    "whale",
+    "butterfly",
+    "cactus",
+    "mushroom",
+    "pizza",
+    "doughnut",
+    "strawberry",
+    "hamburger",
+    "guitar",
+    "rocket",
+    "bus",
+    "robot",
+    "teddy",
+]
 
 
 def averaged(model, name: str):
