@@ -21,6 +21,12 @@ from customize.cache import TensorCache, fingerprint, key_of
 from customize.errors import UserError
 from customize.tokens import ENCODER_NAMES, SUFFIXES, WordsSD3Pipeline
 
+EMBEDDINGS = {  # a denoiser's text arguments, as its pipeline's call names them
+    "encoder_hidden_states": "prompt_embeds",
+    "text_embeds": "pooled_prompt_embeds",
+    "pooled_projections": "pooled_prompt_embeds",
+}
+
 
 @dataclass
 class Condition:
@@ -52,6 +58,7 @@ class Backbone(nn.Module):
 
     denoiser_name = "unet"
     t_max = 1000  # its times, over this, are what encoders see: 0 is data, 1 is noise
+    takes_negative_prompt = True
     embedding_names: tuple[str, ...] = ENCODER_NAMES  # of the text encoders, in files of learned words
 
     def __init__(self, pipe: DiffusionPipeline, name: str = ""):
@@ -121,6 +128,20 @@ class Backbone(nn.Module):
         model = key_of("text", self.name, *(fingerprint(encoder) for encoder in self.text_encoders))
         for prompt in dict.fromkeys(prompts):
             self.prompts[prompt] = cache.get(key_of(model, prompt), partial(self._encode_prompt, [prompt]))
+
+    def prompt_arguments(self, prompt: str) -> dict[str, str | Tensor]:
+        """The prompt as the pipeline's call takes it: words, or the cached embeddings once the text encoders were released."""
+        if len(self.text_encoders):
+            return {"prompt": prompt}
+        arguments = self._embedded(self.prompts[prompt], "")
+        if self.takes_negative_prompt:
+            zeros = getattr(self.pipe.config, "force_zeros_for_empty_prompt", False)  # XL's stand-in for the empty prompt
+            empty = {name: value * (not zeros) for name, value in self.prompts[""].items()}
+            arguments |= self._embedded(empty, "negative_")
+        return arguments
+
+    def _embedded(self, text: dict[str, Tensor], prefix: str) -> dict[str, str | Tensor]:
+        return {f"{prefix}{EMBEDDINGS[name]}": value.to(self.device) for name, value in text.items()}
 
     def release_text_encoders(self) -> None:
         """Frees the memory of encoders whose prompts are all cached."""
@@ -262,6 +283,7 @@ class SD3(Flow):
 
 class Flux(Flow):
     guidance = 1.0  # what the guidance-distilled model is told while it trains
+    takes_negative_prompt = False
     text_length = 512
     embedding_names = ("clip_l", "t5")
 
@@ -335,7 +357,7 @@ def _check_folder(folder: Path) -> None:
         raise UserError(
             f"--pretrained_model_name_or_path: '{folder}' has no model_index.json; give the folder of a diffusers pipeline."
         )
-    listed = json.loads(index.read_text())
+    listed = _read_index(index)
     kind = listed.get("_class_name")
     if kind not in BACKBONES:
         raise UserError(f"--pretrained_model_name_or_path: '{folder}' is a {kind}; supported are {', '.join(BACKBONES)}.")
@@ -348,7 +370,14 @@ def _check_folder(folder: Path) -> None:
 def _has_checker(folder: Path) -> bool:
     """Whether the checkpoint names a safety checker, which training has no use for."""
     index = folder / "model_index.json"
-    return index.is_file() and "safety_checker" in json.loads(index.read_text())
+    return index.is_file() and "safety_checker" in _read_index(index)
+
+
+def _read_index(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged ({error}); download it again.") from error
 
 
 def wrap(pipe: DiffusionPipeline, name: str = "") -> Backbone:

@@ -1,5 +1,6 @@
 """The model card that every run gets."""
 
+import json
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -10,7 +11,7 @@ USE = """```python
 from customize.pipelines import load_pipeline
 
 pipe = load_pipeline("{folder}")
-pipe("{prompt}").images[0].save("picture.png")
+pipe({prompt}).images[0].save("picture.png")
 ```"""
 STOCK = """The files are diffusers' own; without this toolkit:
 
@@ -36,7 +37,7 @@ A subject taught to `{info["base_model"]}` by **{info["method"]}** in {info["ste
 
 {pictures}## Use
 
-{USE.format(folder=folder, prompt=prompts[0])}
+{USE.format(folder=folder, prompt=json.dumps(prompts[0]))}
 
 {_stock(folder, info["base_model"])}
 

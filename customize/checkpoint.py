@@ -132,9 +132,9 @@ def _save_components(folder: Path, backbone: Backbone) -> None:
 def _save_words(folder: Path, tokens: ConceptTokens) -> dict[str, str]:
     """One file a word, with one key, the word, or a key for each of several text encoders; returns their names."""
     files = {}
-    for word, vectors in tokens.by_word().items():
+    for i, (word, vectors) in enumerate(tokens.by_word().items()):
         safe = "".join(c if c.isalnum() else "_" for c in word)
-        files[word] = "learned_embeds.safetensors" if len(tokens.words) == 1 else f"learned_embeds-{safe}.safetensors"
+        files[word] = "learned_embeds.safetensors" if len(tokens.words) == 1 else f"learned_embeds-{i}{safe}.safetensors"
         state = {word: next(iter(vectors.values()))} if len(vectors) == 1 else vectors
         save_file({k: v.detach().float().cpu().contiguous() for k, v in state.items()}, folder / files[word], {"word": word})
     return files
@@ -159,9 +159,10 @@ def load(run: Path, pipe: DiffusionPipeline) -> None:
     """Gives a pipeline what a run trained: LoRA and learned words, through diffusers' own loaders."""
     info = read_info(run)
     if (run / LORA).exists():
+        tensors_of(run / LORA)  # says so if it is damaged
         pipe.load_lora_weights(str(run), weight_name=LORA)
     for word, name in info["words"].items():
-        load_words(pipe, word, load_file(run / name))
+        load_words(pipe, word, tensors_of(run / name))
 
 
 def load_pipeline(run: str | Path, dtype: torch.dtype = torch.float32, **options) -> DiffusionPipeline:

@@ -29,12 +29,14 @@ class LoraFields:
 
 def add_lora(module: ModelMixin, settings: LoraFields, targets: list[str] | None = None) -> None:
     """Adds trainable float32 LoRA to the linear layers that `lora_layers` (or `targets`) names; zero at the start."""
-    targets = targets or PRESETS.get(settings.lora_layers) or [name.strip() for name in settings.lora_layers.split(",")]
-    linear = [
-        n for n, m in module.named_modules() if isinstance(m, nn.Linear) and any(n == t or n.endswith("." + t) for t in targets)
-    ]
-    if not linear:
-        raise UserError(f"--lora_layers: no linear layer is named {', '.join(targets)}; use one of {', '.join(PRESETS)}.")
+    preset = targets or PRESETS.get(settings.lora_layers)
+    wanted = preset or [name.strip() for name in settings.lora_layers.split(",")]
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    # a preset's `proj_out` is that of a block, never the model's own last layer
+    found = {t: [n for n in layers if n.endswith("." + t) or (n == t and not preset)] for t in wanted}
+    missing = [t for t, names in found.items() if not names]
+    if missing and (not preset or len(missing) == len(wanted)):
+        raise UserError(f"--lora_layers: no linear layer is named {', '.join(missing)}; use one of {', '.join(PRESETS)}.")
     if settings.rank < 1:
         raise UserError("--rank must be at least 1.")
     module.add_adapter(
@@ -44,7 +46,7 @@ def add_lora(module: ModelMixin, settings: LoraFields, targets: list[str] | None
             lora_dropout=settings.lora_dropout,
             use_dora=settings.use_dora,
             init_lora_weights=True,
-            target_modules=linear,
+            target_modules=sorted({n for names in found.values() for n in names}),
         )
     )
     cast_training_params(module, dtype=torch.float32)

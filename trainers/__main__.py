@@ -15,8 +15,16 @@ from customize.data import Concept, DataConfig, Picture, SubjectDataset, check_r
 from customize.errors import UserError
 from customize.trainers.loop import TrainConfig, make_accelerator, train
 from customize.trainers.method import Method
-from customize.trainers.prepare import LatentDataset, cache_text, check_prompts, class_pictures, held_out_batches, read_pictures
+from customize.trainers.prepare import (
+    LatentDataset,
+    cache_text,
+    check_captions,
+    class_pictures,
+    held_out_batches,
+    read_pictures,
+)
 from customize.trainers.registry import find_method
+from customize.trainers.state import latest_checkpoint
 
 
 @dataclass
@@ -64,7 +72,7 @@ def launch(name: str, model: ModelConfig, data: DataConfig, settings: TrainConfi
     if getattr(options, "with_prior_preservation", False) and options.prior_source == "images":
         train_pictures += prior_pictures(backbone, concepts, settings, data, options.num_class_images, accelerator)
     method = find_method(name)(backbone, options, concepts).to(accelerator.device)
-    check_prompts(method, concepts)
+    check_captions(method, [*train_pictures, *held_out])
     info = {
         "base_model": model.pretrained_model_name_or_path,
         "method": name,
@@ -88,7 +96,15 @@ def check_settings(model: ModelConfig, data: DataConfig, settings: TrainConfig) 
         raise UserError("--push_to_hub needs --hub_model_id USER/NAME.")
     if settings.early_stopping_patience and not data.holdout:
         raise UserError("--early_stopping_patience needs --holdout N, pictures kept from training for the validation loss.")
+    output = Path(settings.output_dir)
+    earlier = (output / "run.json").exists() or latest_checkpoint(output)
+    if earlier and not settings.resume_from_checkpoint and not settings.overwrite_output_dir:
+        raise UserError(
+            f"'{output}' holds an earlier run; choose another --output_dir, go on with --resume_from_checkpoint latest, "
+            "or replace it with --overwrite_output_dir."
+        )
     for flag in (
+        "num_validation_images",
         "max_train_steps",
         "train_batch_size",
         "gradient_accumulation_steps",

@@ -5,13 +5,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -26,6 +27,8 @@ from customize.trainers.method import Method
 from customize.trainers.state import latest_checkpoint, load_state, save_state
 from customize.trainers.validation import sample, sheet, validation_loss
 
+Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
 
 def _flag(default, text: str):
     return field(default=default, metadata={"help": text})
@@ -34,13 +37,14 @@ def _flag(default, text: str):
 @dataclass
 class TrainConfig:
     output_dir: str = _flag("runs/out", "where the run is written")
+    overwrite_output_dir: bool = _flag(False, "write over an earlier run in --output_dir")
     seed: int = _flag(0, "seed of data order, noise and times")
     train_batch_size: int = _flag(1, "pictures in a batch, on each device")
     gradient_accumulation_steps: int = _flag(1, "batches added up before the optimizer steps")
     max_train_steps: int = _flag(500, "optimizer steps")
     learning_rate: float = _flag(1e-4, "learning rate after warm-up")
     scale_lr: bool = _flag(False, "multiply the learning rate by devices, batch size and accumulation")
-    lr_scheduler: str = _flag("constant", "linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup")
+    lr_scheduler: Schedule = _flag("constant", "how the learning rate falls")
     lr_warmup_steps: int = _flag(0, "steps until the learning rate is reached")
     lr_num_cycles: int = _flag(1, "restarts of cosine_with_restarts")
     lr_power: float = _flag(1.0, "power of polynomial")
@@ -72,6 +76,8 @@ class TrainConfig:
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Also seeds every process differently (but reproducibly), so that they do not draw the same noise."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 or config.allow_tf32
+    if AcceleratorState._shared_state.get("_mixed_precision", config.mixed_precision) != config.mixed_precision:
+        AcceleratorState._reset_state()  # an earlier run in this process, as the web page has them
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -101,22 +107,58 @@ def make_optimizer(method: Method, config: TrainConfig, processes: int) -> torch
     return AdamW8bit(method.parameter_groups(lr), **options)
 
 
-def train(
-    method: Method,
-    dataset,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    held_out: list[dict] | None = None,
-    info: dict | None = None,
-):
-    """Minimises the sum of `method(batch)` and writes the run folder; returns the last step.
+@dataclass
+class Session:
+    """A run in progress."""
 
-    `dataset` gives items for the keys of `Batches`; `held_out` are collated batches for the validation loss. Stops early by
-    `early_stopping_patience`, at Ctrl-C after saving, and with a UserError when the loss is no longer finite.
-    """
-    output, info = Path(config.output_dir), info or {}
+    method: Method
+    config: TrainConfig
+    accelerator: Accelerator
+    info: dict
+    held_out: list[dict]
+    trained: dict[str, torch.nn.Parameter]
+    wrapped: torch.nn.Module  # the method as accelerate calls it
+    parts: dict  # optimizer, schedule, ema, scaler and best: what resuming restores besides `trained`
+    step: int = 0
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, what is trained holds its running average, if there is one."""
+        if (ema := self.parts["ema"]) is None:
+            yield
+            return
+        ema.store(self.trained.values())
+        ema.copy_to(self.trained.values())
+        try:
+            yield
+        finally:
+            ema.restore(self.trained.values())
+
+    def write(self, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                info = self.info | {"step": self.step}
+                checkpoint.save(folder, self.method.backbone, self.method.tokens, info, self.config.export_kohya)
+
+    def write_checkpoint(self) -> None:
+        """Writes checkpoint-STEP, from which the run can be resumed, unless the last update spoilt the weights."""
+        if not all(value.isfinite().all() for value in self.trained.values()):
+            raise UserError(not_finite(self.step, self.output))
+        target, main = self.output / f"checkpoint-{self.step}", self.accelerator.is_main_process
+        with checkpoint.atomic_folder(target) if main else nullcontext(target) as folder:
+            self.write(folder)
+            save_state(folder, self.accelerator, self.step, self.trained, **self.parts)
+        if main:
+            drop_old_checkpoints(self.output, self.config.checkpoints_total_limit)
+
+
+def begin(method: Method, config: TrainConfig, accelerator: Accelerator, held_out: list[dict], info: dict) -> Session:
+    """Makes optimizer, schedule and average, and restores them if the run is resumed."""
     method.train()
-    trained = method.trainable()
     if config.gradient_checkpointing:
         method.backbone.denoiser.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
@@ -130,78 +172,81 @@ def train(
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
     )
+    trained = method.trainable()
     ema = EMAModel(list(trained.values()), decay=config.ema_decay) if config.use_ema else None
     wrapped, optimizer = accelerator.prepare(method, optimizer)
+    parts = {"optimizer": optimizer, "schedule": schedule, "ema": ema, "scaler": accelerator.scaler, "best": Best()}
+    session = Session(method, config, accelerator, info, held_out, trained, wrapped, parts)
+    session.step = resume(session)
     if ema:
         ema.to(accelerator.device)
-    parts = {"optimizer": optimizer, "schedule": schedule, "ema": ema, "scaler": accelerator.scaler, "best": (best := Best())}
-    step = resume(config, accelerator, trained, parts)
-    loader = make_loader(dataset, config, accelerator, step)
     if config.report_to:
         accelerator.init_trackers("customize", config={k: str(v) for k, v in asdict(config).items()})
+    return session
 
-    def write(folder: Path, resumable: bool = False):
-        with averaged(ema, trained):
-            if accelerator.is_main_process:
-                checkpoint.save(folder, method.backbone, method.tokens, info | {"step": step}, config.export_kohya)
-        if resumable:
-            save_state(folder, accelerator, step, trained, **parts)
 
-    def write_checkpoint():
-        with checkpoint.atomic_folder(output / f"checkpoint-{step}") if accelerator.is_main_process else _no_folder() as folder:
-            write(folder, resumable=True)
-        if accelerator.is_main_process:
-            drop_old_checkpoints(output, config.checkpoints_total_limit)
+def train(
+    method: Method,
+    dataset,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    held_out: list[dict] | None = None,
+    info: dict | None = None,
+) -> int:
+    """Minimises the sum of `method(batch)` and writes the run folder; returns the last step.
 
-    bar = tqdm(total=config.max_train_steps, initial=step, disable=not accelerator.is_main_process, file=sys.stderr)
-    batches = iter(loader)
-    with interruption() as interrupted:
-        while step < config.max_train_steps:
-            method.on_step(step, config.max_train_steps)
-            losses = accumulate_gradients(accelerator, wrapped, batches, optimizer, trained, config, step)
+    `dataset` gives items for the keys of `Batches`; `held_out` are collated batches for the validation loss. Stops early by
+    `early_stopping_patience`, at Ctrl-C after saving, and with a UserError when the loss is no longer finite.
+    """
+    session = begin(method, config, accelerator, held_out or [], info or {})
+    schedule, ema, best = (session.parts[name] for name in ("schedule", "ema", "best"))
+    batches = iter(make_loader(dataset, config, accelerator, session.step))
+    progress = {"initial": session.step, "total": config.max_train_steps, "disable": not accelerator.is_main_process}
+    with interruption() as interrupted, tqdm(**progress, file=sys.stderr) as bar:
+        while session.step < config.max_train_steps:
+            method.on_step(session.step, config.max_train_steps)
+            losses = accumulate_gradients(session, batches)
             schedule.step()
             if ema:
-                ema.step(trained.values())
-            step += 1
+                ema.step(session.trained.values())
+            session.step += 1
             bar.update()
             bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
-            accelerator.log(losses | {"lr": schedule.get_last_lr()[0]}, step)
-            last = step == config.max_train_steps
-            if (step % config.validation_steps == 0 or last) and (held_out or config.validation_prompt):
-                with averaged(ema, trained):
-                    better = validate(method, held_out, config, accelerator, step, best, bar)
-                if better:
-                    write(output / "best")
-            if step % config.checkpointing_steps == 0 or interrupted():
-                write_checkpoint()
-            if interrupted():
-                raise UserError(f"stopped at step {step}; go on with --resume_from_checkpoint latest --output_dir {output}.")
+            accelerator.log(losses | {"lr": schedule.get_last_lr()[0]}, session.step)
+            if session.step % config.validation_steps == 0 or session.step == config.max_train_steps:
+                validate(session, bar)
+            stop = interrupted()
+            if session.step % config.checkpointing_steps == 0 or stop:
+                session.write_checkpoint()
+            if stop:
+                again = f"--resume_from_checkpoint latest --output_dir {session.output}"
+                raise UserError(f"stopped at step {session.step}; go on with {again}.")
             if config.early_stopping_patience and best.since >= config.early_stopping_patience:
-                bar.write(f"no better validation loss for {best.since} validations: stopped, the best is in {output / 'best'}")
+                bar.write(f"no better validation loss for {best.since} validations: the best is in {session.output / 'best'}")
                 break
-    bar.close()
-    write(output)
+    session.write(session.output)
     accelerator.end_training()
-    return step
+    return session.step
 
 
-def accumulate_gradients(accelerator, wrapped, batches, optimizer, trained, config: TrainConfig, step: int) -> dict[str, float]:
+def accumulate_gradients(session: Session, batches: Iterator[dict]) -> dict[str, float]:
     """One optimizer step over `gradient_accumulation_steps` batches; returns each term's mean."""
+    accelerator, optimizer, count = session.accelerator, session.parts["optimizer"], session.config.gradient_accumulation_steps
     sums: dict[str, float] = {}
-    for _ in range(config.gradient_accumulation_steps):
+    for _ in range(count):
         batch = to_device(next(batches), accelerator.device)
-        with accelerator.accumulate(wrapped):
-            losses = wrapped(batch)
+        with accelerator.accumulate(session.wrapped):
+            losses = session.wrapped(batch)
             total = torch.stack([value.float() for value in losses.values()]).sum()
-            if not torch.isfinite(total):
-                raise UserError(not_finite(step, Path(config.output_dir)))
+            if not total.isfinite():
+                raise UserError(not_finite(session.step, session.output))
             accelerator.backward(total)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(list(trained.values()), config.max_grad_norm)
+                accelerator.clip_grad_norm_(list(session.trained.values()), session.config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + value.item() / config.gradient_accumulation_steps
+            sums[name] = sums.get(name, 0.0) + value.item() / count
     return sums
 
 
@@ -241,9 +286,8 @@ class Best:
     def __init__(self):
         self.loss, self.since = float("inf"), 0
 
-    def improves(self, loss: float) -> bool:
+    def add(self, loss: float) -> None:
         self.loss, self.since = (loss, 0) if loss < self.loss else (self.loss, self.since + 1)
-        return self.since == 0
 
     def state_dict(self):
         return {"loss": self.loss, "since": self.since}
@@ -252,63 +296,44 @@ class Best:
         self.loss, self.since = state["loss"], state["since"]
 
 
-def validate(method, held_out, config: TrainConfig, accelerator, step: int, best: Best, bar) -> bool:
-    """Logs the validation loss and draws the validation prompts; returns whether the loss is the lowest so far."""
-    better = False
-    with accelerator.autocast():
-        if held_out:
-            loss = validation_loss(method, held_out, config.seed)
-            better = best.improves(loss)
+def validate(session: Session, bar: tqdm) -> None:
+    """Logs the validation loss, draws the validation prompts, and writes best/ if the loss is the lowest so far."""
+    config, accelerator, best, step = session.config, session.accelerator, session.parts["best"], session.step
+    with session.averaged(), accelerator.autocast():
+        if session.held_out:
+            loss = validation_loss(session.method, session.held_out, config.seed)
+            best.add(loss)
             accelerator.log({"validation_loss": loss}, step)
-            bar.write(f"step {step}: validation loss {loss:.4f}{' (best)' if better else ''}")
+            bar.write(f"step {step}: validation loss {loss:.4f}{' (best)' if best.since == 0 else ''}")
         if config.validation_prompt and accelerator.is_main_process:
-            pictures = sample(
-                method, config.validation_prompt, config.num_validation_images, method.backbone.resolution, config.seed
-            )
-            folder = Path(config.output_dir) / "samples"
+            resolution = session.method.backbone.resolution
+            pictures = sample(session.method, config.validation_prompt, config.num_validation_images, resolution, config.seed)
+            folder = session.output / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             sheet(pictures).save(folder / f"step-{step:06d}.png")
-    return better
+    if session.held_out and best.since == 0:
+        session.write(session.output / "best")
 
 
-@contextmanager
-def averaged(ema: EMAModel | None, trained: dict) -> Iterator[None]:
-    """Inside, what is trained holds its running average."""
-    if ema is None:
-        yield
-        return
-    ema.store(trained.values())
-    ema.copy_to(trained.values())
-    try:
-        yield
-    finally:
-        ema.restore(trained.values())
-
-
-def resume(config: TrainConfig, accelerator, trained, parts) -> int:
+def resume(session: Session) -> int:
+    """Restores the checkpoint that `resume_from_checkpoint` names; returns its step, 0 for a fresh start."""
+    config = session.config
     if not config.resume_from_checkpoint:
         return 0
-    folder = Path(config.resume_from_checkpoint)
+    folder: Path | None = Path(config.resume_from_checkpoint)
     if config.resume_from_checkpoint == "latest":
-        found = latest_checkpoint(Path(config.output_dir))
-        if found is None:
-            raise UserError(
-                f"--resume_from_checkpoint latest: '{config.output_dir}' holds no checkpoint; leave the flag out to start anew."
-            )
-        folder = found
-    return load_state(folder, accelerator, trained, **parts)
+        folder = latest_checkpoint(session.output)
+    if folder is None:
+        raise UserError(
+            f"--resume_from_checkpoint latest: '{session.output}' holds no checkpoint; leave the flag out to start anew."
+        )
+    return load_state(folder, session.accelerator, session.trained, **session.parts)
 
 
 def drop_old_checkpoints(output: Path, limit: int) -> None:
     found = sorted(output.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]) if p.name[11:].isdigit() else -1)
     for folder in found[:-limit] if limit else []:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _no_folder():
-    """Stands for the checkpoint folder on processes that do not write."""
-    yield Path()
 
 
 @contextmanager

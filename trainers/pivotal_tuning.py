@@ -21,7 +21,7 @@ class PivotalTuning(DreamBooth):
 
     def __init__(self, backbone, config: PivotalTuningConfig, concepts):
         super().__init__(backbone, config, concepts)
-        self.tokens = new_words(backbone, config, [concept.instance_prompt for concept in concepts if concept.instance_prompt])
+        self.tokens = new_words(backbone, config)
 
     def on_step(self, step, steps):
         self.tokens.requires_grad_(step < self.config.train_text_encoder_ti_frac * steps)

@@ -1,6 +1,8 @@
 """What happens once before training: pictures of the class are made, and all that never changes is encoded and kept."""
 
+import itertools
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,27 +23,23 @@ def class_pictures(
     """The concept's prior pictures. What `folder` lacks of `count` is drawn by the base model from the class prompt,
     so call this before any adapter is added. Pictures that are there already are used as they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    have = (
-        find_pictures(folder, concept.class_prompt, index, True, config.strict, config.max_pixels)
-        if any(folder.iterdir())
-        else []
-    )
+    read = partial(find_pictures, folder, concept.class_prompt, index, True, config.strict, config.max_pixels)
+    have = read() if any(not path.name.startswith(".") for path in folder.iterdir()) else []
     pipe = backbone.pipe
     pipe.set_progress_bar_config(disable=True)
-    for i in tqdm(range(len(have), count), desc=f"class pictures of '{concept.class_prompt}'"):
+    free = (i for i in itertools.count() if not (folder / f"class-{i:05d}.png").exists())
+    for i in tqdm(list(itertools.islice(free, max(count - len(have), 0))), desc=f"class pictures of '{concept.class_prompt}'"):
         generator = torch.Generator().manual_seed(seed + i)
         options = {"height": config.resolution, "width": config.resolution, "generator": generator}
         picture = pipe(concept.class_prompt, **options).images[0]
-        partial = folder / f".{i:05d}.partial"
-        picture.save(partial, format="PNG")
-        partial.rename(folder / f"class-{i:05d}.png")
-    if len(have) >= count:
-        return have[:count]
-    return find_pictures(folder, concept.class_prompt, index, True, config.strict, config.max_pixels)[:count]
+        partial_file = folder / f".{i:05d}.partial"
+        picture.save(partial_file, format="PNG")
+        partial_file.rename(folder / f"class-{i:05d}.png")
+    return (have if len(have) >= count else read())[:count]
 
 
 def read_pictures(concepts: list[Concept], config: DataConfig) -> list[Picture]:
-    """The instance pictures of all concepts, and the class pictures of those whose folder has some."""
+    """The instance pictures of all concepts."""
     return [
         picture
         for i, concept in enumerate(concepts)
@@ -109,12 +107,17 @@ def cache_text(method: Method, pictures: Iterable[Picture], validation_prompts: 
     method.backbone.release_text_encoders()
 
 
-def check_prompts(method: Method, concepts: list[Concept]) -> None:
-    for concept in concepts:
-        for prompt in (concept.instance_prompt, concept.class_prompt):
-            for tokenizer in method.backbone.tokenizers[:1]:
-                length = len(tokenizer(prompt).input_ids) if prompt else 0
-                if length > tokenizer.model_max_length:
-                    raise UserError(
-                        f"--instance_prompt: '{prompt}' has {length} tokens, over {tokenizer.model_max_length}: shorten it."
-                    )
+def check_captions(method: Method, pictures: Iterable[Picture]) -> None:
+    """UserError for a caption that is too long for the text encoder, or that has none of the words being learned."""
+    tokenizer, words = method.backbone.tokenizers[0], method.tokens.words if method.tokens is not None else []
+    for picture in pictures:
+        length, limit = len(tokenizer(picture.caption).input_ids), tokenizer.model_max_length
+        if length > limit:
+            raise UserError(
+                f"the caption of '{picture.path}' has {length} tokens, more than {limit}: shorten '{picture.caption}'."
+            )
+        if words and not picture.is_prior and not any(word in picture.caption for word in words):
+            needed = " or ".join(words)
+            raise UserError(
+                f"--instance_prompt: the caption '{picture.caption}' of '{picture.path}' does not contain {needed}."
+            )

@@ -54,9 +54,6 @@ def save_state(folder: Path, accelerator, step: int, trained: dict[str, Tensor],
     if not accelerator.is_main_process:
         return
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
-    states["schedule"] = {
-        k: v for k, v in states["schedule"].items() if k != "lr_lambdas"
-    }  # functions, rebuilt from the settings
     everything = {
         "step": step,
         "trained": trained,
@@ -73,11 +70,13 @@ def load_state(folder: Path, accelerator, trained: dict[str, Tensor], **parts) -
     path = folder / FILE
     if not path.exists():
         raise UserError(f"--resume_from_checkpoint: '{folder}' has no {FILE}; give a checkpoint-N folder or 'latest'.")
-    state = _restore(json.loads(header(path)["tree"]), tensors_of(path))
-    if state["trained"].keys() != trained.keys():
-        raise UserError(
-            f"--resume_from_checkpoint: '{folder}' trained other tensors; resume with the settings it was started with."
-        )
+    tensors = tensors_of(path)
+    state = _restore(json.loads(header(path)["tree"]), tensors)
+    same = {name: value.shape for name, value in state["trained"].items()} == {
+        name: value.shape for name, value in trained.items()
+    }
+    if not same or {name for name, part in parts.items() if part is not None} != state.keys() & parts.keys():
+        raise UserError(f"--resume_from_checkpoint: '{folder}' ran with other settings; resume with those it was started with.")
     if len(state["random"]) != accelerator.num_processes:
         raise UserError(f"--resume_from_checkpoint: '{folder}' ran on {len(state['random'])} processes; resume on as many.")
     with torch.no_grad():

@@ -23,18 +23,15 @@ class TextualInversionConfig(WordFields, MethodConfig):
     pass
 
 
-def new_words(backbone, config: WordFields, prompts: list[str]) -> ConceptTokens:
-    """The words that `config` names; UserError where names, starting words or prompts do not fit together."""
+def new_words(backbone, config: WordFields) -> ConceptTokens:
+    """The words that `config` names; UserError where names and starting words do not fit together."""
     words, starts = config.placeholder_token.split("+"), config.initializer_token.split("+")
-    if not all(words) or not all(starts) or len(words) != len(starts):
-        raise UserError("--placeholder_token and --initializer_token must name as many words each, such as '<dog>' and 'dog'.")
+    if not all(words) or not all(starts) or len(set(words)) != len(starts):
+        raise UserError(
+            "--placeholder_token and --initializer_token must name as many (different) words each, such as '<dog>' and 'dog'."
+        )
     if config.num_vectors < 1:
         raise UserError("--num_vectors must be at least 1.")
-    for prompt in prompts:
-        if not any(word in prompt for word in words):
-            raise UserError(
-                f"--instance_prompt: '{prompt}' does not contain {' or '.join(words)}, so that nothing would be learned."
-            )
     return ConceptTokens(backbone, dict(zip(words, starts, strict=True)), config.num_vectors)
 
 
@@ -43,4 +40,4 @@ class TextualInversion(Method):
 
     def __init__(self, backbone, config: TextualInversionConfig, concepts):
         super().__init__(backbone, config, concepts)
-        self.tokens = new_words(backbone, config, [concept.instance_prompt for concept in concepts if concept.instance_prompt])
+        self.tokens = new_words(backbone, config)

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from customize.trainers.method import Method
 
@@ -44,25 +43,9 @@ def sample(
             for i in range(count):
                 generator = torch.Generator().manual_seed(seed + i)
                 options = {"height": resolution, "width": resolution, "num_inference_steps": steps, "generator": generator}
-                pictures.append((prompt, pipe(**prompt_arguments(method, prompt), **options).images[0]))
+                pictures.append((prompt, pipe(**method.backbone.prompt_arguments(prompt), **options).images[0]))
     method.train(was_training)
     return pictures
-
-
-def prompt_arguments(method: Method, prompt: str) -> dict[str, str | Tensor]:
-    """The prompt as the pipeline takes it: words, or the cached embeddings when the text encoders were released."""
-    cached = method.backbone.prompts
-    if prompt not in cached or len(method.backbone.text_encoders):
-        return {"prompt": prompt}
-    names = {
-        "encoder_hidden_states": "prompt_embeds",
-        "text_embeds": "pooled_prompt_embeds",
-        "pooled_projections": "pooled_prompt_embeds",
-    }
-    arguments = {names[name]: value for name, value in cached[prompt].items()}
-    if "negative_prompt_embeds" in method.backbone.pipe.encode_prompt.__code__.co_varnames:
-        arguments |= {f"negative_{names[name]}": value for name, value in cached[""].items()}
-    return {name: value.to(method.backbone.device) for name, value in arguments.items()}
 
 
 def sheet(pictures: list[tuple[str, Image.Image]], columns: int = 4) -> Image.Image:
