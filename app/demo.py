@@ -29,6 +29,7 @@ def demo(output: str = "runs/demo", quick: bool = False) -> Path:
     before = draw(load_base("stickers"), prompts)
     settings = TrainConfig(
         output_dir=str(folder),
+        overwrite_output_dir=True,
         train_batch_size=4,
         max_train_steps=20 if quick else 400,
         learning_rate=5e-4,

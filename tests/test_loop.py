@@ -24,7 +24,7 @@ from customize.errors import UserError
 from customize.trainers import loop, state
 from customize.trainers.__main__ import run
 from customize.trainers.dreambooth import DreamBooth
-from customize.trainers.loop import TrainConfig, accumulate_gradients, interruption, make_accelerator, train
+from customize.trainers.loop import Session, TrainConfig, accumulate_gradients, interruption, make_accelerator, train
 from customize.trainers.prepare import held_out_batches
 from customize.trainers.textual_inversion import TextualInversion
 from customize.trainers.validation import sample, validation_loss
@@ -109,7 +109,8 @@ def toy_step(batches, accumulation, max_norm):
     config = TrainConfig(gradient_accumulation_steps=accumulation, max_grad_norm=max_norm)
     accelerator, toy = make_accelerator(config), Toy()
     wrapped, optimizer = accelerator.prepare(toy, torch.optim.SGD(toy.parameters(), 1.0))
-    sums = accumulate_gradients(accelerator, wrapped, iter(batches), optimizer, {"w": toy.w}, config, 0)
+    session = Session(toy, config, accelerator, {}, [], {"w": toy.w}, wrapped, {"optimizer": optimizer})
+    sums = accumulate_gradients(session, iter(batches))
     return toy.w.detach(), sums
 
 
@@ -188,7 +189,7 @@ def test_resuming_from_nothing(pictures, tmp_path):
 
 
 def test_resuming_another_method(pictures, tmp_path, stopped):
-    with pytest.raises(UserError, match="other tensors"):
+    with pytest.raises(UserError, match="other settings"):
         go(pictures, tmp_path, "textual_inversion", resume_from_checkpoint=str(stopped))
 
 
@@ -555,9 +556,9 @@ def test_scale_lr_multiplies(pictures, tmp_path):
     assert [group["lr"] for group in loop.make_optimizer(method, config, 2).param_groups] == pytest.approx([24e-3] * 2)
 
 
-def test_an_unknown_schedule_is_a_user_error(pictures, tmp_path):
+def test_an_unknown_schedule_is_a_user_error():
     with pytest.raises(UserError, match="lr_scheduler"):
-        go(pictures, tmp_path, lr_scheduler="cosin")
+        run(["dreambooth", "--lr_scheduler", "cosin"])
 
 
 def test_eight_bit_adam_names_what_to_install(pictures, tmp_path, monkeypatch):

@@ -189,7 +189,12 @@ def test_a_trained_component_is_loaded_from_the_run(start):
 
 def test_class_pictures_are_drawn_once_and_used_again(start, monkeypatch, tmp_path, steps):
     calls = counted(monkeypatch, StableDiffusionPipeline, "__call__")
-    options = {"with_prior_preservation": True, "class_prompt": "a photo of the dog", "num_class_images": 2}
+    options = {
+        "with_prior_preservation": True,
+        "class_prompt": "a photo of the dog",
+        "num_class_images": 2,
+        "overwrite_output_dir": True,
+    }
     folder = start(**options)
     made = {path.name: path.read_bytes() for path in sorted((folder / "class_images" / "0").iterdir())}
     assert list(made) == ["class-00000.png", "class-00001.png"]
@@ -210,7 +215,13 @@ def test_class_pictures_are_drawn_once_and_used_again(start, monkeypatch, tmp_pa
 
 
 def test_a_class_picture_that_was_removed_is_drawn_again(start):
-    options = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2, "max_train_steps": 1}
+    options = {
+        "with_prior_preservation": True,
+        "class_prompt": "a dog",
+        "num_class_images": 2,
+        "max_train_steps": 1,
+        "overwrite_output_dir": True,
+    }
     made = start(**options) / "class_images" / "0"
     kept = (made / "class-00001.png").read_bytes()
     (made / "class-00000.png").unlink()
@@ -401,7 +412,7 @@ MISTAKES = {
     "base": ("dreambooth", {"pretrained_model_name_or_path": "/nowhere"}, "pretrained_model_name_or_path"),
     "word": ("textual_inversion", WORDS | {"placeholder_token": "dog", "instance_prompt": "a dog"}, "'dog' is .*already"),
     "no word": ("textual_inversion", WORDS | {"placeholder_token": None}, "placeholder_token"),
-    "words": ("textual_inversion", WORDS | {"placeholder_token": "<toy>+<pet>"}, "as many words"),
+    "words": ("textual_inversion", WORDS | {"placeholder_token": "<toy>+<pet>"}, "as many"),
     "vectors": ("textual_inversion", WORDS | {"num_vectors": 0}, "num_vectors"),
     "prompt": ("textual_inversion", WORDS | {"instance_prompt": "a photo of a toy"}, "does not contain <toy>"),
     "pivotal prompt": ("pivotal_tuning", WORDS | {"instance_prompt": "a photo of a toy"}, "does not contain <toy>"),
@@ -583,3 +594,13 @@ def test_a_method_without_a_condition_of_its_own_reads_the_prompts():
     prompts = ["a dog", "a cat"]
     found = method.condition({"prompt": prompts}, torch.zeros(2)).text
     assert all(torch.equal(found[name], value) for name, value in method.backbone.encode_prompt(prompts).items())
+
+
+def test_an_earlier_run_is_not_written_over(start):
+    folder = start(max_train_steps=1)
+    before = load_file(folder / LORA)
+    with pytest.raises(UserError, match="overwrite_output_dir"):
+        start(max_train_steps=2)
+    assert all(value.equal(before[name]) for name, value in load_file(folder / LORA).items())
+    start(max_train_steps=2, overwrite_output_dir=True)
+    assert json.loads((folder / "run.json").read_text())["step"] == 2

@@ -13,7 +13,7 @@ from customize.card import write_card
 from customize.config import help_text, parse
 from customize.data import Concept, DataConfig, Picture, SubjectDataset, check_resolution, read_concepts, split_holdout
 from customize.errors import UserError
-from customize.trainers.loop import TrainConfig, make_accelerator, train
+from customize.trainers.loop import TrainConfig, drop_old_checkpoints, make_accelerator, train
 from customize.trainers.method import Method
 from customize.trainers.prepare import (
     LatentDataset,
@@ -103,6 +103,8 @@ def check_settings(model: ModelConfig, data: DataConfig, settings: TrainConfig) 
             f"'{output}' holds an earlier run; choose another --output_dir, go on with --resume_from_checkpoint latest, "
             "or replace it with --overwrite_output_dir."
         )
+    if earlier and not settings.resume_from_checkpoint:
+        drop_old_checkpoints(output, keep=0)
     for flag in (
         "num_validation_images",
         "max_train_steps",

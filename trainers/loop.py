@@ -152,7 +152,7 @@ class Session:
         with checkpoint.atomic_folder(target) if main else nullcontext(target) as folder:
             self.write(folder)
             save_state(folder, self.accelerator, self.step, self.trained, **self.parts)
-        if main:
+        if main and self.config.checkpoints_total_limit:
             drop_old_checkpoints(self.output, self.config.checkpoints_total_limit)
 
 
@@ -330,9 +330,11 @@ def resume(session: Session) -> int:
     return load_state(folder, session.accelerator, session.trained, **session.parts)
 
 
-def drop_old_checkpoints(output: Path, limit: int) -> None:
-    found = sorted(output.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]) if p.name[11:].isdigit() else -1)
-    for folder in found[:-limit] if limit else []:
+def drop_old_checkpoints(output: Path, keep: int) -> None:
+    """Removes all but the last `keep` checkpoints."""
+    found = [p for p in output.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    found.sort(key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)
+    for folder in found[keep:]:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -37,7 +37,7 @@ SUBJECTS = [
 
 def settings(method: str, subject: Drawing, folder: Path, steps: int):
     """Data, training and method settings, and the words that mean the subject."""
-    common = {"output_dir": str(folder), "train_batch_size": 4, "lr_scheduler": "cosine", "checkpointing_steps": 10**6}
+    common = {"output_dir": str(folder), "train_batch_size": 4, "lr_scheduler": "cosine", "overwrite_output_dir": True}
     if method == "textual_inversion":
         words = "<subject>"
         options = TextualInversionConfig(placeholder_token=words, initializer_token=subject.word, num_vectors=4)
