@@ -14,7 +14,7 @@ from customize.stickers.measure import masked_correlation
 from customize.stickers.scene import draw_pose
 from customize.trainers.__main__ import ModelConfig, launch
 from customize.trainers.dreambooth import DreamBoothConfig
-from customize.trainers.loop import TrainConfig
+from customize.trainers.settings import TrainConfig
 
 SUBJECT = Drawing("fox", "flat")  # a drawing that the base model has never seen, of a class that it knows
 SEEN, UNSEEN = ("white", "grass", "stone", "yellow"), ("beach", "night", "bricks", "wood", "pink", "sunset")

@@ -24,8 +24,9 @@ from customize.errors import UserError
 from customize.trainers import loop, state
 from customize.trainers.__main__ import run
 from customize.trainers.dreambooth import DreamBooth
-from customize.trainers.loop import Session, TrainConfig, accumulate_gradients, interruption, make_accelerator, train
+from customize.trainers.loop import Session, accumulate_gradients, interruption, train
 from customize.trainers.prepare import held_out_batches
+from customize.trainers.settings import TrainConfig, make_accelerator
 from customize.trainers.textual_inversion import TextualInversion
 from customize.trainers.validation import sample, validation_loss
 from tiny import BASES, tiny

@@ -12,8 +12,9 @@ from customize.backbone import wrap
 from customize.data import Concept, DataConfig, SubjectDataset, find_pictures
 from customize.tokens import WordsSD3Pipeline
 from customize.trainers.dreambooth import DreamBooth
-from customize.trainers.loop import TrainConfig, make_accelerator, train
+from customize.trainers.loop import train
 from customize.trainers.pivotal_tuning import PivotalTuning
+from customize.trainers.settings import TrainConfig, make_accelerator
 from customize.trainers.textual_inversion import TextualInversion
 from tiny import BASES, draw, tiny
 

@@ -13,7 +13,7 @@ from customize.card import write_card
 from customize.config import help_text, parse
 from customize.data import Concept, DataConfig, Picture, SubjectDataset, check_resolution, read_concepts, split_holdout
 from customize.errors import UserError
-from customize.trainers.loop import TrainConfig, drop_old_checkpoints, make_accelerator, train
+from customize.trainers.loop import drop_old_checkpoints, train
 from customize.trainers.method import Method
 from customize.trainers.prepare import (
     LatentDataset,
@@ -24,6 +24,7 @@ from customize.trainers.prepare import (
     read_pictures,
 )
 from customize.trainers.registry import find_method
+from customize.trainers.settings import TrainConfig, make_accelerator
 from customize.trainers.state import latest_checkpoint
 
 

@@ -22,7 +22,7 @@ from customize.stickers import BACKGROUNDS, Drawing, World
 from customize.stickers.measure import background_of, masked_correlation
 from customize.trainers.__main__ import ModelConfig, launch
 from customize.trainers.dreambooth import DreamBoothConfig
-from customize.trainers.loop import TrainConfig
+from customize.trainers.settings import TrainConfig
 from customize.trainers.textual_inversion import TextualInversionConfig
 
 SUBJECTS = [

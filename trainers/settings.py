@@ -1,0 +1,91 @@
+"""How a run is trained: its settings, and what is made of them at its start."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+
+from customize.errors import UserError
+from customize.trainers.method import Method
+
+Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+
+def _flag(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainConfig:
+    output_dir: str = _flag("runs/out", "where the run is written")
+    overwrite_output_dir: bool = _flag(False, "write over an earlier run in --output_dir")
+    seed: int = _flag(0, "seed of data order, noise and times")
+    train_batch_size: int = _flag(1, "pictures in a batch, on each device")
+    gradient_accumulation_steps: int = _flag(1, "batches added up before the optimizer steps")
+    max_train_steps: int = _flag(500, "optimizer steps")
+    learning_rate: float = _flag(1e-4, "learning rate after warm-up")
+    scale_lr: bool = _flag(False, "multiply the learning rate by devices, batch size and accumulation")
+    lr_scheduler: Schedule = _flag("constant", "how the learning rate falls")
+    lr_warmup_steps: int = _flag(0, "steps until the learning rate is reached")
+    lr_num_cycles: int = _flag(1, "restarts of cosine_with_restarts")
+    lr_power: float = _flag(1.0, "power of polynomial")
+    adam_beta1: float = _flag(0.9, "AdamW's beta1")
+    adam_beta2: float = _flag(0.999, "AdamW's beta2")
+    adam_weight_decay: float = _flag(1e-2, "AdamW's weight decay")
+    adam_epsilon: float = _flag(1e-8, "AdamW's epsilon")
+    use_8bit_adam: bool = _flag(False, "AdamW of bitsandbytes, which must be installed")
+    max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
+    mixed_precision: Literal["no", "fp16", "bf16"] = _flag("no", "precision of the frozen model; trained tensors stay float32")
+    gradient_checkpointing: bool = _flag(False, "less memory for activations, more time")
+    allow_tf32: bool = _flag(False, "faster float32 matrix products on NVIDIA GPUs")
+    enable_xformers_memory_efficient_attention: bool = _flag(False, "xformers attention in the denoiser")
+    use_ema: bool = _flag(False, "save and validate a running average of what is trained")
+    ema_decay: float = _flag(0.999, "decay of that average")
+    checkpointing_steps: int = _flag(500, "steps between checkpoints that can be resumed")
+    checkpoints_total_limit: int = _flag(2, "checkpoints kept, 0 for all")
+    resume_from_checkpoint: str = _flag("", "a checkpoint-N folder, or latest")
+    validation_prompt: list[str] = field(default_factory=list, metadata={"help": "prompts drawn at every validation"})
+    num_validation_images: int = _flag(1, "pictures for each validation prompt")
+    validation_steps: int = _flag(100, "steps between validations")
+    early_stopping_patience: int = _flag(
+        0, "stop after so many validations without a better validation loss (needs --holdout); 0: never"
+    )
+    report_to: str = _flag("", "tensorboard, wandb or another tracker of accelerate")
+    export_kohya: bool = _flag(False, "also write the LoRA in kohya's layout")
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Also seeds every process differently (but reproducibly), so that they do not draw the same noise."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 or config.allow_tf32
+    if AcceleratorState._shared_state.get("_mixed_precision", config.mixed_precision) != config.mixed_precision:
+        AcceleratorState._reset_state()  # an earlier run in this process, as the web page has them
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.report_to or None,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    set_seed(config.seed, device_specific=True)
+    return accelerator
+
+
+def make_optimizer(method: Method, config: TrainConfig, processes: int) -> torch.optim.Optimizer:
+    lr = config.learning_rate
+    if config.scale_lr:
+        lr *= processes * config.train_batch_size * config.gradient_accumulation_steps
+    options = {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW(method.parameter_groups(lr), **options, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from None
+    return AdamW8bit(method.parameter_groups(lr), **options)
