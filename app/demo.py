@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from customize.backbone import load_base
 from customize.data import DataConfig
+from customize.loading import load_base
 from customize.pipelines import load_pipeline
 from customize.stickers import BACKGROUNDS, Drawing, Scene, World, draw_scene
 from customize.stickers.measure import masked_correlation

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from customize.backbone import Backbone, load_base
+from customize.backbone import Backbone
 from customize.errors import UserError
+from customize.loading import load_base
 from customize.lora import folded_metadata, folded_state, has_lora, kohya_state, with_text_model
 from customize.tokens import SUFFIXES, ConceptTokens, load_words
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from customize.backbone import Condition, load_base, wrap
+from customize.backbone import Condition, wrap
 from customize.cache import TensorCache
 from customize.errors import UserError
+from customize.loading import load_base
 from customize.lora import TEXT_ATTENTION, LoraFields, add_lora
 from customize.tokens import WordsSD3Pipeline
 from customize.trainers.method import Method, MethodConfig

@@ -15,8 +15,8 @@ from PIL import Image
 
 from customize.app.cli import quiet_libraries
 from customize.app.demo import UNSEEN, draw, write_pictures
-from customize.backbone import load_base
 from customize.data import DataConfig
+from customize.loading import load_base
 from customize.pipelines import load_pipeline
 from customize.stickers import BACKGROUNDS, Drawing, World
 from customize.stickers.measure import background_of, masked_correlation
