@@ -40,7 +40,9 @@ class DataConfig:
     )
     class_prompt: str = _flag("", 'caption of the class (prior) pictures, e.g. "a photo of a dog"')
     class_data_dir: str = _flag("", "folder of class (prior) pictures")
-    resolution: int = _flag(512, "side of the square crop in pixels; buckets have about its area")
+    resolution: int = _flag(
+        0, "side of the square crop in pixels (buckets have about its area); 0: what the model was trained at"
+    )
     use_aspect_ratio_buckets: bool = _flag(False, "crop to the nearest of several aspect ratios instead of to a square")
     random_flip: bool = _flag(False, "mirror pictures at random")
     masked_loss: bool = _flag(True, "weight the loss by the masks that are found (NAME.mask.png, or the alpha channel)")

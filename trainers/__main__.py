@@ -124,6 +124,7 @@ def load_backbone(model: ModelConfig, data: DataConfig, accelerator: Accelerator
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     options = {k: v for k in ("revision", "variant") if (v := getattr(model, k))}
     backbone = wrap(load_base(model.pretrained_model_name_or_path, dtype, **options), model.pretrained_model_name_or_path)
+    data.resolution = data.resolution or backbone.native_resolution
     check_resolution(data.resolution, backbone.factor)
     backbone.resolution = data.resolution
     backbone.vae.float()

@@ -81,7 +81,7 @@ def begin(method: Method, config: TrainConfig, accelerator: Accelerator, held_ou
     if config.gradient_checkpointing:
         method.backbone.denoiser.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
-        method.backbone.denoiser.enable_xformers_memory_efficient_attention()
+        enable_xformers(method)
     optimizer = make_optimizer(method, config, accelerator.num_processes)
     schedule = get_scheduler(
         config.lr_scheduler,
@@ -102,6 +102,15 @@ def begin(method: Method, config: TrainConfig, accelerator: Accelerator, held_ou
     if config.report_to:
         accelerator.init_trackers("customize", config={k: str(v) for k, v in asdict(config).items()})
     return session
+
+
+def enable_xformers(method: Method) -> None:
+    try:
+        method.backbone.denoiser.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        remedy = "pip install 'customize[xformers]' on a machine with a GPU, or leave the flag out"
+        raise UserError(f"--enable_xformers_memory_efficient_attention: {reason}: {remedy}.") from error
 
 
 def train(
