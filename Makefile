@@ -15,7 +15,7 @@ test: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p customize
+	$(BIN)/mypy customize trainers pipelines app
 
 # torch first and alone: some package indexes offer a CPU build of it, which must be chosen before others ask for it
 .venv/ready: pyproject.toml constraints.txt

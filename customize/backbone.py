@@ -56,6 +56,7 @@ class Backbone(nn.Module):
     denoiser_name = "unet"
     t_max = 1000  # its times, over this, are what encoders see: 0 is data, 1 is noise
     takes_negative_prompt = True
+    resolution = 0  # side of the pictures that this run trains on and draws, in pixels
     embedding_names: tuple[str, ...] = ENCODER_NAMES  # of the text encoders, in files of learned words
 
     def __init__(self, pipe: DiffusionPipeline, name: str = ""):

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -75,7 +76,7 @@ def launch(name: str, model: ModelConfig, data: DataConfig, settings: TrainConfi
         train_pictures += prior_pictures(backbone, concepts, settings, data, options.num_class_images, accelerator)
     method = find_method(name)(backbone, options, concepts).to(accelerator.device)
     check_captions(method, [*train_pictures, *held_out])
-    info = {
+    info: dict[str, Any] = {
         "base_model": model.pretrained_model_name_or_path,
         "method": name,
         "dataset": sorted(p.digest for p in train_pictures),

@@ -1,7 +1,7 @@
 """How a run is trained: its settings, and what is made of them at its start."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -80,7 +80,7 @@ def make_optimizer(method: Method, config: TrainConfig, processes: int) -> torch
     lr = config.learning_rate
     if config.scale_lr:
         lr *= processes * config.train_batch_size * config.gradient_accumulation_steps
-    options = {
+    options: dict[str, Any] = {
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,
         "eps": config.adam_epsilon,
