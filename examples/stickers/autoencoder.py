@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from customize import stickers
 from recipe import FURNACE, Run, render_batch, worlds
 
 LATENTS, KEPT = 12, 100.0  # components; the constant that keeps the encoder's last normalisation from changing anything
@@ -107,8 +108,8 @@ def main():
     pool = world.drawings()
     set_encoder(model, *components(render_batch(np.random.default_rng(0), world, pool, 1024, 64)[0]))
     model.encoder.requires_grad_(False), model.quant_conv.requires_grad_(False)
+    run = Run("decoder", model, options.lr, ema=0.995, shipped=stickers.MODEL / "vae" / "diffusion_pytorch_model.safetensors")
     model.save_pretrained(FURNACE / "model" / "vae")  # the encoder is ready: the denoiser's training may begin
-    run = Run("decoder", model, options.lr, ema=0.995)
     rng, begin = np.random.default_rng(run.step + 1), time.time()
     while (passed := (time.time() - begin) / 60 / options.minutes) < 1:
         pixels, _ = render_batch(rng, world, pool, options.batch_size, 64)

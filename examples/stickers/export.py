@@ -16,12 +16,12 @@ from diffusers import StableDiffusionPipeline
 from image_tower import Reader, accuracy
 from PIL import Image, ImageDraw, ImageFont
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
-from unet import MODEL, build, schedule
+from unet import build, schedule
 
 from customize.stickers import BACKGROUNDS, Drawing, Scene, caption, draw_scene
 from customize.stickers.measure import background_of, masked_correlation
 from customize.stickers.scene import draw_factors
-from recipe import FURNACE, render_batch, worlds
+from recipe import FURNACE, part, render_batch, worlds
 
 STEPS, SCALE = 25, 4.0
 SHOWN = [
@@ -169,14 +169,14 @@ def main():
     world = worlds()
     vae, decoder_images = averaged(build_autoencoder(), "decoder")
     unet, unet_images = averaged(build(), "unet")
-    text = CLIPTextModel.from_pretrained(MODEL / "text_encoder").eval()
-    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
+    text = CLIPTextModel.from_pretrained(part("text_encoder")).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(part("tokenizer"))
     pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, schedule(), None, None, requires_safety_checker=False)
     pipe.to(torch.float16).save_pretrained(options.output)
-    vision = CLIPVisionModelWithProjection.from_pretrained(MODEL / "image_encoder").float().eval()
+    vision = CLIPVisionModelWithProjection.from_pretrained(part("image_encoder")).float().eval()
     vision.half().save_pretrained(options.output / "image_encoder")
     (options.output / "feature_extractor").mkdir(exist_ok=True)
-    config = (MODEL / "feature_extractor" / "preprocessor_config.json").read_text()
+    config = (part("feature_extractor") / "preprocessor_config.json").read_text()
     (options.output / "feature_extractor" / "preprocessor_config.json").write_text(config)
 
     pipe = StableDiffusionPipeline.from_pretrained(options.output, dtype=torch.float32, use_safetensors=True)

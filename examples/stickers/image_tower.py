@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CL
 
 from customize.stickers import BACKGROUNDS, Scene, caption, draw_scene
 from customize.stickers.scene import draw_caption, draw_factors
-from recipe import FURNACE, Run, worlds
+from recipe import FURNACE, Run, part, worlds
 from text_tower import LENGTH, LOOK, Looks
 
 MODEL = FURNACE / "model"
@@ -62,8 +62,8 @@ def to_pixels(pictures) -> torch.Tensor:
 
 class Reader:
     def __init__(self):
-        self.text = CLIPTextModel.from_pretrained(MODEL / "text_encoder").eval()
-        self.tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
+        self.text = CLIPTextModel.from_pretrained(part("text_encoder")).eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(part("tokenizer"))
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> torch.Tensor:

@@ -1,37 +1,63 @@
 """What the pretraining stages share: resumable training state, and endless rendered scenes."""
 
+import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from customize import stickers
 from customize.stickers import World, draw_scene
 from customize.stickers.scene import draw_caption, draw_factors
 
-FURNACE = Path(".furnace")  # checkpoints, logs and latents; never committed
+FURNACE = Path(".furnace")  # checkpoints, logs and parts of the next model; never committed
+
+
+def part(name: str) -> Path:
+    """The folder of a trained part of the model: the furnace's, or else the one that ships."""
+    return FURNACE / "model" / name if (FURNACE / "model" / name).exists() else stickers.MODEL / name
+
+
+def shipped_images(name: str) -> int:
+    """How many pictures or captions a shipped part was trained on."""
+    log = stickers.MODEL / "training.json"
+    return json.loads(log.read_text())[name] if log.exists() else 0
 
 
 class Run:
     """Trains `model` in resumable pieces: AdamW, warm-up, optional EMA, a checkpoint every `every` steps.
 
-    The weights alone resume too (without optimizer state, after a short warm-up), so a shipped model can be continued.
+    `shipped` weights start a run that has no checkpoint, after a short warm-up, so a committed model can be continued.
     """
 
-    def __init__(self, name: str, model: nn.Module, lr: float, warmup: int = 200, ema: float = 0.0, decay: float = 0.01):
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        lr: float,
+        warmup: int = 200,
+        ema: float = 0.0,
+        decay: float = 0.01,
+        shipped: Path | None = None,
+    ):
+        if shipped is not None and shipped.exists():
+            model.load_state_dict({k: v.float() for k, v in load_file(shipped).items()})
         self.path, self.model, self.lr, self.warmup, self.decay_rate = FURNACE / f"{name}.pt", model, lr, warmup, ema
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr, betas=(0.9, 0.98), weight_decay=decay, fused=True
         )
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()} if ema else {}
-        self.step, self.images, self.since, self.log = 0, 0, 0, []
+        self.step, self.images, self.since, self.log = 0, shipped_images(name) if shipped else 0, 0, []
         self.start = self.last = time.time()
         if self.path.exists():
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.step, self.images = state["average"], state["step"], state["images"]
+            self.since = self.step  # the optimizer is warm
             print(f"{name}: resumed at step {self.step}, {self.images} images", flush=True)
 
     def update(self, losses: dict[str, torch.Tensor], images: int, progress: float = 0.0) -> None:

@@ -9,16 +9,14 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from customize.stickers import draw_scene
+from customize.stickers import MODEL, draw_scene
 from customize.stickers.scene import draw_caption, draw_factors
-from recipe import FURNACE, Run, worlds
+from recipe import Run, part, worlds
 from text_tower import LENGTH
 
-MODEL = FURNACE / "model"
 SHARD, SHARDS = 8192, 6  # scenes in a shard, shards kept in memory
 
 
@@ -55,9 +53,9 @@ class Source:
 
     def __init__(self, rng: np.random.Generator):
         self.rng, self.world = rng, worlds()
-        self.vae = AutoencoderKL.from_pretrained(MODEL / "vae").eval()
-        self.text = CLIPTextModel.from_pretrained(MODEL / "text_encoder").eval()
-        self.tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
+        self.vae = AutoencoderKL.from_pretrained(part("vae")).eval()
+        self.text = CLIPTextModel.from_pretrained(part("text_encoder")).eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(part("tokenizer"))
         self.pools = self.world.drawings(), self.world.drawings(core=True)
         self.empty = self.read([""])[0]
         self.shards: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -69,8 +67,8 @@ class Source:
 
     @torch.no_grad()
     def add_shard(self, images: int) -> None:
-        """Replaces the oldest shard; poses reach their full range, and extra factors their full share, after 60,000 images."""
-        ripe, latents, states = min(images / 60_000, 1.0), [], []
+        """Replaces the oldest shard; poses reach their full range, and extra factors their full share, after 150,000 images."""
+        ripe, latents, states = min(images / 150_000, 1.0), [], []
         for _ in range(SHARD // 64):
             pool = [self.pools[int(self.rng.random() < 0.85)] for _ in range(64)]
             scenes = [draw_factors(self.rng, self.world, p, extras=0.1 + 0.25 * ripe, spread=0.4 + 0.6 * ripe) for p in pool]
@@ -94,26 +92,6 @@ def spread_times(count: int) -> torch.Tensor:
     return ((torch.rand(()) + torch.arange(count) / count) % 1 * 1000).long()
 
 
-@torch.no_grad()
-def sheet(unet, source: Source, path) -> None:
-    """32 pictures of trained drawings, for the eye."""
-    pipe = StableDiffusionPipeline(
-        source.vae, source.text, source.tokenizer, unet, schedule(), None, None, requires_safety_checker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    rng = np.random.default_rng(7)
-    scenes = [draw_factors(rng, source.world, source.pools[1], extras=0.2 if i >= 16 else 0) for i in range(32)]
-    prompts = [draw_caption(rng, scene) for scene in scenes]
-    generator = torch.Generator().manual_seed(7)
-    images = pipe(prompts, height=64, width=64, num_inference_steps=20, guidance_scale=4.0, generator=generator).images
-    grid = Image.new("RGB", (8 * 64, 8 * 64))
-    for i, (image, scene) in enumerate(zip(images, scenes, strict=True)):
-        row, column = divmod(i, 8)
-        grid.paste(draw_scene(scene, source.world)[0], (column * 64, row * 128))
-        grid.paste(image, (column * 64, row * 128 + 64))
-    grid.resize((1024, 1024), Image.Resampling.NEAREST).save(path)
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=600)
@@ -124,10 +102,10 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = build().to(memory_format=torch.channels_last)
-    run = Run("unet", model, options.lr, warmup=300, ema=0.999)
+    run = Run("unet", model, options.lr, warmup=300, ema=0.999, shipped=MODEL / "unet" / "diffusion_pytorch_model.safetensors")
     torch.manual_seed(run.step)
     source, scheduler = Source(np.random.default_rng(run.step)), schedule()
-    begin = seen = time.time()
+    begin = time.time()
     passed = 0.0
     while passed < 1:
         source.add_shard(run.images)
@@ -140,11 +118,6 @@ def main():
             run.report()
             run.save(250)
             passed = (time.time() - begin) / 60 / options.minutes
-            if time.time() - seen > 15 * 60:
-                seen, weights = time.time(), {k: v.clone() for k, v in model.state_dict().items()}
-                model.load_state_dict(run.average)
-                sheet(model, source, FURNACE / f"sheet_{run.images:07d}.png")
-                model.load_state_dict(weights)
             if passed >= 1:
                 break
     run.save()
