@@ -52,7 +52,7 @@ class Templates(NamedTuple):
     variance: Tensor  # (n, 1, 1), summed over colours
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _templates(sprite: bytes, size: int, side: int) -> Templates:
     drawing = Image.frombytes("RGBA", (size, size), sprite)
     canvas, layers = 2 * (side // 4) + side, []
