@@ -38,7 +38,9 @@ def demo(output: str = "runs/demo", quick: bool = False) -> Path:
     )
     data = DataConfig(instance_data_dir=str(folder / "pictures"), instance_prompt=f"a {WORD} {SUBJECT.word}", resolution=64)
     data.class_prompt = f"a {SUBJECT.word}"
-    options = DreamBoothConfig(rank=16, with_prior_preservation=True, prior_source="teacher", prior_loss_weight=0.5)
+    options = DreamBoothConfig(
+        rank=16, lora_layers="all", with_prior_preservation=True, prior_source="teacher", prior_loss_weight=0.5
+    )
     launch("dreambooth", ModelConfig(), data, settings, options)
     after = draw(load_pipeline(folder), prompts)
     page = folder / "demo.png"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from customize.checkpoint import LORA, read_info
+from customize import stickers
+from customize.checkpoint import LORA, read_info, tensors_of
 
 USE = """```python
 from customize.pipelines import load_pipeline
@@ -54,16 +55,11 @@ A subject taught to `{info["base_model"]}` by **{info["method"]}** in {info["ste
 
 
 def _stock(folder: Path, base: str) -> str:
+    base = str(stickers.MODEL) if base == "stickers" else base
     info, loads = read_info(folder), []
     if (folder / LORA).exists():
         loads.append(f'pipe.load_lora_weights("{folder}", weight_name="{LORA}")')
     for word, name in info["words"].items():
-        if "clip_l" not in _keys(folder / name):
+        if "clip_l" not in tensors_of(folder / name):
             loads.append(f'pipe.load_textual_inversion("{folder / name}", token="{word}")')
     return STOCK.format(base=base, loads="\n".join(loads)) if loads else ""
-
-
-def _keys(path: Path) -> set[str]:
-    from customize.checkpoint import tensors_of
-
-    return set(tensors_of(path))

@@ -103,7 +103,9 @@ def _save_lora(folder: Path, backbone: Backbone, kohya: bool) -> None:
         if name.startswith("text_encoder"):
             state = {with_text_model(key): value for key, value in state.items()}
         if backbone.denoiser_name == "unet":
-            state = convert_state_dict_to_diffusers(state)
+            # diffusers renames attention layers alone, and its loader then misreads a file with both kinds of names
+            renamed = convert_state_dict_to_diffusers(state).items()
+            state = {key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): v for key, v in renamed}
         arguments |= {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": folded_metadata(module)}
         flat |= kohya_state(module, _kohya_prefix(name, backbone)) if kohya else {}
     if arguments:

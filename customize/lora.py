@@ -12,7 +12,12 @@ from customize.errors import UserError
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
-PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD}
+CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "proj_in"]  # of a UNet's residual and transformer blocks
+PRESETS = {
+    "attention": ATTENTION,
+    "attention+ff": ATTENTION + FEED_FORWARD,
+    "all": ATTENTION + FEED_FORWARD + CONVOLUTIONS,
+}
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -23,20 +28,23 @@ class LoraFields:
     rank: int = field(default=8, metadata={"help": "rank of the LoRA matrices"})
     lora_alpha: float = field(default=0.0, metadata={"help": "LoRA is scaled by lora_alpha / rank; 0 means rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the LoRA matrices"})
-    lora_layers: str = field(default="attention", metadata={"help": "attention, attention+ff, or comma-separated module names"})
+    lora_layers: str = field(
+        default="attention",
+        metadata={"help": "attention, attention+ff, all (convolutions too), or comma-separated module names"},
+    )
     use_dora: bool = field(default=False, metadata={"help": "also learn the weights' magnitudes (DoRA)"})
 
 
 def add_lora(module: ModelMixin, settings: LoraFields, targets: list[str] | None = None) -> None:
-    """Adds trainable float32 LoRA to the linear layers that `lora_layers` (or `targets`) names; zero at the start."""
+    """Adds trainable float32 LoRA to the layers that `lora_layers` (or `targets`) names; it is zero at the start."""
     preset = targets or PRESETS.get(settings.lora_layers)
     wanted = preset or [name.strip() for name in settings.lora_layers.split(",")]
-    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     # a preset's `proj_out` is that of a block, never the model's own last layer
     found = {t: [n for n in layers if n.endswith("." + t) or (n == t and not preset)] for t in wanted}
     missing = [t for t, names in found.items() if not names]
     if missing and (not preset or len(missing) == len(wanted)):
-        raise UserError(f"--lora_layers: no linear layer is named {', '.join(missing)}; use one of {', '.join(PRESETS)}.")
+        raise UserError(f"--lora_layers: no layer is named {', '.join(missing)}; use one of {', '.join(PRESETS)}.")
     if settings.rank < 1:
         raise UserError("--rank must be at least 1.")
     module.add_adapter(

@@ -67,7 +67,9 @@ def linear_with(base: str, *parts: str) -> set[str]:
 @pytest.mark.parametrize("base", ["sd15", "sdxl"])
 def test_presets_of_unets(base):
     assert targets(base, "attention") == linear_with(base, "attn1.", "attn2.")
-    assert targets(base, "attention+ff") == linear_with(base, "attn1.", "attn2.", ".ff.net.")
+    blocks = linear_with(base, "attn1.", "attn2.", ".ff.net.")
+    assert {name for name in targets(base, "attention+ff") if "proj_out" not in name} == blocks
+    assert {name for name in targets(base, "all") if ".conv1" in name} != set()
 
 
 def test_presets_of_sd3():

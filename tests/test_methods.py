@@ -23,6 +23,7 @@ CASES = {
     "dreambooth": (DreamBooth, {"rank": 4, "lora_alpha": 8}),
     "dreambooth_text_encoder": (DreamBooth, {"rank": 2, "train_text_encoder": True}),
     "dreambooth_dora": (DreamBooth, {"rank": 2, "lora_alpha": 6, "use_dora": True, "lora_layers": "attention+ff"}),
+    "dreambooth_convolutions": (DreamBooth, {"rank": 2, "lora_alpha": 1, "lora_layers": "all"}),
     "dreambooth_teacher": (DreamBooth, {"rank": 2, "with_prior_preservation": True, "prior_source": "teacher"}),
     "dreambooth_full": (DreamBooth, {"full_finetune": True, "train_text_encoder": True}),
     "textual_inversion": (TextualInversion, WORD),

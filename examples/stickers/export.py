@@ -68,12 +68,12 @@ def contact_sheet(pipe, world) -> Image.Image:
     ]
     scenes = [Scene(d, list(BACKGROUNDS)[i % len(BACKGROUNDS)]) for i, d in enumerate(drawings)]
     prompts = [caption(scene) for scene in scenes]
-    side, label, font = 160, 22, ImageFont.load_default(12)
+    side, label, font = 160, 40, ImageFont.load_default(13)
     page = Image.new("RGB", (8 * side, 2 * (side + label)), "white")
-    for i, (prompt, picture) in enumerate(zip(prompts, draw(pipe, prompts), strict=True)):
+    for i, (scene, picture) in enumerate(zip(scenes, draw(pipe, prompts), strict=True)):
         x, y = (i % 8) * side, (i // 8) * (side + label)
         page.paste(picture.resize((side - 4, side - 4), Image.Resampling.LANCZOS), (x + 2, y + 2))
-        ImageDraw.Draw(page).text((x + 3, y + side), prompt.removeprefix("a "), "black", font)
+        ImageDraw.Draw(page).text((x + 4, y + side), f"a {scene.subject}\n{BACKGROUNDS[scene.background]}", "black", font)
     return page
 
 

@@ -45,7 +45,7 @@ def settings(method: str, subject: Drawing, folder: Path, steps: int):
     else:
         words = f"sks {subject.word}"
         prior = {"with_prior_preservation": True, "prior_source": "teacher", "prior_loss_weight": 0.5}
-        options = DreamBoothConfig(rank=16, **(prior if method == "dreambooth" else {}))
+        options = DreamBoothConfig(rank=16, lora_layers="all", **(prior if method == "dreambooth" else {}))
         train = TrainConfig(max_train_steps=steps, learning_rate=5e-4, **common)
     data = DataConfig(instance_data_dir=str(folder / "pictures"), instance_prompt=f"a {words}", resolution=64)
     data.class_prompt = f"a {subject.word}"
