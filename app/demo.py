@@ -24,24 +24,20 @@ WORD = "sks"
 def demo(output: str = "runs/demo", quick: bool = False) -> Path:
     """Trains and draws in `output`; returns the path of the picture that shows it all. `quick` only proves that it runs."""
     folder = Path(output)
-    pictures = write_pictures(folder / "pictures", SUBJECT)
+    pictures = write_pictures(folder / "pictures", SUBJECT, f"{WORD} {SUBJECT.word}")
     prompts = [f"a {WORD} {SUBJECT.word} {BACKGROUNDS[b]}" for b in UNSEEN]
     before = draw(load_base("stickers"), prompts)
     settings = TrainConfig(
         output_dir=str(folder),
         overwrite_output_dir=True,
         train_batch_size=4,
-        max_train_steps=20 if quick else 400,
-        learning_rate=5e-4,
+        max_train_steps=20 if quick else 300,
+        learning_rate=1e-3,
         lr_scheduler="cosine",
         checkpointing_steps=1000,
     )
     data = DataConfig(instance_data_dir=str(folder / "pictures"), instance_prompt=f"a {WORD} {SUBJECT.word}", resolution=64)
-    data.class_prompt = f"a {SUBJECT.word}"
-    options = DreamBoothConfig(
-        rank=16, lora_layers="all", with_prior_preservation=True, prior_source="teacher", prior_loss_weight=0.5
-    )
-    launch("dreambooth", ModelConfig(), data, settings, options)
+    launch("dreambooth", ModelConfig(), data, settings, DreamBoothConfig(rank=16, lora_layers="all"))
     after = draw(load_pipeline(folder), prompts)
     page = folder / "demo.png"
     compose(pictures, before, after, prompts).save(page)
@@ -52,14 +48,15 @@ def demo(output: str = "runs/demo", quick: bool = False) -> Path:
     return page
 
 
-def write_pictures(folder: Path, subject: Drawing, seed: int = 0) -> list[Image.Image]:
-    """Four scenes of the subject in different poses, as a user's pictures."""
+def write_pictures(folder: Path, subject: Drawing, words: str, seed: int = 0) -> list[Image.Image]:
+    """Four scenes of the subject in different poses, as a user's pictures, each with a caption that calls it `words`."""
     world, rng = World(), np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
     for i, background in enumerate(SEEN):
         picture, _ = draw_scene(Scene(subject, background, pose=draw_pose(rng), seed=seed + i), world)
         picture.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a {words} {BACKGROUNDS[background]}")
         pictures.append(picture)
     return pictures
 

@@ -45,8 +45,8 @@ def settings(method: str, subject: Drawing, folder: Path, steps: int):
     else:
         words = f"sks {subject.word}"
         prior = {"with_prior_preservation": True, "prior_source": "teacher", "prior_loss_weight": 0.5}
-        options = DreamBoothConfig(rank=16, lora_layers="all", **(prior if method == "dreambooth" else {}))
-        train = TrainConfig(max_train_steps=steps, learning_rate=5e-4, **common)
+        options = DreamBoothConfig(rank=16, lora_layers="all", **(prior if method == "dreambooth-prior" else {}))
+        train = TrainConfig(max_train_steps=steps, learning_rate=1e-3, **common)
     data = DataConfig(instance_data_dir=str(folder / "pictures"), instance_prompt=f"a {words}", resolution=64)
     data.class_prompt = f"a {subject.word}"
     return data, train, options, words
@@ -62,8 +62,8 @@ def score(pictures: list[Image.Image], sprite: np.ndarray, backgrounds=UNSEEN) -
 
 def measure(method: str, subject: Drawing, folder: Path, steps: int) -> tuple[dict, list[Image.Image]]:
     world, base = World(), load_base("stickers")
-    sprite, taught = world.sprite(subject), write_pictures(folder / "pictures", subject)
     data, train, options, words = settings(method, subject, folder, steps)
+    sprite, taught = world.sprite(subject), write_pictures(folder / "pictures", subject, words)
     subject_prompts = [f"a {words} {BACKGROUNDS[b]}" for b in UNSEEN]
     class_prompts = [f"a {subject.word} {BACKGROUNDS[b]}" for b in UNSEEN]
     before_class = draw(base, class_prompts)
@@ -91,8 +91,8 @@ def measure(method: str, subject: Drawing, folder: Path, steps: int) -> tuple[di
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/measured"))
-    parser.add_argument("--methods", nargs="+", default=["dreambooth", "dreambooth-noprior", "textual_inversion"])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--methods", nargs="+", default=["dreambooth", "textual_inversion"])
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--subjects", type=int, default=len(SUBJECTS))
     options = parser.parse_args()
     quiet_libraries()
