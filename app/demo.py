@@ -31,7 +31,7 @@ def demo(output: str = "runs/demo", quick: bool = False) -> Path:
         output_dir=str(folder),
         overwrite_output_dir=True,
         train_batch_size=4,
-        max_train_steps=20 if quick else 300,
+        max_train_steps=20 if quick else 500,
         learning_rate=1e-3,
         lr_scheduler="cosine",
         checkpointing_steps=1000,
@@ -88,6 +88,7 @@ def compose(
         x = left + i * (side + gap)
         place(before[i], x, top)
         place(after[i], x, top + side + gap)
-        pen.text((x, top + 2 * (side + gap)), prompt, "black", small, features=None)
+        label = prompt.replace(SUBJECT.word, SUBJECT.word + "\n", 1).replace("\n ", "\n")
+        pen.text((x, top + 2 * (side + gap)), label, "black", small)
     pen.line([(left - 1.5 * gap, 10), (left - 1.5 * gap, page.height - 10)], (200, 200, 200), 2)
     return page
