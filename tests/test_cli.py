@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from customize import cli
+from customize.app import cli
 from customize.app.cli import main
 from customize.errors import UserError
 from customize.trainers.registry import METHODS, find_method
@@ -101,7 +101,7 @@ def test_train_hands_all_words_to_the_trainer(monkeypatch, capsys):
     assert main(["train", "dreambooth", "cat.yaml", "--lr", "1e-4"]) == 0
     assert seen == [["dreambooth", "cat.yaml", "--lr", "1e-4"]]
     assert main(["train", "dreambooth", "--help"]) == 0
-    assert capsys.readouterr().out == "flags of dreambooth\n"
+    assert capsys.readouterr().out.endswith("flags of dreambooth\n")
     assert main(["train", "--help"]) == 0
     assert "METHOD" in capsys.readouterr().out
     assert len(seen) == 1
