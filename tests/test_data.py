@@ -402,7 +402,7 @@ def test_dataset_refuses_bad_settings():
     with pytest.raises(UserError, match="--resolution"):
         SubjectDataset([], DataConfig(resolution=100), 8)
     with pytest.raises(UserError, match="--unmasked_weight"):
-        SubjectDataset([], DataConfig(unmasked_weight=1.5), 8)
+        SubjectDataset([], DataConfig(resolution=8, unmasked_weight=1.5), 8)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
