@@ -156,7 +156,7 @@ Autoencoder: {psnr:.1f} dB on fresh scenes. One picture: {alone} s on two CPU co
 
 ## Limits
 
-Details of drawings are soft, and rare factors (counts, companions, "upside down") are obeyed less often than backgrounds and
+At this amount of training it draws backgrounds, colours and silhouettes; drawings lack their inner details. Rare factors (counts, companions, "upside down") are obeyed less often than backgrounds and
 colours. It is a laboratory, not a product: conclusions about real models must be checked on real models.
 
 The drawings' licences are in NOTICE: Noto Emoji (Apache-2.0), Twemoji (CC-BY 4.0), Fluent Emoji (MIT).
