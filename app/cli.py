@@ -7,12 +7,12 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-from customize.config import help_text, parse
+from customize.config import help_text, option, parse
 from customize.errors import UserError, nearest
 from customize.trainers.registry import METHODS, find_entry
 
@@ -22,10 +22,6 @@ TRAINING_MEMORY = (
 )
 DRAWING_MEMORY = "Out of memory: try --num_images_per_prompt 1, --dtype bfloat16, or a smaller --height and --width."
 HELP = {"--help", "-h"}
-
-
-def option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass

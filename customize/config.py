@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, field, fields
 from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,6 +15,11 @@ from customize.errors import UserError, nearest
 
 BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "none"}
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that is a flag with a help text."""
+    return field(default=default, metadata={"help": help})
 
 
 class Flag(NamedTuple):

@@ -6,7 +6,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from customize.config import option
 from customize.errors import UserError, nearest
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -25,32 +26,28 @@ Key = tuple[int, Bucket, bool]  # index of the picture, bucket to crop it to, wh
 Decoded = tuple[Image.Image, Image.Image | None]  # picture, mask
 
 
-def _flag(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class DataConfig:
     """What to learn from, and how pictures become tensors."""
 
-    instance_data_dir: str = _flag("", "folder of pictures of the subject")
-    instance_prompt: str = _flag("", "caption of every picture that has none of its own")
-    concepts_list: str = _flag(
+    instance_data_dir: str = option("", "folder of pictures of the subject")
+    instance_prompt: str = option("", "caption of every picture that has none of its own")
+    concepts_list: str = option(
         "", "JSON list of {instance_prompt, class_prompt, instance_data_dir, class_data_dir}, one a concept"
     )
-    class_prompt: str = _flag("", 'caption of the class (prior) pictures, e.g. "a photo of a dog"')
-    class_data_dir: str = _flag("", "folder of class (prior) pictures")
-    resolution: int = _flag(
+    class_prompt: str = option("", 'caption of the class (prior) pictures, e.g. "a photo of a dog"')
+    class_data_dir: str = option("", "folder of class (prior) pictures")
+    resolution: int = option(
         0, "side of the square crop in pixels (buckets have about its area); 0: what the model was trained at"
     )
-    use_aspect_ratio_buckets: bool = _flag(False, "crop to the nearest of several aspect ratios instead of to a square")
-    random_flip: bool = _flag(False, "mirror pictures at random")
-    masked_loss: bool = _flag(True, "weight the loss by the masks that are found (NAME.mask.png, or the alpha channel)")
-    unmasked_weight: float = _flag(0.1, "loss weight of what lies outside the mask, 0 to 1")
-    holdout: int = _flag(0, "number of pictures kept from training for the validation loss")
-    max_pixels: int = _flag(100_000_000, "pictures with more pixels are refused")
-    strict: bool = _flag(False, "stop at an unreadable picture instead of skipping it with a warning")
-    dataloader_num_workers: int = _flag(0, "processes that load pictures; 0 loads them in the main process")
+    use_aspect_ratio_buckets: bool = option(False, "crop to the nearest of several aspect ratios instead of to a square")
+    random_flip: bool = option(False, "mirror pictures at random")
+    masked_loss: bool = option(True, "weight the loss by the masks that are found (NAME.mask.png, or the alpha channel)")
+    unmasked_weight: float = option(0.1, "loss weight of what lies outside the mask, 0 to 1")
+    holdout: int = option(0, "number of pictures kept from training for the validation loss")
+    max_pixels: int = option(100_000_000, "pictures with more pixels are refused")
+    strict: bool = option(False, "stop at an unreadable picture instead of skipping it with a warning")
+    dataloader_num_workers: int = option(0, "processes that load pictures; 0 loads them in the main process")
 
 
 @dataclass

@@ -8,53 +8,50 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 
+from customize.config import option
 from customize.errors import UserError
 from customize.trainers.method import Method
 
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 
-def _flag(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class TrainConfig:
-    output_dir: str = _flag("runs/out", "where the run is written")
-    overwrite_output_dir: bool = _flag(False, "write over an earlier run in --output_dir")
-    seed: int = _flag(0, "seed of data order, noise and times")
-    train_batch_size: int = _flag(1, "pictures in a batch, on each device")
-    gradient_accumulation_steps: int = _flag(1, "batches added up before the optimizer steps")
-    max_train_steps: int = _flag(500, "optimizer steps")
-    learning_rate: float = _flag(1e-4, "learning rate after warm-up")
-    scale_lr: bool = _flag(False, "multiply the learning rate by devices, batch size and accumulation")
-    lr_scheduler: Schedule = _flag("constant", "how the learning rate falls")
-    lr_warmup_steps: int = _flag(0, "steps until the learning rate is reached")
-    lr_num_cycles: int = _flag(1, "restarts of cosine_with_restarts")
-    lr_power: float = _flag(1.0, "power of polynomial")
-    adam_beta1: float = _flag(0.9, "AdamW's beta1")
-    adam_beta2: float = _flag(0.999, "AdamW's beta2")
-    adam_weight_decay: float = _flag(1e-2, "AdamW's weight decay")
-    adam_epsilon: float = _flag(1e-8, "AdamW's epsilon")
-    use_8bit_adam: bool = _flag(False, "AdamW of bitsandbytes, which must be installed")
-    max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
-    mixed_precision: Literal["no", "fp16", "bf16"] = _flag("no", "precision of the frozen model; trained tensors stay float32")
-    gradient_checkpointing: bool = _flag(False, "less memory for activations, more time")
-    allow_tf32: bool = _flag(False, "faster float32 matrix products on NVIDIA GPUs")
-    enable_xformers_memory_efficient_attention: bool = _flag(False, "xformers attention in the denoiser")
-    use_ema: bool = _flag(False, "save and validate a running average of what is trained")
-    ema_decay: float = _flag(0.999, "decay of that average")
-    checkpointing_steps: int = _flag(500, "steps between checkpoints that can be resumed")
-    checkpoints_total_limit: int = _flag(2, "checkpoints kept, 0 for all")
-    resume_from_checkpoint: str = _flag("", "a checkpoint-N folder, or latest")
+    output_dir: str = option("runs/out", "where the run is written")
+    overwrite_output_dir: bool = option(False, "write over an earlier run in --output_dir")
+    seed: int = option(0, "seed of data order, noise and times")
+    train_batch_size: int = option(1, "pictures in a batch, on each device")
+    gradient_accumulation_steps: int = option(1, "batches added up before the optimizer steps")
+    max_train_steps: int = option(500, "optimizer steps")
+    learning_rate: float = option(1e-4, "learning rate after warm-up")
+    scale_lr: bool = option(False, "multiply the learning rate by devices, batch size and accumulation")
+    lr_scheduler: Schedule = option("constant", "how the learning rate falls")
+    lr_warmup_steps: int = option(0, "steps until the learning rate is reached")
+    lr_num_cycles: int = option(1, "restarts of cosine_with_restarts")
+    lr_power: float = option(1.0, "power of polynomial")
+    adam_beta1: float = option(0.9, "AdamW's beta1")
+    adam_beta2: float = option(0.999, "AdamW's beta2")
+    adam_weight_decay: float = option(1e-2, "AdamW's weight decay")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon")
+    use_8bit_adam: bool = option(False, "AdamW of bitsandbytes, which must be installed")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the frozen model; trained tensors stay float32")
+    gradient_checkpointing: bool = option(False, "less memory for activations, more time")
+    allow_tf32: bool = option(False, "faster float32 matrix products on NVIDIA GPUs")
+    enable_xformers_memory_efficient_attention: bool = option(False, "xformers attention in the denoiser")
+    use_ema: bool = option(False, "save and validate a running average of what is trained")
+    ema_decay: float = option(0.999, "decay of that average")
+    checkpointing_steps: int = option(500, "steps between checkpoints that can be resumed")
+    checkpoints_total_limit: int = option(2, "checkpoints kept, 0 for all")
+    resume_from_checkpoint: str = option("", "a checkpoint-N folder, or latest")
     validation_prompt: list[str] = field(default_factory=list, metadata={"help": "prompts drawn at every validation"})
-    num_validation_images: int = _flag(1, "pictures for each validation prompt")
-    validation_steps: int = _flag(100, "steps between validations")
-    early_stopping_patience: int = _flag(
+    num_validation_images: int = option(1, "pictures for each validation prompt")
+    validation_steps: int = option(100, "steps between validations")
+    early_stopping_patience: int = option(
         0, "stop after so many validations without a better validation loss (needs --holdout); 0: never"
     )
-    report_to: str = _flag("", "tensorboard, wandb or another tracker of accelerate")
-    export_kohya: bool = _flag(False, "also write the LoRA in kohya's layout")
+    report_to: str = option("", "tensorboard, wandb or another tracker of accelerate")
+    export_kohya: bool = option(False, "also write the LoRA in kohya's layout")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
