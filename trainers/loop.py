@@ -153,6 +153,8 @@ def train(
                 bar.write(f"no better validation loss for {best.since} validations: the best is in {session.output / 'best'}")
                 break
     session.write(session.output)
+    # gloo's threads need Python to let go of the last gathered tensors: without a pause here, ending could deadlock with them
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return session.step
 
