@@ -153,10 +153,18 @@ def train(
                 bar.write(f"no better validation loss for {best.since} validations: the best is in {session.output / 'best'}")
                 break
     session.write(session.output)
-    # gloo's threads need Python to let go of the last gathered tensors: without a pause here, ending could deadlock with them
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end(accelerator)
     return session.step
+
+
+def end(accelerator: Accelerator) -> None:
+    """Ends the run on every process."""
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        # gloo's threads need the interpreter to let go of the last gathered tensors; the process group's destructor waits for
+        # them and does not yield it (a deadlock in about one run of ten): let them go first
+        time.sleep(0.5)
+    accelerator.end_training()
 
 
 def accumulate_gradients(session: Session, batches: Iterator[dict]) -> dict[str, float]:

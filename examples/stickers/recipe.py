@@ -24,7 +24,7 @@ def part(name: str) -> Path:
 def shipped_images(name: str) -> int:
     """How many pictures or captions a shipped part was trained on."""
     log = stickers.MODEL / "training.json"
-    return json.loads(log.read_text())[name] if log.exists() else 0
+    return json.loads(log.read_text()).get(name, 0) if log.exists() else 0
 
 
 class Run:
