@@ -1,4 +1,4 @@
-"""The command `customize`: train, generate, demo, methods, push. Whatever is heavy is imported by the command that needs it."""
+"""The command `customize`: train, generate, demo, evaluate, methods, push. Whatever is heavy is imported by the command that needs it."""
 
 import errno
 import json
@@ -12,6 +12,7 @@ from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
+from customize.app.evaluate import EvaluateConfig
 from customize.config import help_text, option, parse
 from customize.errors import UserError, nearest
 from customize.trainers.registry import METHODS, find_entry
@@ -83,6 +84,17 @@ def demo(words: list[str]) -> None:
     demo(config.output, config.quick)
 
 
+def evaluate(words: list[str]) -> None:
+    run = words.pop(0) if words and not words[0].startswith("--") else ""
+    (config,) = parse([EvaluateConfig], words)
+    if run:
+        check_run(run)
+    from customize.app.evaluate import evaluate
+
+    quiet_libraries()
+    print(f"the report is {evaluate(run, config)}")
+
+
 def methods(words: list[str]) -> None:
     print("\n".join(f"{name:<18} {entry.summary}" for name, entry in METHODS.items()))
 
@@ -101,6 +113,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, list[type]]] = {
     "train": (train, " METHOD [FILE.yaml] [--flag value ...]: teach a model your subject (flags: METHOD --help)", []),
     "generate": (generate, ' RUN "PROMPT" ... [--flag value ...]: draw with a run or a base model', [GenerateConfig]),
     "demo": (demo, " [--flag value ...]: train and draw in the embedded sticker world", [DemoConfig]),
+    "evaluate": (evaluate, " [RUN] [--flag value ...]: measure methods on a benchmark, or one run", [EvaluateConfig]),
     "methods": (methods, ": list the methods", []),
     "push": (push, " RUN REPO_ID [--private]: upload a run to the Hugging Face Hub", [PushConfig]),
 }

@@ -9,22 +9,22 @@ from PIL import Image, ImageDraw, ImageFont
 from customize.data import DataConfig
 from customize.loading import load_base
 from customize.pipelines import load_pipeline
-from customize.stickers import BACKGROUNDS, Drawing, Scene, World, draw_scene
+from customize.stickers import BACKGROUNDS, Drawing, World
+from customize.stickers.bench import write_references
 from customize.stickers.measure import masked_correlation
-from customize.stickers.scene import draw_pose
 from customize.trainers.__main__ import ModelConfig, launch
 from customize.trainers.dreambooth import DreamBoothConfig
 from customize.trainers.settings import TrainConfig
 
 SUBJECT = Drawing("fox", "flat")  # a drawing that the base model has never seen, of a class that it knows
-SEEN, UNSEEN = ("white", "grass", "stone", "yellow"), ("beach", "night", "bricks", "wood", "pink", "sunset")
+UNSEEN = ("beach", "night", "bricks", "wood", "pink", "sunset")
 WORD = "sks"
 
 
 def demo(output: str = "runs/demo", quick: bool = False) -> Path:
     """Trains and draws in `output`; returns the path of the picture that shows it all. `quick` only proves that it runs."""
     folder = Path(output)
-    pictures = write_pictures(folder / "pictures", SUBJECT, f"{WORD} {SUBJECT.word}")
+    pictures = write_references(folder / "pictures", SUBJECT, f"{WORD} {SUBJECT.word}")
     prompts = [f"a {WORD} {SUBJECT.word} {BACKGROUNDS[b]}" for b in UNSEEN]
     before = draw(load_base("stickers"), prompts)
     settings = TrainConfig(
@@ -46,19 +46,6 @@ def demo(output: str = "runs/demo", quick: bool = False) -> Path:
     print(f"correlation with the subject: its own pictures {scores[0]:.2f}, before {scores[1]:.2f}, after {scores[2]:.2f}")
     print(f'look at {page}; draw more with: customize generate {folder} "{prompts[0]}"')
     return page
-
-
-def write_pictures(folder: Path, subject: Drawing, words: str, seed: int = 0) -> list[Image.Image]:
-    """Four scenes of the subject in different poses, as a user's pictures, each with a caption that calls it `words`."""
-    world, rng = World(), np.random.default_rng(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for i, background in enumerate(SEEN):
-        picture, _ = draw_scene(Scene(subject, background, pose=draw_pose(rng), seed=seed + i), world)
-        picture.save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"a {words} {BACKGROUNDS[background]}")
-        pictures.append(picture)
-    return pictures
 
 
 def draw(pipe, prompts: list[str], seed: int = 0, steps: int = 25, guidance_scale: float = 4.0) -> list[Image.Image]:

@@ -1,6 +1,7 @@
 """What is in a picture of the sticker world: measures that need no trained judge."""
 
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -14,15 +15,39 @@ from customize.stickers.scene import Scene, draw_pose, draw_scene
 from customize.stickers.world import World
 
 SCALES = (0.5, 0.57, 0.64, 0.72, 0.8, 0.88)  # of the picture's side
-ANGLES = (-15, -7.5, 0, 7.5, 15)  # degrees
+ANGLES = (-15.0, -7.5, 0.0, 7.5, 15.0)  # degrees
+POSES = tuple(product(SCALES, ANGLES, (False, True)))  # scale, tilt, mirrored
+
+
+class Fit(NamedTuple):
+    """Where a drawing fits a picture best: the correlation there (-1 to 1), and the drawing's size (sides of the picture), tilt
+    (degrees), mirroring and upper left corner (pixels)."""
+
+    correlation: float
+    scale: float
+    angle: float
+    mirrored: bool
+    corner: tuple[int, int]
+
+    def mask(self, sprite: np.ndarray, side: int) -> Image.Image:
+        """What the drawing covers of a picture of `side` pixels (L, 255 inside)."""
+        layer = _turned(Image.fromarray(sprite), self.scale, self.angle, self.mirrored, side)
+        mask = Image.new("L", (side, side))
+        mask.paste(layer.getchannel("A"), self.corner)
+        return mask
 
 
 def masked_correlation(picture: Image.Image, sprite: np.ndarray) -> float:
-    """The best correlation (-1 to 1) of a drawing with a square picture over place, scale, tilt and mirroring.
+    """How well a drawing fits a picture, -1 to 1, at its best: see `best_fit`."""
+    return best_fit(picture, sprite).correlation
+
+
+def best_fit(picture: Image.Image, sprite: np.ndarray) -> Fit:
+    """The best fit of a drawing over place, scale, tilt and mirroring in a square picture.
 
     `sprite` is RGBA uint8, (size, size, 4). Each colour's mean, weighted by the drawing's alpha, is taken out, so that the
-    pattern counts and not the overall hue. Real scenes of a drawing give 0.83 on average, another studio's drawing of the same
-    class 0.49, any other drawing 0.38.
+    pattern counts and not the overall hue. Real scenes of a drawing correlate 0.83 on average, those of another studio's
+    drawing of the same class 0.49, of any other drawing 0.38.
     """
     pixels = torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255).permute(2, 0, 1)
     side, margin = pixels.shape[-1], pixels.shape[-1] // 4
@@ -33,14 +58,15 @@ def masked_correlation(picture: Image.Image, sprite: np.ndarray) -> float:
     def back(spectrum: Tensor) -> Tensor:
         return torch.fft.irfft2(spectrum, s=padded.shape[-2:])
 
-    means = back(
-        image * templates.weights
-    )  # (n, 3, height, width): the picture's weighted mean under the template, at every shift
+    # (n, 3, height, width): the picture's weighted mean under the template, at every shift
+    means = back(image * templates.weights)
     variance = back((squares * templates.weights).sum(1)) - (means**2).sum(1)
     covariance = back((image * templates.colours).sum(1)) - (means * templates.means).sum(1)
     inside = back(torch.fft.rfft2(F.pad(torch.ones(1, side, side), [margin] * 4)) * templates.weights)[:, 0] > 0.75
     correlation = covariance / (variance.clamp(min=1e-4) * templates.variance.clamp(min=1e-4)).sqrt()
-    return float(torch.where(inside, correlation, torch.tensor(-1.0)).max())
+    correlation = torch.where(inside, correlation, torch.tensor(-1.0))
+    n, y, x = (int(i) for i in np.unravel_index(int(correlation.argmax()), correlation.shape))
+    return Fit(float(correlation[n, y, x]), *POSES[n], (x - margin, y - margin))
 
 
 class Templates(NamedTuple):
@@ -52,17 +78,18 @@ class Templates(NamedTuple):
     variance: Tensor  # (n, 1, 1), summed over colours
 
 
+def _turned(drawing: Image.Image, scale: float, angle: float, mirrored: bool, side: int) -> Image.Image:
+    small = drawing.resize((round(scale * side),) * 2, Image.Resampling.LANCZOS).rotate(angle, Image.Resampling.BICUBIC)
+    return small.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else small
+
+
 @lru_cache(maxsize=256)
 def _templates(sprite: bytes, size: int, side: int) -> Templates:
     drawing = Image.frombytes("RGBA", (size, size), sprite)
     canvas, layers = 2 * (side // 4) + side, []
-    for scale in SCALES:
-        small = drawing.resize((round(scale * side),) * 2, Image.Resampling.LANCZOS)
-        for angle in ANGLES:
-            turned = small.rotate(angle, Image.Resampling.BICUBIC)
-            for picture in (turned, turned.transpose(Image.Transpose.FLIP_LEFT_RIGHT)):
-                part = torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1)
-                layers.append(F.pad(part, [0, canvas - part.shape[2], 0, canvas - part.shape[1]]))
+    for pose in POSES:
+        part = torch.from_numpy(np.asarray(_turned(drawing, *pose, side), np.float32) / 255).permute(2, 0, 1)
+        layers.append(F.pad(part, [0, canvas - part.shape[2], 0, canvas - part.shape[1]]))
     pixels = torch.stack(layers)
     weights = pixels[:, 3:] / pixels[:, 3:].sum((2, 3), keepdim=True).clamp(min=1e-6)
     colours = pixels[:, :3]

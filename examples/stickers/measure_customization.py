@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from customize.app.cli import quiet_libraries
-from customize.app.demo import UNSEEN, draw, write_pictures
+from customize.app.demo import UNSEEN, draw
 from customize.data import DataConfig
 from customize.loading import load_base
 from customize.pipelines import load_pipeline

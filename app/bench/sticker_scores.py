@@ -1,0 +1,141 @@
+"""StickerBench's measures: the world's truth, its judge and its CLIP, for one subject's pictures by one method."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from customize.app.bench.bench import Taken
+from customize.metrics import ClipEncoder, copy_rate, diversity, drift, prompt_score, subject_only, subject_score
+from customize.stickers import World, draw_scene
+from customize.stickers.bench import SEEN, reference_scenes, said, true_scene
+from customize.stickers.judge import Verdicts, accuracy, judge
+from customize.stickers.measure import SCALES, Fit, best_fit
+
+TRUSTED = 0.97  # what the judge gets right less often, on fresh real scenes, is not quoted
+RESHAPED = {"tint", "size", "orientation", "count", "companion"}  # factors after which the drawing's own pattern is not found
+
+
+def metric(title: str, better: str, style: str, about: str) -> dict[str, str]:
+    return {"title": title, "better": better, "style": style, "about": about}
+
+
+METRICS = {
+    "identity": metric(
+        "Identity", "higher", "percent", "pictures in which the judge sees the subject rather than any other drawing"
+    ),
+    "likeness": metric(
+        "Likeness", "higher", "number", "best masked correlation of the true drawing with the picture; no judge"
+    ),
+    "class": metric("Class kept", "higher", "percent", "pictures in which the judge sees the subject's class, by any studio"),
+    "control": metric("Text control", "higher", "percent", "of what the prompts ask for, what the judge finds"),
+    "clip_i": metric("CLIP-I", "higher", "number", "mean cosine with the four reference pictures, by the world's own CLIP"),
+    "clip_i_masked": metric("CLIP-I masked", "higher", "number", "the same for the subject alone, on white"),
+    "clip_t": metric("CLIP-T", "higher", "number", "mean cosine with the prompt, class word in the subject's place"),
+    "drift": metric("Drift", "lower", "number", "(1 - cosine) / 2 between what the class word alone draws before and after"),
+    "taken": metric("Class taken", "lower", "percent", "pictures of the class word alone in which the judge sees the subject"),
+    "diversity": metric("Diversity", "higher", "number", "mean distance (1 - cosine) between two pictures of one prompt"),
+    "copy": metric(
+        "Copying", "lower", "number", "cosine with the nearest reference, less that with a true view of the scene asked for"
+    ),
+    "background_leak": metric(
+        "Background leak", "lower", "percent", "where a new background is asked for: a reference's background"
+    ),
+    "pose_leak": metric(
+        "Pose leak", "lower", "percent", "size, tilt and mirroring like a reference's; real scenes show chance"
+    ),
+}
+
+
+def trusted(name: str) -> bool:
+    return accuracy()[name] >= TRUSTED
+
+
+def score(taken: Taken, clip: ClipEncoder, seed: int = 0) -> tuple[dict, dict, list[dict]]:
+    """Scores by metric, text control by factor, and each picture's scores; None where a measure has nothing to go on."""
+    drawing, verdicts, every = taken.subject.source, judge(taken.pictures), [said(prompt) for prompt in taken.prompts]
+    obeyed = [obedience(verdicts, i, asked) for i, asked in enumerate(every)]
+    shown = [
+        verdicts.shows(i, drawing, 2 if "companion" in asked else 1) if trusted("drawing") else None
+        for i, asked in enumerate(every)
+    ]
+    sprite = World().sprite(drawing)
+    fits = [None if RESHAPED & asked.keys() else best_fit(p, sprite) for p, asked in zip(taken.pictures, every, strict=True)]
+    each = [
+        {"identity": number(seen), "likeness": fit and fit.correlation, "control": mean(list(found.values()))}
+        for seen, fit, found in zip(shown, fits, obeyed, strict=True)
+    ]
+    scores = {name: mean([entry[name] for entry in each]) for name in ("identity", "likeness", "control")}
+    scores["class"] = mean([verdicts.shows_class(i, taken.subject.word, 1 + ("companion" in a)) for i, a in enumerate(every)])
+    scores |= by_clip(taken, clip, fits, seed) | prior_scores(taken, clip) | leaks(taken, every, verdicts, fits)
+    factors = {
+        name: mean([found[name] for found in obeyed if name in found]) for name in dict.fromkeys(k for o in obeyed for k in o)
+    }
+    return {name: scores.get(name) for name in METRICS}, factors, each
+
+
+def number(value: bool | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def mean(values: Sequence[float | bool | None]) -> float | None:
+    """The mean of what is there, None of nothing."""
+    known = [float(value) for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def obedience(verdicts: Verdicts, i: int, asked: dict) -> dict[str, float]:
+    """For each factor that the prompt speaks of and the judge can be trusted with: whether picture `i` shows it."""
+    found = {}
+    for name, value in asked.items():
+        if trusted(name):
+            seen = verdicts.shows_class(i, value, 2) if name == "companion" else verdicts.factor(i, name) == value
+            found[name] = float(seen)
+    return found
+
+
+def by_clip(taken: Taken, clip: ClipEncoder, fits: list[Fit | None], seed: int) -> dict[str, float | None]:
+    """The field's own measures, by the world's CLIP."""
+    pictures, references = clip(taken.pictures), clip(taken.references)
+    views = [true_scene(taken.subject.source, prompt, 20_000 + seed + i) for i, prompt in enumerate(taken.prompts)]
+    return {
+        "clip_i": subject_score(pictures, references),
+        "clip_i_masked": masked_score(taken, clip, fits, seed),
+        "clip_t": prompt_score(pictures, clip.texts(taken.prompts)),
+        "diversity": diversity(pictures.unflatten(0, (-1, taken.repeats))) if taken.repeats > 1 else None,
+        "copy": copy_rate(pictures, references, clip(views)),
+    }
+
+
+def masked_score(taken: Taken, clip: ClipEncoder, fits: list[Fit | None], seed: int) -> float | None:
+    """CLIP-I of the subject alone: where the drawing fits best in a picture, and its true masks in the references."""
+    sprite, side = World().sprite(taken.subject.source), taken.pictures[0].width
+    crops = [subject_only(p, fit.mask(sprite, side)) for p, fit in zip(taken.pictures, fits, strict=True) if fit]
+    masks = [draw_scene(scene, World())[1] for scene in reference_scenes(taken.subject.source, seed)]
+    real = [subject_only(p, mask) for p, mask in zip(taken.references, masks, strict=True)]
+    return subject_score(clip(crops), clip(real)) if crops else None
+
+
+def prior_scores(taken: Taken, clip: ClipEncoder) -> dict[str, float | None]:
+    """What became of the class word."""
+    if not taken.prior:
+        return {}
+    verdicts = judge(taken.prior)
+    seen = [verdicts.shows(i, taken.subject.source) for i in range(len(taken.prior))] if trusted("drawing") else []
+    moved = drift(clip(taken.before), clip(taken.prior)) if taken.before else None
+    return {"drift": moved, "taken": mean(seen)}
+
+
+def leaks(taken: Taken, every: list[dict], verdicts: Verdicts, fits: list[Fit | None]) -> dict[str, float | None]:
+    """Does what belongs to the reference pictures and not to the subject come back?"""
+    new = [i for i, asked in enumerate(every) if asked.get("background") not in SEEN]
+    poses = [best_fit(picture, World().sprite(taken.subject.source)) for picture in taken.references]
+    return {
+        "background_leak": mean([verdicts.factor(i, "background") in SEEN for i in new]),
+        "pose_leak": mean([any(alike(fit, pose) for pose in poses) for fit in fits if fit is not None]),
+    }
+
+
+def alike(a: Fit, b: Fit) -> bool:
+    """The same tilt and mirroring, and the same size within one step."""
+    near = abs(SCALES.index(a.scale) - SCALES.index(b.scale)) <= 1
+    return near and a.angle == b.angle and a.mirrored == b.mirrored

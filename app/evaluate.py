@@ -1,0 +1,116 @@
+"""`customize evaluate`: measures methods on a benchmark, or one finished run, and writes a report."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from customize.config import option
+from customize.errors import UserError
+
+
+@dataclass
+class EvaluateConfig:
+    """What is evaluated, and how."""
+
+    bench: Literal["stickers", "dreambench"] = option("stickers", "which benchmark")
+    methods: list[str] = field(
+        default_factory=lambda: ["base", "real", "textual_inversion", "dreambooth"],
+        metadata={"help": "what is compared; base and real are the untouched model and real pictures"},
+    )
+    quick: bool = option(False, "stickers: 6 subjects, 8 prompts, 1 picture instead of 30, 25 and 4")
+    max_train_steps: int = option(200, "stickers: training steps of every method")
+    output: str = option("", "folder of pictures and report; empty: runs/BENCH, or RUN/evaluation")
+    seed: int = option(0, "seed of training and of the first picture")
+    data_dir: str = option("", "dreambench: the dataset's folder, with prompts_and_classes.txt")
+    pretrained_model_name_or_path: str = option("stickers", "dreambench: base model")
+    train_file: str = option("", "dreambench: YAML file of training settings, the same for every method")
+    clip: str = option("openai/clip-vit-base-patch32", "CLIP for CLIP-I and CLIP-T: hub id, folder, or stickers")
+    dino: str = option("facebook/dino-vits16", "DINO: hub id, folder, or none")
+    dinov2: str = option("facebook/dinov2-base", "DINOv2: hub id, folder, or none")
+    references: Literal["all", "one"] = option(
+        "all", "dreambench: teach and compare with all pictures of a subject, or the first"
+    )
+    num_images_per_prompt: int = option(4, "dreambench: pictures of each prompt")
+    num_inference_steps: int = option(50, "dreambench: denoising steps")
+    guidance_scale: float = option(7.5, "dreambench: how strongly prompts steer")
+    resolution: int | None = option(None, "dreambench: side of the pictures in pixels; none leaves it to the pipeline")
+    batch_size: int = option(4, "dreambench: pictures drawn at once")
+    limit_subjects: int | None = option(None, "dreambench: only the first subjects")
+    limit_prompts: int | None = option(None, "dreambench: only the first prompts")
+    subject: str = option("", "a run on stickers: the drawing it learned, such as 'flat fox'; empty: what its pictures show")
+
+
+def evaluate(run: str, config: EvaluateConfig) -> Path:
+    """Measures the run, or the benchmark if `run` is empty; returns the path of the report."""
+    try:
+        from customize.app.bench.report import write_report
+    except ModuleNotFoundError as error:
+        raise UserError(f"Evaluation needs {error.name}: pip install 'customize[evaluate]'.") from error
+    check(config)
+    folder = Path(config.output or (f"{run}/evaluation" if run else f"runs/{config.bench}"))
+    bench = make_run_bench(run, folder, config) if run else make_bench(folder, config)
+    return write_report(bench.run(), folder)
+
+
+def check(config: EvaluateConfig) -> None:
+    for name in (
+        "max_train_steps",
+        "num_images_per_prompt",
+        "num_inference_steps",
+        "batch_size",
+        "limit_subjects",
+        "limit_prompts",
+    ):
+        if (number := getattr(config, name)) is not None and number < 1:
+            raise UserError(f"--{name} must be at least 1, not {number}.")
+    if len(set(config.methods)) != len(config.methods):
+        raise UserError("--methods names a method twice: keep one of the two.")
+
+
+def make_bench(folder: Path, config: EvaluateConfig) -> Any:
+    from customize.app.bench.dreambench import DreamBench
+    from customize.app.bench.stickers import StickerBench
+
+    common: dict[str, Any] = {"folder": folder, "methods": config.methods, "seed": config.seed}
+    if config.bench == "stickers":
+        repeats = 1 if config.quick else 4
+        return StickerBench(**common, repeats=repeats, quick=config.quick, steps=config.max_train_steps)
+    if not config.data_dir:
+        raise UserError("--bench dreambench needs --data_dir, the folder of the DreamBooth dataset.")
+    return DreamBench(
+        **common,
+        data=Path(config.data_dir),
+        encoders=encoders(config),
+        sampling=sampling(config),
+        base=config.pretrained_model_name_or_path,
+        repeats=config.num_images_per_prompt,
+        train=[config.train_file] if config.train_file else [],
+        references=config.references,
+        limits=(config.limit_subjects, config.limit_prompts),
+    )
+
+
+def make_run_bench(run: str, folder: Path, config: EvaluateConfig) -> Any:
+    """The benchmark of one finished run: StickerBench's prompts and judge on the embedded model, DreamBench's on others."""
+    from customize.app.bench.finished import PhotographRun, StickerRun
+    from customize.checkpoint import read_info
+
+    info = read_info(Path(run))
+    common: dict[str, Any] = {"folder": folder, "run_path": Path(run), "seed": config.seed, "base": info["base_model"]}
+    if info["base_model"] == "stickers":
+        return StickerRun(**common, quick=config.quick, repeats=1 if config.quick else 4, drawing=config.subject)
+    return PhotographRun(**common, encoders=encoders(config), sampling=sampling(config), repeats=config.num_images_per_prompt)
+
+
+def encoders(config: EvaluateConfig) -> dict:
+    """Loaded before anything is trained or drawn, so that a wrong name is told at once."""
+    from customize.metrics import load_clip, load_dino, load_sticker_clip
+
+    found: dict[str, Any] = {"clip": load_sticker_clip() if config.clip == "stickers" else load_clip(config.clip)}
+    return found | {flag: load_dino(name, flag) for flag in ("dino", "dinov2") if (name := getattr(config, flag)) != "none"}
+
+
+def sampling(config: EvaluateConfig):
+    from customize.app.bench.drawing import Sampling
+
+    return Sampling(config.num_inference_steps, config.guidance_scale, config.batch_size, config.resolution, config.resolution)

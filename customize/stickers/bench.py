@@ -1,0 +1,103 @@
+"""StickerBench's subjects, prompts and reference pictures: what DreamBench is for photographs, with known truth."""
+
+import json
+import re
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from customize.stickers.backgrounds import BACKGROUNDS
+from customize.stickers.scene import (
+    BORDERS,
+    COUNTS,
+    FRAMES,
+    LIGHTS,
+    ORIENTATIONS,
+    SIZES,
+    TINTS,
+    WEATHERS,
+    Scene,
+    draw_pose,
+    draw_scene,
+)
+from customize.stickers.world import DATA, Drawing, World
+
+SEEN = ("white", "grass", "stone", "yellow")  # backgrounds of the reference pictures
+PHRASES: dict[str, dict[str, object]] = {  # fields of a scene, and what a prompt says for each value
+    "background": {phrase: name for name, phrase in BACKGROUNDS.items()},
+    **{
+        field: {word: word for word in words if word}
+        for field, words in {
+            "tint": tuple(TINTS),
+            "size": tuple(SIZES),
+            "orientation": tuple(ORIENTATIONS),
+            "light": tuple(LIGHTS),
+            "weather": WEATHERS,
+            "border": BORDERS,
+            "frame": FRAMES,
+        }.items()
+    },
+    "count": {phrase.strip(): number for number, phrase in COUNTS.items() if phrase},
+}
+
+
+@lru_cache
+def _bench() -> dict:
+    return json.loads((DATA / "bench.json").read_text())
+
+
+def bench_subjects(quick: bool = False) -> list[Drawing]:
+    """Held-out drawings: twenty of known classes, ten of classes that pretraining never saw; `quick`: six known ones."""
+    subjects = [Drawing(word, studio) for word, studio in _bench()["subjects"]]
+    return subjects[: _bench()["quick"]["subjects"]] if quick else subjects
+
+
+def bench_prompts(quick: bool = False) -> list[str]:
+    """Prompts with `{}` in the subject's place."""
+    return _bench()["prompts"][: _bench()["quick"]["prompts"] if quick else None]
+
+
+def said(prompt: str) -> dict[str, object]:
+    """The fields of `Scene` that a prompt speaks of, and the values asked for; `companion` is the class beside the subject."""
+    found: dict[str, object] = {}
+    beside = re.search(r" next to a (\w+)", prompt)
+    if beside:
+        found["companion"] = beside[1]
+        prompt = prompt.replace(beside[0], "")
+    for field, phrases in PHRASES.items():
+        for phrase, value in phrases.items():
+            if re.search(rf"\b{re.escape(phrase)}\b", prompt):
+                found[field] = value
+                prompt = prompt.replace(phrase, "")  # "blue water" says nothing of the subject's colour
+    return found
+
+
+def reference_scenes(subject: Drawing, seed: int = 0) -> list[Scene]:
+    """Four scenes of the subject in different poses: the pictures that a user brings."""
+    rng = np.random.default_rng(seed)
+    return [Scene(subject, background, pose=draw_pose(rng), seed=seed + i) for i, background in enumerate(SEEN)]
+
+
+def write_references(folder: Path, subject: Drawing, words: str, seed: int = 0) -> list[Image.Image]:
+    """Writes the reference pictures as a user's folder of pictures, each with a caption that calls the subject `words`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for i, scene in enumerate(reference_scenes(subject, seed)):
+        picture, _ = draw_scene(scene, World())
+        picture.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a {words} {BACKGROUNDS[scene.background]}")
+        pictures.append(picture)
+    return pictures
+
+
+def true_scene(subject: Drawing, prompt: str, seed: int) -> Image.Image:
+    """A real picture of the subject as the prompt asks: what a perfect method could draw."""
+    rng = np.random.default_rng(seed)
+    fields = dict(said(prompt))
+    if "companion" in fields:
+        fields["companion"] = Drawing(str(fields["companion"]), subject.studio)
+    scene = replace(Scene(subject, pose=draw_pose(rng), seed=seed), **fields)  # type: ignore[arg-type]
+    return draw_scene(scene, World())[0]

@@ -1,0 +1,127 @@
+"""The judge of the sticker world: a small network that says what is in a picture. For evaluation only: it has seen the
+held-out drawings, so no method may learn from it."""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from customize.stickers.backgrounds import BACKGROUNDS
+from customize.stickers.scene import BORDERS, COUNTS, FRAMES, LIGHTS, ORIENTATIONS, SIZES, TINTS, WEATHERS
+from customize.stickers.world import Drawing, World
+
+FOLDER = Path(__file__).parent / "judge"
+FACTORS: dict[str, tuple] = {  # fields of a scene, and what they can be
+    "background": tuple(BACKGROUNDS),
+    "tint": ("", *TINTS),
+    "size": tuple(SIZES),
+    "orientation": tuple(ORIENTATIONS),
+    "light": tuple(LIGHTS),
+    "weather": WEATHERS,
+    "border": BORDERS,
+    "frame": FRAMES,
+    "count": tuple(COUNTS),
+}
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.body(x))
+
+
+class Judge(nn.Module):
+    """Pixels (batch, 3, 64, 64) in [-1, 1] to logits: `drawing` (batch, drawings of the world that ships) and one head for
+    each of `FACTORS`. In a picture of two drawings each of the two gets half of the probability."""
+
+    def __init__(self, drawings: int):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, 4, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+        for wide, narrow in ((64, 64), (128, 64), (256, 128)):
+            if wide != narrow:
+                layers += [nn.Conv2d(narrow, wide, 2, 2, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
+            layers += [Residual(wide), Residual(wide)]
+        self.trunk = nn.Sequential(*layers)
+        self.drawing = nn.Linear(256, drawings)
+        self.factors = nn.ModuleDict({name: nn.Linear(512, len(values)) for name, values in FACTORS.items()})
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        features = self.trunk(pixels)
+        mean = features.mean((2, 3))
+        both = torch.cat([mean, features.amax((2, 3))], 1)
+        return {"drawing": self.drawing(mean), **{name: head(both) for name, head in self.factors.items()}}
+
+
+def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of any size as (n, 3, 64, 64) in [-1, 1]."""
+    small = [np.asarray(p.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)) for p in pictures]
+    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Verdicts:
+    """What the judge says of `n` pictures."""
+
+    def __init__(self, world: World, logits: dict[str, Tensor]):
+        self.drawings, self.logits = world.drawings(held_out=None), logits
+        self.probability = logits["drawing"].softmax(1)
+        words = list(world.classes)
+        index = torch.tensor([words.index(d.word) for d in self.drawings])
+        self.words = words
+        self.word_probability = torch.zeros(len(self.probability), len(words)).index_add(1, index, self.probability)
+
+    def shows(self, i: int, drawing: Drawing, among: int = 1) -> bool:
+        """Whether the drawing is one of the `among` most probable ones of picture `i`."""
+        return self.drawings.index(drawing) in self.probability[i].topk(among).indices.tolist()
+
+    def shows_class(self, i: int, word: str, among: int = 1) -> bool:
+        return self.words.index(word) in self.word_probability[i].topk(among).indices.tolist()
+
+    def belief(self, i: int, drawing: Drawing) -> float:
+        """The probability, 0 to 1, that picture `i` shows the drawing."""
+        return float(self.probability[i, self.drawings.index(drawing)])
+
+    def best(self, i: int) -> Drawing:
+        return self.drawings[int(self.probability[i].argmax())]
+
+    def factor(self, i: int, name: str):
+        """The value of a field of `Scene` that picture `i` seems to have."""
+        return FACTORS[name][int(self.logits[name][i].argmax())]
+
+
+@lru_cache
+def load_judge() -> Judge:
+    world = World()
+    judge = Judge(len(world.drawings(held_out=None)))
+    judge.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in load_file(FOLDER / "judge.safetensors").items()}
+    )
+    return judge.eval().requires_grad_(False)
+
+
+def accuracy() -> dict[str, float]:
+    """The judge's own accuracy on fresh scenes, as measured when it was trained; what is below 0.97 may not be quoted."""
+    return json.loads((FOLDER / "accuracy.json").read_text())
+
+
+@torch.no_grad()
+def judge(pictures: Sequence[Image.Image]) -> Verdicts:
+    """The judge's verdicts on pictures, in batches of 256."""
+    network = load_judge()
+    parts = [network(to_pixels(pictures[i : i + 256])) for i in range(0, len(pictures), 256)]
+    return Verdicts(World(), {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
