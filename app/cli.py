@@ -1,4 +1,4 @@
-"""The command `customize`: train, generate, demo, evaluate, methods, push. Whatever is heavy is imported by the command that needs it."""
+"""The command `customize`. Whatever is heavy is imported by the command that needs it."""
 
 import errno
 import json

@@ -110,7 +110,7 @@ def toy_step(batches, accumulation, max_norm):
     config = TrainConfig(gradient_accumulation_steps=accumulation, max_grad_norm=max_norm)
     accelerator, toy = make_accelerator(config), Toy()
     wrapped, optimizer = accelerator.prepare(toy, torch.optim.SGD(toy.parameters(), 1.0))
-    session = Session(toy, config, accelerator, {}, [], {"w": toy.w}, wrapped, {"optimizer": optimizer})
+    session = Session(toy, config, accelerator, {}, [], None, {"w": toy.w}, wrapped, {"optimizer": optimizer})
     sums = accumulate_gradients(session, iter(batches))
     return toy.w.detach(), sums
 

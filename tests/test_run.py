@@ -192,12 +192,13 @@ def test_class_pictures_are_drawn_once_and_used_again(start, monkeypatch, tmp_pa
     options = {
         "with_prior_preservation": True,
         "class_prompt": "a photo of the dog",
-        "num_class_images": 2,
+        "num_class_images": 3,
+        "sample_batch_size": 2,
         "overwrite_output_dir": True,
     }
     folder = start(**options)
     made = {path.name: path.read_bytes() for path in sorted((folder / "class_images" / "0").iterdir())}
-    assert list(made) == ["class-00000.png", "class-00001.png"]
+    assert list(made) == ["class-00000.png", "class-00001.png", "class-00002.png"]
     assert len(calls) == 2
     assert made["class-00000.png"] != made["class-00001.png"]
     assert all({"denoise", "prior"} == terms.keys() for _, terms in steps)
@@ -209,7 +210,7 @@ def test_class_pictures_are_drawn_once_and_used_again(start, monkeypatch, tmp_pa
     second = load_file(folder / LORA)
     assert all(torch.equal(first[name], second[name]) for name in first)  # drawing them leaves no trace in training
 
-    start(**options | {"num_class_images": 3})
+    start(**options | {"num_class_images": 4})
     assert len(calls) == 3
     assert {name: (folder / "class_images" / "0" / name).read_bytes() for name in made} == made
 

@@ -26,6 +26,7 @@ from customize.trainers.prepare import (
     read_pictures,
 )
 from customize.trainers.registry import find_method
+from customize.trainers.selection import make_scorer
 from customize.trainers.settings import TrainConfig, make_accelerator
 from customize.trainers.state import latest_checkpoint
 
@@ -73,7 +74,7 @@ def launch(name: str, model: ModelConfig, data: DataConfig, settings: TrainConfi
     accelerator = make_accelerator(settings)
     backbone = load_backbone(model, data, accelerator)
     if getattr(options, "with_prior_preservation", False) and options.prior_source == "images":
-        train_pictures += prior_pictures(backbone, concepts, settings, data, options.num_class_images, accelerator)
+        train_pictures += prior_pictures(backbone, concepts, settings, data, options, accelerator)
     method = find_method(name)(backbone, options, concepts).to(accelerator.device)
     check_captions(method, [*train_pictures, *held_out])
     info: dict[str, Any] = {
@@ -83,7 +84,11 @@ def launch(name: str, model: ModelConfig, data: DataConfig, settings: TrainConfi
     }
     info["config"] = {k: v for part in (model, data, settings, options) for k, v in asdict(part).items()}
     dataset, validation = prepared(method, train_pictures, held_out, model, data, settings)
-    step = train(method, dataset, settings, accelerator, validation, info)
+    scorer = None
+    if settings.validation_metric == "score":
+        starts = getattr(options, "initializer_token", "")
+        scorer = make_scorer(settings, model.pretrained_model_name_or_path, concepts, train_pictures, starts)
+    step = train(method, dataset, settings, accelerator, validation, info, scorer)
     output = Path(settings.output_dir)
     if accelerator.is_main_process:
         write_card(output, info | {"step": step}, concepts)
@@ -97,7 +102,9 @@ def launch(name: str, model: ModelConfig, data: DataConfig, settings: TrainConfi
 def check_settings(model: ModelConfig, data: DataConfig, settings: TrainConfig) -> None:
     if model.push_to_hub and not model.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id USER/NAME.")
-    if settings.early_stopping_patience and not data.holdout:
+    if settings.validation_metric == "score" and not settings.validation_prompt:
+        raise UserError("--validation_metric score needs --validation_prompt, prompts of the subject to draw and rate.")
+    if settings.early_stopping_patience and settings.validation_metric == "loss" and not data.holdout:
         raise UserError("--early_stopping_patience needs --holdout N, pictures kept from training for the validation loss.")
     output = Path(settings.output_dir)
     earlier = (output / "run.json").exists() or latest_checkpoint(output)
@@ -133,7 +140,7 @@ def load_backbone(model: ModelConfig, data: DataConfig, accelerator: Accelerator
 
 
 def prior_pictures(
-    backbone, concepts: list[Concept], settings: TrainConfig, data: DataConfig, count: int, accelerator
+    backbone, concepts: list[Concept], settings: TrainConfig, data: DataConfig, options, accelerator
 ) -> list[Picture]:
     """Every concept's class pictures; the first process draws those that are missing."""
     found: list[Picture] = []
@@ -142,7 +149,8 @@ def prior_pictures(
             if not concept.class_prompt:
                 raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog".')
             folder = Path(concept.class_data_dir or f"{settings.output_dir}/class_images/{i}")
-            found += class_pictures(backbone, concept, i, folder, count, data, settings.seed)
+            count, at_once = options.num_class_images, options.sample_batch_size
+            found += class_pictures(backbone, concept, i, folder, count, data, settings.seed, at_once)
     return found
 
 

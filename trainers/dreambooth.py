@@ -24,6 +24,7 @@ class DreamBoothConfig(LoraFields, MethodConfig):
         default="images",
         metadata={"help": "images: pictures of the class, made by the base model; teacher: the base model's own prediction"},
     )
+    sample_batch_size: int = field(default=4, metadata={"help": "class pictures drawn at once"})
     num_class_images: int = field(default=100, metadata={"help": "pictures of each class to have in --class_data_dir"})
 
 

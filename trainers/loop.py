@@ -1,5 +1,6 @@
 """The one training loop."""
 
+import json
 import shutil
 import signal
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -21,6 +23,7 @@ from customize.batches import Batches
 from customize.data import collate
 from customize.errors import UserError
 from customize.trainers.method import Method
+from customize.trainers.selection import Scorer
 from customize.trainers.settings import TrainConfig, make_optimizer
 from customize.trainers.state import latest_checkpoint, load_state, save_state
 from customize.trainers.validation import sample, sheet, validation_loss
@@ -35,6 +38,7 @@ class Session:
     accelerator: Accelerator
     info: dict
     held_out: list[dict]
+    scorer: Scorer | None
     trained: dict[str, torch.nn.Parameter]
     wrapped: torch.nn.Module  # the method as accelerate calls it
     parts: dict  # optimizer, schedule, ema, scaler and best: what resuming restores besides `trained`
@@ -75,7 +79,9 @@ class Session:
             drop_old_checkpoints(self.output, self.config.checkpoints_total_limit)
 
 
-def begin(method: Method, config: TrainConfig, accelerator: Accelerator, held_out: list[dict], info: dict) -> Session:
+def begin(
+    method: Method, config: TrainConfig, accelerator: Accelerator, held_out: list[dict], scorer: Scorer | None, info: dict
+) -> Session:
     """Makes optimizer, schedule and average, and restores them if the run is resumed."""
     method.train()
     if config.gradient_checkpointing:
@@ -95,7 +101,7 @@ def begin(method: Method, config: TrainConfig, accelerator: Accelerator, held_ou
     ema = EMAModel(list(trained.values()), decay=config.ema_decay) if config.use_ema else None
     wrapped, optimizer = accelerator.prepare(method, optimizer)
     parts = {"optimizer": optimizer, "schedule": schedule, "ema": ema, "scaler": accelerator.scaler, "best": Best()}
-    session = Session(method, config, accelerator, info, held_out, trained, wrapped, parts)
+    session = Session(method, config, accelerator, info, held_out, scorer, trained, wrapped, parts)
     session.step = resume(session)
     if ema:
         ema.to(accelerator.device)
@@ -120,13 +126,15 @@ def train(
     accelerator: Accelerator,
     held_out: list[dict] | None = None,
     info: dict | None = None,
+    scorer: Scorer | None = None,
 ) -> int:
     """Minimises the sum of `method(batch)` and writes the run folder; returns the last step.
 
-    `dataset` gives items for the keys of `Batches`; `held_out` are collated batches for the validation loss. Stops early by
-    `early_stopping_patience`, at Ctrl-C after saving, and with a UserError when the loss is no longer finite.
+    `dataset` gives items for the keys of `Batches`; `held_out` are collated batches for the validation loss, `scorer` rates the
+    validation pictures if best/ is to go by them. Stops early by `early_stopping_patience`, at Ctrl-C after saving, and with a
+    UserError when the loss is no longer finite.
     """
-    session = begin(method, config, accelerator, held_out or [], info or {})
+    session = begin(method, config, accelerator, held_out or [], scorer, info or {})
     schedule, ema, best = (session.parts[name] for name in ("schedule", "ema", "best"))
     batches = iter(make_loader(dataset, config, accelerator, session.step))
     progress = {"initial": session.step, "total": config.max_train_steps, "disable": not accelerator.is_main_process}
@@ -150,7 +158,8 @@ def train(
                 again = f"--resume_from_checkpoint latest --output_dir {session.output}"
                 raise UserError(f"stopped at step {session.step}; go on with {again}.")
             if config.early_stopping_patience and best.since >= config.early_stopping_patience:
-                bar.write(f"no better validation loss for {best.since} validations: the best is in {session.output / 'best'}")
+                what = f"validation {config.validation_metric}"
+                bar.write(f"no better {what} for {best.since} validations: the best is in {session.output / 'best'}")
                 break
     session.write(session.output)
     end(accelerator)
@@ -219,7 +228,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 class Best:
-    """The best validation loss so far, and how many validations ago it was."""
+    """The lowest validation loss (or negative score) so far, and how many validations ago it was."""
 
     def __init__(self):
         self.loss, self.since = float("inf"), 0
@@ -235,22 +244,43 @@ class Best:
 
 
 def validate(session: Session, bar: tqdm) -> None:
-    """Logs the validation loss, draws the validation prompts, and writes best/ if the loss is the lowest so far."""
+    """Logs the validation loss, draws and rates the validation prompts, and writes best/ if it is the best step so far."""
     config, accelerator, best, step = session.config, session.accelerator, session.parts["best"], session.step
     with session.averaged(), accelerator.autocast():
+        found = {}
         if session.held_out:
-            loss = validation_loss(session.method, session.held_out, config.seed)
-            best.add(loss)
-            accelerator.log({"validation_loss": loss}, step)
-            bar.write(f"step {step}: validation loss {loss:.4f}{' (best)' if best.since == 0 else ''}")
-        if config.validation_prompt and accelerator.is_main_process:
-            resolution = session.method.backbone.resolution
-            pictures = sample(session.method, config.validation_prompt, config.num_validation_images, resolution, config.seed)
-            folder = session.output / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            sheet(pictures).save(folder / f"step-{step:06d}.png")
-    if session.held_out and best.since == 0:
+            found["validation_loss"] = validation_loss(session.method, session.held_out, config.seed)
+        if config.validation_prompt:
+            found |= draw_validation(session)
+    if not found:
+        return
+    accelerator.log(found, step)
+    if accelerator.is_main_process:
+        session.output.mkdir(parents=True, exist_ok=True)
+        with open(session.output / "validation.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **found}) + "\n")
+    decisive = -found["score"] if "score" in found else found["validation_loss"]
+    best.add(decisive)
+    values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
+    bar.write(f"step {step}: {values}{' (best)' if best.since == 0 else ''}")
+    if best.since == 0:
         session.write(session.output / "best")
+
+
+def draw_validation(session: Session) -> dict[str, float]:
+    """Draws the validation prompts on the first process, writes their sheet, and gives every process their score, if any."""
+    config = session.config
+    found: list[dict[str, float]] = [{}]
+    if session.accelerator.is_main_process:
+        resolution = session.method.backbone.resolution
+        drawn = sample(session.method, config.validation_prompt, config.num_validation_images, resolution, config.seed)
+        folder = session.output / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet(drawn).save(folder / f"step-{session.step:06d}.png")
+        if session.scorer:
+            rated = session.scorer(drawn)
+            found = [rated | {"score": rated["identity"] * rated["control"]}]
+    return broadcast_object_list(found)[0]
 
 
 def resume(session: Session) -> int:

@@ -18,7 +18,14 @@ from customize.trainers.method import Method
 
 
 def class_pictures(
-    backbone: Backbone, concept: Concept, index: int, folder: Path, count: int, config: DataConfig, seed: int
+    backbone: Backbone,
+    concept: Concept,
+    index: int,
+    folder: Path,
+    count: int,
+    config: DataConfig,
+    seed: int,
+    batch_size: int = 4,
 ) -> list[Picture]:
     """The concept's prior pictures. What `folder` lacks of `count` is drawn by the base model from the class prompt,
     so call this before any adapter is added. Pictures that are there already are used as they are."""
@@ -28,13 +35,16 @@ def class_pictures(
     pipe = backbone.pipe
     pipe.set_progress_bar_config(disable=True)
     free = (i for i in itertools.count() if not (folder / f"class-{i:05d}.png").exists())
-    for i in tqdm(list(itertools.islice(free, max(count - len(have), 0))), desc=f"class pictures of '{concept.class_prompt}'"):
-        generator = torch.Generator().manual_seed(seed + i)
-        options = {"height": config.resolution, "width": config.resolution, "generator": generator}
-        picture = pipe(concept.class_prompt, **options).images[0]
-        partial_file = folder / f".{i:05d}.partial"
-        picture.save(partial_file, format="PNG")
-        partial_file.rename(folder / f"class-{i:05d}.png")
+    wanted = list(itertools.islice(free, max(count - len(have), 0)))
+    batches = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
+    for numbers in tqdm(batches, desc=f"class pictures of '{concept.class_prompt}'"):
+        generators = [torch.Generator().manual_seed(seed + i) for i in numbers]
+        options = {"height": config.resolution, "width": config.resolution, "generator": generators}
+        pictures = pipe([concept.class_prompt] * len(numbers), **options).images
+        for i, picture in zip(numbers, pictures, strict=True):
+            partial_file = folder / f".{i:05d}.partial"
+            picture.save(partial_file, format="PNG")
+            partial_file.rename(folder / f"class-{i:05d}.png")
     return (have if len(have) >= count else read())[:count]
 
 

@@ -47,9 +47,13 @@ class TrainConfig:
     validation_prompt: list[str] = field(default_factory=list, metadata={"help": "prompts drawn at every validation"})
     num_validation_images: int = option(1, "pictures for each validation prompt")
     validation_steps: int = option(100, "steps between validations")
-    early_stopping_patience: int = option(
-        0, "stop after so many validations without a better validation loss (needs --holdout); 0: never"
+    validation_metric: Literal["loss", "score"] = option(
+        "loss",
+        "what best/ goes by: the loss on --holdout pictures, or likeness x obedience of the --validation_prompt pictures",
     )
+    validation_clip: str = option("openai/clip-vit-base-patch32", "CLIP for the score (not on stickers): hub id or folder")
+    validation_dino: str = option("facebook/dino-vits16", "DINO for the score (not on stickers): hub id or folder")
+    early_stopping_patience: int = option(0, "stop after so many validations without a better --validation_metric; 0: never")
     report_to: str = option("", "tensorboard, wandb or another tracker of accelerate")
     export_kohya: bool = option(False, "also write the LoRA in kohya's layout")
 

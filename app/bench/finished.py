@@ -1,6 +1,5 @@
 """One finished run, measured like a benchmark of one subject beside its base model."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from customize.app.bench.stickers import StickerBench
 from customize.checkpoint import read_info
 from customize.data import find_pictures, read_picture
 from customize.errors import UserError
+from customize.prompts import class_word, subject_words
 from customize.stickers import Drawing, World
 from customize.stickers.bench import bench_prompts
 from customize.stickers.judge import judge
@@ -34,12 +34,6 @@ DREAMBENCH_PROMPTS = tuple(
         "on top of green grass with sunflowers around it",
     )
 )
-
-
-def subject_words(prompt: str) -> str:
-    """What stands for the subject in an instance prompt: "a photo of a sks dog" gives "sks dog"."""
-    start = r"^((an?|the)\s+)?((photo|picture|image|painting)\s+of\s+)?((an?|the)\s+)?"
-    return re.sub(start, "", prompt.strip(), flags=re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +57,8 @@ class FinishedRun:
 
     @property
     def word(self) -> str:
-        """The class word: the class prompt's, or that which a learned word started from, or the last of the instance prompt."""
-        given = self.settings.get("class_prompt") or self.settings.get("initializer_token")
-        return subject_words(given) if given else subject_words(self.settings["instance_prompt"]).split()[-1]
+        names = ("instance_prompt", "class_prompt", "initializer_token")
+        return class_word(*(self.settings.get(name, "") for name in names))
 
     def words(self, name: str, subject: Subject) -> str:
         return subject_words(self.settings["instance_prompt"]) if name == "run" else subject.word

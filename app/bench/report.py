@@ -26,7 +26,8 @@ STRIP_PROMPTS = 2
 READ = """Each number is the mean over the subjects and under it the 95 % interval of that mean (bootstrap over subjects);
 arrows say which way is better, the best method of a column is bold, and shaded rows are marks to compare the methods with."""
 CSS = """
-:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #22262b; --soft: #666d76; --line: #e2e4e7; --shade: #f2f3f5 }
+:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #22262b; --soft: #666d76; --line: #e2e4e7;
+  --shade: #f2f3f5 }
 @media (prefers-color-scheme: dark) { .plot { filter: invert(1) hue-rotate(180deg) } .dot, .bar i { filter: brightness(1.25) }
   :root { --page: #16181b; --card: #1d2024; --ink: #e4e6e9; --soft: #9aa1aa; --line: #33373d; --shade: #25292e } }
 * { box-sizing: border-box }
@@ -47,8 +48,9 @@ tr.base > *, tr.real > * { background: var(--shade) !important; color: var(--sof
 tr.method + tr:not(.method) > * { border-top: 2px solid var(--soft) }
 .name { display: inline-flex; gap: .5em; align-items: baseline; text-align: left }
 .dot { flex: none; width: .6em; height: .6em; border-radius: 50% } .dot.base, .dot.real { border-radius: 1px }
-.bar { display: block; width: 4.5rem; margin: .25rem 0 .1rem auto; border-radius: 3px; background: var(--line) }
-.bar i { display: block; height: 5px; border-radius: 3px } details { margin: .75rem 0 } summary { cursor: pointer }
+.bar { display: block; width: 3.6rem; margin: .25rem 0 .1rem auto; border-radius: 3px; background: var(--line) }
+.bar i { display: block; height: 5px; border-radius: 3px }
+details { margin: .75rem 0 } summary { cursor: pointer; padding: .2rem 0 }
 .side { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: center } .side p { flex: 1 1 16rem }
 .plot { width: 100%; max-width: 620px }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); gap: .9rem }
@@ -56,14 +58,14 @@ figure { margin: 0; padding: .75rem; background: var(--card); border: 1px solid 
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem .6rem } figcaption { margin-top: .5rem }
 figcaption q { display: block; color: var(--ink) } .some { display: grid; grid-template-columns: 1fr 1fr; gap: 3px }
 .tile { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 4px }
-.gone { display: grid; place-items: center; padding: .25rem; border: 1px dashed var(--soft); overflow: hidden; white-space: normal;
-  text-align: center; font-size: .7rem; line-height: 1.25; color: var(--soft) }
-.strip { table-layout: fixed } .strip td, .strip th { min-width: 0; padding: .3rem; border: 0 } .strip thead th { padding-top: .6rem }
-.strip .said td { text-align: left; padding: .3rem .3rem 0 } .said q { position: sticky; left: .3rem }
+.gone { display: grid; place-items: center; padding: .25rem; border: 1px dashed var(--soft); overflow: hidden;
+  white-space: normal; text-align: center; font-size: .7rem; line-height: 1.25; color: var(--soft) }
+.strip { table-layout: fixed } .strip td, .strip th { min-width: 0; padding: .3rem; border: 0; text-align: left }
+.strip thead th { padding-top: .6rem } .strip .said td { padding-bottom: 0 } .said q { position: sticky; left: .3rem }
 dl { display: grid; grid-template-columns: minmax(7rem, 14rem) 1fr; gap: .45rem 1.25rem; margin: 0; max-width: 85ch }
 dt { font-weight: 600 } dd { margin: 0 }
-@media (max-width: 560px) { body { padding: 1.5rem 1rem 3rem } th, td { padding: .45rem .6rem } th:first-child { min-width: 7.5rem }
-  dl { display: block } dd { margin: 0 0 .6rem } }
+@media (max-width: 560px) { body { padding: 1.5rem 1rem 3rem } th, td { padding: .45rem .6rem }
+  th:first-child { min-width: 7.5rem } dl { display: block } dd { margin: 0 0 .6rem } }
 """
 
 
@@ -180,7 +182,7 @@ def published_table(results: dict) -> str:
             return f'<div class="words">{escape(row.get("protocol", ""))}</div>'
         return shown(row["scores"].get(name), metrics.get(name, {"style": "number"})["style"])
 
-    return _table(heads | {"": "protocol"}, rows, cell) if rows else ""
+    return _table(heads | {"": '<div class="words">protocol</div>'}, rows, cell) if rows else ""
 
 
 def plot_section(results: dict) -> str:
@@ -235,31 +237,29 @@ def scatter(results: dict) -> bytes | None:
 def _place_labels(axes, points: list[tuple[dict, list[float], list[float]]]) -> None:
     """Every label goes near its point to where it covers least of the markers, the bars and the labels before it."""
     from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
 
-    def common(a: Bbox, b: Bbox) -> float:
-        both = Bbox.intersection(a, b)
-        return both.width * both.height if both else 0.0
+    def covered(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+        low, high = np.maximum(boxes[:, None, :2], others[:, :2]), np.minimum(boxes[:, None, 2:], others[:, 2:])
+        return (high - low).clip(0).prod(-1).sum(1)
 
-    renderer = axes.figure.canvas.get_renderer()
-    taken = [artist.get_window_extent(renderer).padded(4) for artist in (*axes.lines, *axes.texts)]
+    renderer, turns = axes.figure.canvas.get_renderer(), np.radians(np.arange(0, 360, 15))
+    gaps = np.repeat([8, 16, 28, 44, 64], len(turns))  # rings around the point
+    rings = np.tile(np.stack([np.cos(turns), np.sin(turns)], -1), (5, 1))
+    taken = np.array([artist.get_window_extent(renderer).padded(4).extents for artist in (*axes.lines, *axes.texts)])
     for method, x, y in points:
         place, colour = (fmean(x), fmean(y)), method["colour"]
         leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}
         middle = {"ha": "center", "va": "center", "textcoords": "offset points"}
         note = axes.annotate(method["label"], place, (0, 0), color=colour, parse_math=False, arrowprops=leader, **middle)
         size = np.array(Text.get_window_extent(note, renderer).size)
-        options = []
-        for gap, turn in ((gap, turn) for gap in (8, 16, 28, 44, 64) for turn in range(0, 360, 15)):
-            angle = math.radians(turn)
-            offset = ((size[0] / 2 + gap) * math.cos(angle), (size[1] / 2 + gap) * math.sin(angle))
-            centre = axes.transData.transform(place) + offset
-            box = Bbox([centre - size / 2, centre + size / 2])
-            outside = size.prod() - common(box, axes.bbox)
-            options.append((sum(common(box, other) for other in taken) + 20 * outside + gap, gap, offset, box))
-        _, gap, note.xyann, box = min(options, key=lambda option: option[0])
-        note.arrow_patch.set_visible(gap > 10)
-        taken.append(box)
+        offsets = (size / 2 + gaps[:, None]) * rings
+        low = axes.transData.transform(place) + offsets - size / 2
+        boxes = np.concatenate([low, low + size], 1)
+        outside = size.prod() - covered(boxes, axes.bbox.extents[None])
+        best = np.argmin(4 * covered(boxes, taken) + 20 * outside + gaps)
+        note.xyann = tuple(offsets[best])
+        note.arrow_patch.set_visible(gaps[best] > 10)
+        taken = np.concatenate([taken, boxes[[best]]])
 
 
 def extremes(results: dict, folder: Path) -> str:
@@ -299,9 +299,10 @@ def _card(results: dict, folder: Path, name: str, subject: dict, picture: dict) 
 def strips(results: dict, folder: Path) -> str:
     """For each subject what every method drew for the same prompts, references at the left."""
     drawn: dict[str, list[tuple[dict, dict]]] = {}
-    for method, subject in ((method, subject) for method in results["methods"] for subject in method["subjects"]):
-        drawn.setdefault(subject["name"], []).append((method, subject))
-    return "\n".join(_strip(pairs, folder) for pairs in drawn.values())
+    for method in results["methods"]:
+        for subject in method["subjects"]:
+            drawn.setdefault(subject["name"], []).append((method, subject))
+    return "\n".join(_strip(pairs, folder) for pairs in drawn.values() if any(subject["pictures"] for _, subject in pairs))
 
 
 def _strip(pairs: list[tuple[dict, dict]], folder: Path) -> str:

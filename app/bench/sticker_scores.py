@@ -8,10 +8,9 @@ from customize.app.bench.bench import Taken
 from customize.metrics import ClipEncoder, copy_rate, diversity, drift, prompt_score, subject_only, subject_score
 from customize.stickers import World, draw_scene
 from customize.stickers.bench import SEEN, reference_scenes, said, true_scene
-from customize.stickers.judge import Verdicts, accuracy, judge
+from customize.stickers.judge import Verdicts, judge, trusted
 from customize.stickers.measure import SCALES, Fit, best_fit
 
-TRUSTED = 0.97  # what the judge gets right less often, on fresh real scenes, is not quoted
 RESHAPED = {"tint", "size", "orientation", "count", "companion"}  # factors after which the drawing's own pattern is not found
 
 
@@ -46,14 +45,10 @@ METRICS = {
 }
 
 
-def trusted(name: str) -> bool:
-    return accuracy()[name] >= TRUSTED
-
-
 def score(taken: Taken, clip: ClipEncoder, seed: int = 0) -> tuple[dict, dict, list[dict]]:
     """Scores by metric, text control by factor, and each picture's scores; None where a measure has nothing to go on."""
     drawing, verdicts, every = taken.subject.source, judge(taken.pictures), [said(prompt) for prompt in taken.prompts]
-    obeyed = [obedience(verdicts, i, asked) for i, asked in enumerate(every)]
+    obeyed = [verdicts.obeys(i, asked) for i, asked in enumerate(every)]
     shown = [
         verdicts.shows(i, drawing, 2 if "companion" in asked else 1) if trusted("drawing") else None
         for i, asked in enumerate(every)
@@ -81,16 +76,6 @@ def mean(values: Sequence[float | bool | None]) -> float | None:
     """The mean of what is there, None of nothing."""
     known = [float(value) for value in values if value is not None]
     return float(np.mean(known)) if known else None
-
-
-def obedience(verdicts: Verdicts, i: int, asked: dict) -> dict[str, float]:
-    """For each factor that the prompt speaks of and the judge can be trusted with: whether picture `i` shows it."""
-    found = {}
-    for name, value in asked.items():
-        if trusted(name):
-            seen = verdicts.shows_class(i, value, 2) if name == "companion" else verdicts.factor(i, name) == value
-            found[name] = float(seen)
-    return found
 
 
 def by_clip(taken: Taken, clip: ClipEncoder, fits: list[Fit | None], seed: int) -> dict[str, float | None]:

@@ -11,12 +11,12 @@ from PIL import Image
 
 from customize.app.bench.bench import Bench, Subject, Taken
 from customize.app.bench.drawing import Sampling, save_picture
-from customize.app.bench.sticker_scores import METRICS, score, trusted
+from customize.app.bench.sticker_scores import METRICS, score
 from customize.errors import UserError, nearest
 from customize.metrics import load_sticker_clip
 from customize.stickers import World
 from customize.stickers.bench import bench_prompts, bench_subjects, true_scene, write_references
-from customize.stickers.judge import accuracy
+from customize.stickers.judge import accuracy, trusted
 
 COMMON = "--resolution 64 --train_batch_size 4 --lr_scheduler cosine --checkpointing_steps 100000"
 LORA = "--rank 16 --lora_layers all --learning_rate 1e-3"

@@ -18,6 +18,7 @@ from customize.stickers.scene import BORDERS, COUNTS, FRAMES, LIGHTS, ORIENTATIO
 from customize.stickers.world import Drawing, World
 
 FOLDER = Path(__file__).parent / "judge"
+TRUSTED = 0.97
 FACTORS: dict[str, tuple] = {  # fields of a scene, and what they can be
     "background": tuple(BACKGROUNDS),
     "tint": ("", *TINTS),
@@ -99,6 +100,15 @@ class Verdicts:
     def best(self, i: int) -> Drawing:
         return self.drawings[int(self.probability[i].argmax())]
 
+    def obeys(self, i: int, asked: dict[str, object]) -> dict[str, float]:
+        """For each factor that a prompt speaks of (`bench.said`) and the judge is trusted with: 1 if picture `i` shows it."""
+        found = {}
+        for name, value in asked.items():
+            if trusted(name):
+                seen = self.shows_class(i, str(value), 2) if name == "companion" else self.factor(i, name) == value
+                found[name] = float(seen)
+        return found
+
     def factor(self, i: int, name: str):
         """The value of a field of `Scene` that picture `i` seems to have."""
         return FACTORS[name][int(self.logits[name][i].argmax())]
@@ -114,9 +124,15 @@ def load_judge() -> Judge:
     return judge.eval().requires_grad_(False)
 
 
+@lru_cache
 def accuracy() -> dict[str, float]:
-    """The judge's own accuracy on fresh scenes, as measured when it was trained; what is below 0.97 may not be quoted."""
+    """The judge's own accuracy on fresh scenes, as measured when it was trained."""
     return json.loads((FOLDER / "accuracy.json").read_text())
+
+
+def trusted(name: str) -> bool:
+    """Whether the judge is right about this often enough, on fresh real scenes, to be quoted."""
+    return accuracy()[name] >= TRUSTED
 
 
 @torch.no_grad()
