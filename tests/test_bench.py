@@ -1,0 +1,449 @@
+"""The benchmarks: their data, what they refuse, going on where they stopped, and numbers that move the right way."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+from customize.app.bench import stickers
+from customize.app.bench.bench import Subject, Taken
+from customize.app.bench.drawing import Sampling, Shot, draw_missing, same_protocol
+from customize.app.bench.dreambench import DreamBench, read_dreambench
+from customize.app.bench.sticker_scores import score
+from customize.app.bench.stickers import RECIPES, StickerBench
+from customize.app.cli import main
+from customize.app.evaluate import EvaluateConfig, evaluate
+from customize.data import Concept
+from customize.errors import UserError
+from customize.metrics import load_sticker_clip
+from customize.prompts import class_word, subject_words
+from customize.stickers import Drawing, Scene, World, caption, draw_scene
+from customize.stickers.bench import (
+    PHRASES,
+    SEEN,
+    bench_prompts,
+    bench_subjects,
+    reference_scenes,
+    said,
+    true_scene,
+    write_references,
+)
+from customize.stickers.measure import best_fit
+from customize.trainers.selection import encoder_scorer, sticker_scorer
+from tiny import tiny
+
+FOX = Drawing("fox", "flat")
+QUICK = Sampling(num_inference_steps=2, guidance_scale=4.0, batch_size=2)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return load_sticker_clip()
+
+
+# what the benchmark consists of
+
+
+def test_subjects_are_held_out_and_the_quick_ones_come_first():
+    world, subjects = World(), bench_subjects()
+    assert len(set(subjects)) == 30
+    assert set(subjects) <= set(world.drawings(held_out=True))
+    assert sum(world.is_unknown(s.word) for s in subjects) == 10
+    assert bench_subjects(quick=True) == subjects[:6]
+    assert bench_prompts(quick=True) == bench_prompts()[:8]
+    assert len(bench_prompts()) == 25
+    assert all(prompt.count("{}") == 1 for prompt in bench_prompts())
+
+
+@pytest.mark.parametrize(
+    ("field", "phrase", "value"), [(f, p, v) for f, phrases in PHRASES.items() for p, v in phrases.items()]
+)
+def test_a_prompt_says_what_its_scene_shows(field, phrase, value):
+    scene = Scene(Drawing("cat", "3d"), **{"background": "bricks", field: value})
+    assert said(caption(scene)) == {"background": "bricks"} | {field: value}
+
+
+def test_a_prompt_may_say_nothing_and_names_its_companion():
+    assert said("a sks fox") == {}
+    assert said("a fox next to a pumpkin in the snow") == {"companion": "pumpkin", "background": "snow"}
+
+
+def test_every_prompt_speaks_of_a_background_and_the_true_scene_obeys():
+    for i, prompt in enumerate(bench_prompts()):
+        assert "background" in said(prompt)
+        first, again = (np.asarray(true_scene(FOX, prompt, i)) for _ in range(2))
+        assert (first == again).all()
+    words = [np.asarray(true_scene(FOX, p, 3)) for p in ("a {} on the beach", "a red {} on the beach", "a {} at sunset")]
+    assert not (words[0] == words[1]).all()
+    assert not (words[0] == words[2]).all()
+
+
+def test_reference_pictures_differ_in_pose_and_background(tmp_path):
+    scenes = reference_scenes(FOX)
+    assert [s.background for s in scenes] == list(SEEN)
+    assert len({s.pose for s in scenes}) == 4
+    pictures = write_references(tmp_path / "new" / "folder", FOX, "sks fox")
+    assert (tmp_path / "new" / "folder" / "1.txt").read_text() == "a sks fox on green grass"
+    assert (np.asarray(Image.open(tmp_path / "new" / "folder" / "1.png")) == np.asarray(pictures[1])).all()
+
+
+def test_the_best_fit_covers_the_drawing():
+    world = World()
+    for scene in reference_scenes(Drawing("apple", "cartoon")):
+        picture, mask = draw_scene(scene, world)
+        sprite = world.sprite(scene.subject)
+        found = np.asarray(best_fit(picture, sprite).mask(sprite, 64)) > 127
+        true = np.asarray(mask) > 127
+        assert (found & true).sum() / (found | true).sum() > 0.6
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a photo of a sks dog", "sks dog"),
+        ("A picture of the <toy>", "<toy>"),
+        ("a <s> fox on grass", "<s> fox on grass"),
+        ("photo of sks", "sks"),
+        ("another one", "another one"),
+    ],
+)
+def test_words_of_the_subject(prompt, words):
+    assert subject_words(prompt) == words
+
+
+def test_the_class_word():
+    assert class_word("a photo of sks dog") == "dog"
+    assert class_word("a photo of <toy>", "", "bear") == "bear"
+    assert class_word("a photo of <toy>", "a photo of a stuffed animal", "bear") == "stuffed animal"
+
+
+# pictures are made once
+
+
+class Painter:
+    """Stands in for a pipeline: the picture is a colour that prompt and seed decide."""
+
+    def __init__(self, fail_at: int | None = None):
+        self.calls, self.fail_at = [], fail_at
+
+    def __call__(self, prompts, generator, **options):
+        self.calls.append((prompts, options))
+        if self.fail_at == len(self.calls):
+            raise KeyboardInterrupt
+        colours = [(len(p), *torch.randint(255, (2,), generator=g).tolist()) for p, g in zip(prompts, generator, strict=True)]
+        return type("Output", (), {"images": [Image.new("RGB", (8, 8), colour) for colour in colours]})
+
+
+SHOTS = [Shot(f"{i}", "a" * (i + 1), i) for i in range(5)]
+
+
+def pixels(pictures):
+    return [picture.getpixel((0, 0)) for picture in pictures]
+
+
+def test_an_interrupted_drawing_goes_on_and_changes_nothing(tmp_path):
+    whole = pixels(draw_missing(Painter, SHOTS, tmp_path / "whole", QUICK))
+    assert [p[0] for p in whole] == [1, 2, 3, 4, 5]
+    with pytest.raises(KeyboardInterrupt):
+        draw_missing(lambda: Painter(fail_at=2), SHOTS, tmp_path / "half", QUICK)
+    assert sorted(p.name for p in (tmp_path / "half").iterdir()) == ["0.png", "1.png"]
+    painter = Painter()
+    assert pixels(draw_missing(lambda: painter, SHOTS, tmp_path / "half", QUICK)) == whole
+    assert [prompts for prompts, _ in painter.calls] == [["aaa", "aaaa"], ["aaaaa"]]
+    assert painter.calls[0][1] == {"num_inference_steps": 2, "guidance_scale": 4.0}
+    (tmp_path / "half" / "3.png").unlink()
+    assert pixels(draw_missing(Painter, SHOTS, tmp_path / "half", QUICK)) == whole
+
+
+def test_nothing_is_loaded_where_nothing_is_missing(tmp_path):
+    draw_missing(Painter, SHOTS, tmp_path, QUICK)
+    assert len(draw_missing(lambda: pytest.fail("loaded"), SHOTS, tmp_path, QUICK)) == 5
+
+
+def test_another_protocol_is_refused(tmp_path):
+    same_protocol(tmp_path, {"steps": "25", "seed": "0"})
+    same_protocol(tmp_path, {"steps": "25", "seed": "0"})
+    with pytest.raises(UserError, match=r"steps: 25, now 50.*choose another --output"):
+        same_protocol(tmp_path, {"steps": "50", "seed": "0"})
+
+
+# StickerBench
+
+
+def taken(pictures, prompts, subject=FOX, references=None, prior=(), before=()):
+    references = references or [draw_scene(scene, World())[0] for scene in reference_scenes(subject)]
+    return Taken(
+        Subject("flat-fox", subject.word, "", tuple(prompts), subject), pictures, references, list(prior), list(before), 1
+    )
+
+
+def test_scores_move_the_right_way(clip):
+    prompts = bench_prompts()[:12]
+    true = [true_scene(FOX, prompt, 50 + i) for i, prompt in enumerate(prompts)]
+    right, factors, each = score(taken(true, prompts), clip)
+    assert right["likeness"] > 0.75
+    assert right["control"] > 0.9
+    assert right["background_leak"] < 0.15
+    assert factors["background"] > 0.9
+    assert len(each) == 12
+
+    other = [true_scene(Drawing("bus", "cartoon"), prompt, 50 + i) for i, prompt in enumerate(prompts)]
+    swapped, _, _ = score(taken(other, prompts), clip)
+    assert swapped["likeness"] < right["likeness"] - 0.2
+    assert swapped["clip_i"] < right["clip_i"]
+    assert swapped["class"] < 0.2 < right["class"]
+
+    shuffled, _, _ = score(taken(true[3:] + true[:3], prompts), clip)
+    assert shuffled["control"] < right["control"] - 0.4
+    assert shuffled["clip_t"] < right["clip_t"]
+
+    copied = [draw_scene(reference_scenes(FOX)[i % 4], World())[0] for i in range(12)]
+    copies, _, _ = score(taken(copied, prompts), clip)
+    assert copies["copy"] > right["copy"]
+    assert copies["background_leak"] > 0.9
+    assert copies["pose_leak"] == 1.0
+    assert copies["clip_i"] > right["clip_i"]
+
+    flat = [Image.new("RGB", (64, 64), "gray")] * 12
+    constant, _, _ = score(taken(flat, prompts), clip)
+    assert constant["likeness"] < 0.3
+    assert constant["class"] < 0.2
+
+
+def test_drift_is_nothing_where_nothing_moved(clip):
+    prompts = bench_prompts()[:4]
+    true = [true_scene(FOX, prompt, i) for i, prompt in enumerate(prompts)]
+    moved = [true_scene(Drawing("bus", "cartoon"), prompt, i) for i, prompt in enumerate(prompts)]
+    still, _, _ = score(taken(true, prompts, prior=true, before=true), clip)
+    gone, _, _ = score(taken(true, prompts, prior=moved, before=true), clip)
+    assert abs(still["drift"]) < 1e-5 < gone["drift"]
+    assert score(taken(true, prompts), clip)[0]["drift"] is None
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """StickerBench of one subject and two prompts."""
+    monkeypatch.setattr(stickers, "bench_subjects", lambda quick: [FOX])
+    monkeypatch.setattr(stickers, "bench_prompts", lambda quick: ["a {} on the beach", "a red {} in the snow"])
+
+
+def test_a_method_is_taught_drawn_scored_and_resumed(tmp_path, small, monkeypatch):
+    def bench():
+        methods = ["base", "real", "dreambooth-no-prior"]
+        return StickerBench(folder=tmp_path, methods=methods, sampling=QUICK, quick=True, repeats=2, steps=2)
+
+    results = bench().run()
+    assert [m["kind"] for m in results["methods"]] == ["base", "real", "method"]
+    row = results["methods"][2]["subjects"][0]
+    assert row["scores"]["diversity"] > 0
+    assert row["scores"]["drift"] >= -1e-6
+    assert row["cost"]["training seconds"] > 0
+    assert row["cost"]["file MB"] > 0.1
+    assert row["pictures"][2]["prompt"] == "a red sks fox in the snow"
+    assert all((tmp_path / picture["file"]).exists() for picture in row["pictures"])
+    assert all((tmp_path / file).exists() for file in row["references"])
+    real = results["methods"][1]["subjects"][0]
+    assert real["scores"]["likeness"] > 0.7
+    assert real["scores"]["drift"] is None
+    json.dumps(results)
+
+    monkeypatch.setattr("customize.app.bench.bench.load_base", lambda *_: pytest.fail("drew again"))
+    monkeypatch.setattr("customize.app.bench.bench.run", lambda *_: pytest.fail("trained again"))
+    again = bench().run()
+    assert again["methods"][2]["subjects"][0]["scores"] == row["scores"]
+
+
+def test_recipes_are_flags_that_exist():
+    from customize.config import parse
+    from customize.trainers.__main__ import configs
+    from customize.trainers.registry import find_method
+
+    bench = StickerBench(folder=Path(), methods=["base"])
+    for name, recipe in RECIPES.items():
+        if recipe.method:
+            method, *flags = bench.training(name, bench.subjects[0])
+            parse(configs(find_method(method)), flags)
+
+
+def test_an_unknown_method_and_bad_numbers():
+    with pytest.raises(UserError, match=r"no recipe 'dreamboth'.*Did you mean.*dreambooth"):
+        StickerBench(folder=Path(), methods=["dreamboth"])
+    with pytest.raises(UserError, match="--limit_prompts must be at least 1"):
+        evaluate("", EvaluateConfig(limit_prompts=0))
+    with pytest.raises(UserError, match="names a method twice"):
+        evaluate("", EvaluateConfig(methods=["base", "base"]))
+    with pytest.raises(UserError, match="needs --data_dir"):
+        evaluate("", EvaluateConfig(bench="dreambench"))
+
+
+# DreamBench
+
+FILE = """Classes
+
+subject_name,class
+rex,dog
+mug,coffee mug
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the jungle'.format(unique_token, class_token),
+'a red {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} in the jungle'.format(unique_token, class_token),
+'a {0} {1} wearing a red hat'.format(unique_token, class_token)
+]
+"""
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    folder = tmp_path / "data"
+    for name, colour in (("rex", (150, 100, 50)), ("mug", (40, 90, 200))):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            noise = np.random.default_rng(i).integers(-30, 30, (40, 60, 3))
+            Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(folder / name / f"{i:02d}.jpg")
+    (folder / "prompts_and_classes.txt").write_text(FILE)
+    return folder
+
+
+def test_reading_the_dataset(dataset):
+    mug, rex = read_dreambench(dataset)
+    assert (mug.name, mug.word, mug.group, mug.prompts) == ("mug", "coffee mug", "object", ("a {} in the jungle", "a red {}"))
+    assert (rex.group, rex.prompts[1]) == ("live", "a {} wearing a red hat")
+
+
+def rewrite(dataset, old, new):
+    (dataset / "prompts_and_classes.txt").write_text(FILE.replace(old, new))
+
+
+def test_what_is_wrong_with_a_dataset_is_told_before_anything_is_drawn(dataset, tmp_path):
+    with pytest.raises(UserError, match=r"has no prompts_and_classes.txt"):
+        read_dreambench(tmp_path)
+    rewrite(dataset, "mug,coffee mug\n", "")
+    with pytest.raises(UserError, match=r"no class for the folder 'mug'; add the line"):
+        read_dreambench(dataset)
+    rewrite(dataset, "'a red {0} {1}'.format(unique_token, class_token)\n", "")
+    with pytest.raises(UserError, match="has 1 prompts for objects but 2 for live"):
+        read_dreambench(dataset)
+    rewrite(dataset, "prompt_list", "list")
+    with pytest.raises(UserError, match="malformed"):
+        read_dreambench(dataset)
+    rewrite(dataset, "mug,coffee mug", "mug,coffee mug\ncan,can")
+    with pytest.warns(UserWarning, match="1 subjects of .* have no folder: can"):
+        read_dreambench(dataset)
+    rewrite(dataset, "", "")
+    for path in (dataset / "mug").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="holds no readable picture"):
+        read_dreambench(dataset)
+
+
+def test_a_wrong_training_flag_is_told_before_anything_is_trained(dataset, clip, tmp_path):
+    with pytest.raises(UserError, match="--max_train_step"):
+        DreamBench(
+            folder=tmp_path / "out",
+            methods=["dreambooth"],
+            sampling=QUICK,
+            data=dataset,
+            encoders={"clip": clip},
+            train=["--max_train_step", "1"],
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def dreambench(dataset, folder, clip, **changes):
+    tiny_base = folder.parent / "base"
+    if not tiny_base.exists():
+        tiny("sd15").save_pretrained(tiny_base)
+    options = {"methods": ["base", "real", "dreambooth"], "repeats": 2, "base": str(tiny_base)}
+    options |= {"sampling": Sampling(2, 4.0, 2, 16, 16), "encoders": {"clip": clip}}
+    options |= {"train": ["--max_train_steps", "2", "--resolution", "16", "--rank", "2"]}
+    return DreamBench(folder=folder, data=dataset, **options | changes)
+
+
+def test_the_protocol_by_loops(dataset, clip, tmp_path):
+    results = dreambench(dataset, tmp_path / "out", clip).run()
+    mug = results["methods"][2]["subjects"][0]
+    drawn = [Image.open(tmp_path / "out" / entry["file"]) for entry in mug["pictures"]]
+    real = [Image.open(path).convert("RGB") for path in sorted((dataset / "mug").iterdir())]
+    assert len(drawn) == 4
+    a, b = clip(drawn).double(), clip(real).double()
+    assert mug["scores"]["clip_i"] == pytest.approx(np.mean([float(x @ y) for x in a for y in b]), abs=1e-5)
+    texts = clip.texts(["a coffee mug in the jungle"] * 2 + ["a red coffee mug"] * 2).double()
+    assert mug["scores"]["clip_t"] == pytest.approx(np.mean([float(x @ t) for x, t in zip(a, texts, strict=True)]), abs=1e-5)
+    assert mug["scores"]["nearest"] == pytest.approx(np.mean([max(float(x @ y) for y in b) for x in a]), abs=1e-5)
+    apart = np.mean([1 - float(a[0] @ a[1]), 1 - float(a[2] @ a[3])])
+    assert mug["scores"]["diversity"] == pytest.approx(apart, abs=1e-5)
+    ceiling = np.mean([float(b[i] @ b[j]) for i in range(3) for j in range(3) if i != j])
+    assert results["methods"][1]["subjects"][0]["scores"]["clip_i"] == pytest.approx(ceiling, abs=1e-5)
+    assert mug["pictures"][0]["prompt"] == "a sks coffee mug in the jungle"
+    assert results["published"]
+    assert results["protocol"]["references"] == "all pictures of the subject"
+
+
+def test_the_one_reference_variant(dataset, clip, tmp_path):
+    results = dreambench(dataset, tmp_path / "out", clip, references="one", methods=["real", "dreambooth"], limits=(1, 1)).run()
+    real, taught = (method["subjects"] for method in results["methods"])
+    assert len(taught) == 1
+    assert (len(real[0]["references"]), len(taught[0]["references"])) == (3, 1)
+    assert len(taught[0]["pictures"]) == 2
+    info = json.loads((tmp_path / "out" / "dreambooth" / "mug" / "run" / "run.json").read_text())
+    assert len(info["dataset"]) == 1
+
+
+# one finished run
+
+
+def test_a_run_on_stickers_beside_its_base_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("customize.app.bench.finished.bench_prompts", lambda quick: ["a {} on the beach"])
+    write_references(tmp_path / "pictures", FOX, "sks fox")
+    train = ["train", "dreambooth", "--instance_data_dir", str(tmp_path / "pictures"), "--instance_prompt", "a sks fox"]
+    assert main([*train, "--max_train_steps", "2", "--rank", "2", "--output_dir", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--subject", "flat wolpertinger", "--quick"]) == 2
+    assert "no drawing 'flat wolpertinger'" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "run"), "--quick"]) == 0
+    found = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
+    assert [m["name"] for m in found["methods"]] == ["base", "run", "real"]
+    assert found["methods"][1]["subjects"][0]["name"] == "flat-fox"  # the judge knows its references
+    assert found["methods"][1]["subjects"][0]["pictures"][0]["prompt"] == "a sks fox on the beach"
+
+
+def test_the_scorer_of_stickers_prefers_the_subject_and_the_prompt():
+    rate = sticker_scorer([draw_scene(scene, World())[0] for scene in reference_scenes(FOX)])
+    prompts = [f"a sks fox {phrase}" for phrase in ("on the beach", "under a night sky", "at sunset")]
+    right = [(p, true_scene(FOX, p, i)) for i, p in enumerate(prompts)]
+    other = [(p, true_scene(Drawing("bus", "cartoon"), p, i)) for i, p in enumerate(prompts)]
+    shuffled = [(p, picture) for p, (_, picture) in zip(prompts, right[1:] + right[:1], strict=True)]
+    assert rate(right)["identity"] > rate(other)["identity"] + 0.3
+    assert rate(right)["control"] > rate(shuffled)["control"] + 0.5
+    assert rate(other)["control"] > 0.6
+
+
+def test_the_scorer_of_other_models_by_loops(clip):
+    references = [draw_scene(scene, World())[0] for scene in reference_scenes(FOX)]
+    rate = encoder_scorer(references, Concept("", "a photo of a sks fox", "a fox"), "", clip, clip)
+    drawn = [("a sks fox on the beach", references[0]), ("a sks fox at sunset", references[1])]
+    a, b = clip([picture for _, picture in drawn]), clip(references)
+    texts = clip.texts(["a fox on the beach", "a fox at sunset"])
+    found = rate(drawn)
+    assert found["identity"] == pytest.approx(np.mean([float(x @ y) for x in a for y in b]), abs=1e-5)
+    assert found["control"] == pytest.approx(float((a * texts).sum(1).mean()), abs=1e-5)
