@@ -12,7 +12,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from customize.app.bench.report import _place_labels, picks, scatter, shown, write_report
+from customize.app.bench.plot import _place_labels, scatter
+from customize.app.bench.report import picks, shown, write_report
 
 METRICS = {
     "identity": {"title": "Identity", "about": "share that shows <b>it</b>", "better": "higher", "style": "percent"},

@@ -58,7 +58,10 @@ class Bench:
     seed: int = 0
 
     title = "Benchmark"
-    subjects: Sequence[Subject] = ()
+
+    @property
+    def subjects(self) -> Sequence[Subject]:
+        raise NotImplementedError
 
     def protocol(self) -> dict[str, str]:
         """What every number must be read with."""

@@ -33,7 +33,7 @@ from customize.trainers.registry import METHODS, find_method
 
 FILE = "prompts_and_classes.txt"
 LIVE = {"cat", "dog"}  # classes that take the second list of prompts
-TOKEN = "sks"
+TOKEN, WORD = "sks", "<subject>"  # what stands before the class word: a rare word, or a learned one
 
 
 def read_dreambench(folder: Path) -> list[Subject]:
@@ -123,7 +123,7 @@ class DreamBench(Bench):
             "training": " ".join(self.train) or "the methods' defaults",
             "references": "all pictures of the subject" if self.references == "all" else "its first picture alone",
             **{name: encoder.stamp for name, encoder in self.encoders.items()},
-            "pairing": f"every picture with {every}; CLIP-T: every picture with its own prompt, class word without '{TOKEN}'",
+            "pairing": f"every picture with {every}; CLIP-T: every picture with its own prompt, class word for subject",
             "scale": "cosines from -1 to 1, not multiplied",
             "averages": "over pictures within a subject, then over subjects; intervals are 95 % bootstrap over subjects",
             "note": "the pictures that teach are also compared with, as in the paper: read 'nearest' beside the real row",
@@ -135,10 +135,16 @@ class DreamBench(Bench):
         )
 
     def words(self, name, subject):
-        return subject.word if name in NOT_TRAINED else f"{TOKEN} {subject.word}"
+        if name in NOT_TRAINED:
+            return subject.word
+        return f"{WORD if self.learns_words(name) else TOKEN} {subject.word}"
+
+    def learns_words(self, name: str) -> bool:
+        return hasattr(find_method(name).Config, "placeholder_token")
 
     def training(self, name, subject):
-        return [name, *self.train]
+        words = ["--placeholder_token", WORD, "--initializer_token", subject.word.split()[-1]]
+        return [name, *self.train, *(words if self.learns_words(name) else [])]
 
     def write_references(self, name, subject, folder):
         real = [read_picture(picture)[0] for picture in find_pictures(subject.source, "any")]

@@ -11,7 +11,8 @@ from customize.stickers.bench import SEEN, reference_scenes, said, true_scene
 from customize.stickers.judge import Verdicts, judge, trusted
 from customize.stickers.measure import SCALES, Fit, best_fit
 
-RESHAPED = {"tint", "size", "orientation", "count", "companion"}  # factors after which the drawing's own pattern is not found
+# what makes a drawing hard to know again, for judge and correlation: prompts with it count for text control alone
+RESHAPED = {"tint", "size", "orientation", "count", "companion"}
 
 
 def metric(title: str, better: str, style: str, about: str) -> dict[str, str]:
@@ -19,9 +20,7 @@ def metric(title: str, better: str, style: str, about: str) -> dict[str, str]:
 
 
 METRICS = {
-    "identity": metric(
-        "Identity", "higher", "percent", "pictures in which the judge sees the subject rather than any other drawing"
-    ),
+    "identity": metric("Identity", "higher", "percent", "pictures in which the judge sees the subject, of 537 drawings"),
     "likeness": metric(
         "Likeness", "higher", "number", "best masked correlation of the true drawing with the picture; no judge"
     ),
@@ -49,27 +48,22 @@ def score(taken: Taken, clip: ClipEncoder, seed: int = 0) -> tuple[dict, dict, l
     """Scores by metric, text control by factor, and each picture's scores; None where a measure has nothing to go on."""
     drawing, verdicts, every = taken.subject.source, judge(taken.pictures), [said(prompt) for prompt in taken.prompts]
     obeyed = [verdicts.obeys(i, asked) for i, asked in enumerate(every)]
-    shown = [
-        verdicts.shows(i, drawing, 2 if "companion" in asked else 1) if trusted("drawing") else None
-        for i, asked in enumerate(every)
-    ]
+    plain = [not RESHAPED & asked.keys() for asked in every]
+    shown = [float(verdicts.shows(i, drawing)) if known and trusted("drawing") else None for i, known in enumerate(plain)]
     sprite = World().sprite(drawing)
-    fits = [None if RESHAPED & asked.keys() else best_fit(p, sprite) for p, asked in zip(taken.pictures, every, strict=True)]
+    fits = [best_fit(picture, sprite) if known else None for picture, known in zip(taken.pictures, plain, strict=True)]
     each = [
-        {"identity": number(seen), "likeness": fit and fit.correlation, "control": mean(list(found.values()))}
+        {"identity": seen, "likeness": fit and fit.correlation, "control": mean(list(found.values()))}
         for seen, fit, found in zip(shown, fits, obeyed, strict=True)
     ]
     scores = {name: mean([entry[name] for entry in each]) for name in ("identity", "likeness", "control")}
-    scores["class"] = mean([verdicts.shows_class(i, taken.subject.word, 1 + ("companion" in a)) for i, a in enumerate(every)])
+    kept = [verdicts.shows_class(i, drawing.word) for i, known in enumerate(plain) if known]
+    scores["class"] = mean(kept) if trusted("class") else None
     scores |= by_clip(taken, clip, fits, seed) | prior_scores(taken, clip) | leaks(taken, every, verdicts, fits)
     factors = {
         name: mean([found[name] for found in obeyed if name in found]) for name in dict.fromkeys(k for o in obeyed for k in o)
     }
     return {name: scores.get(name) for name in METRICS}, factors, each
-
-
-def number(value: bool | None) -> float | None:
-    return None if value is None else float(value)
 
 
 def mean(values: Sequence[float | bool | None]) -> float | None:
@@ -112,7 +106,7 @@ def prior_scores(taken: Taken, clip: ClipEncoder) -> dict[str, float | None]:
 
 def leaks(taken: Taken, every: list[dict], verdicts: Verdicts, fits: list[Fit | None]) -> dict[str, float | None]:
     """Does what belongs to the reference pictures and not to the subject come back?"""
-    new = [i for i, asked in enumerate(every) if asked.get("background") not in SEEN]
+    new = [i for i, asked in enumerate(every) if asked.get("background") not in SEEN and trusted("background")]
     poses = [best_fit(picture, World().sprite(taken.subject.source)) for picture in taken.references]
     return {
         "background_leak": mean([verdicts.factor(i, "background") in SEEN for i in new]),

@@ -131,4 +131,6 @@ class StickerBench(Bench):
     def results(self, protocol, methods):
         title = f"{self.title} (quick)" if self.quick else self.title
         likeness = "identity" if trusted("drawing") else "likeness"
-        return {"title": title, "protocol": protocol, "axes": ["control", likeness], "metrics": METRICS, "methods": methods}
+        rows = [subject["scores"] for method in methods for subject in method["subjects"]]
+        metrics = {name: METRICS[name] for name in METRICS if any(row[name] is not None for row in rows)}
+        return {"title": title, "protocol": protocol, "axes": ["control", likeness], "metrics": metrics, "methods": methods}

@@ -92,7 +92,7 @@ def main():
     while (passed := (time.time() - begin) / 60 / options.minutes) < 1:
         scenes = scenes_of(rng, world, drawings, options.batch_size)
         wanted, logits = targets(scenes, drawings), judge(worn(render(scenes, world), rng))
-        losses = {n: (1.0 if n == "drawing" else 0.2) * F.cross_entropy(logits[n], wanted[n]) for n in wanted}
+        losses = {n: (1.0 if n == "drawing" else 0.4) * F.cross_entropy(logits[n], wanted[n]) for n in wanted}
         run.update(losses, len(scenes), passed)
         run.report(100)
         run.save(500)
