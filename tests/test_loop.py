@@ -64,12 +64,13 @@ def settings(folder, **changes) -> TrainConfig:
     )
 
 
-def go(pictures, folder, case="dreambooth", data=None, held_out=None, base="sd15", dtype=torch.float32, **changes):
+def go(pictures, folder, case="dreambooth", data=None, held_out=None, base="sd15", dtype=torch.float32, scorer=None, **changes):
     """Trains from the start; returns the method and the last step."""
     method, dataset = build(pictures, case, base, dtype, **(data or {}))
     config = settings(folder, **changes)
     batches = held_out_batches(dataset, torch.device("cpu")) if held_out else None
-    step = train(method, dataset, config, make_accelerator(config), batches, {"base_model": base, "method": case, "config": {}})
+    info = {"base_model": base, "method": case, "config": {}}
+    step = train(method, dataset, config, make_accelerator(config), batches, info, scorer)
     return method, step
 
 
@@ -410,6 +411,27 @@ def test_early_stopping_and_the_best(pictures, tmp_path, monkeypatch):
     )
     assert step == 8
     assert not best.exists()
+
+
+def test_the_best_by_score(pictures, tmp_path, quick_pictures):
+    """Likeness x obedience of .1, .3, .2, .25 at steps 2, 4, 6, 8, whatever the loss says; all is written down."""
+    identities, seen = iter([0.2, 0.6, 0.4, 0.5]), []
+
+    def scorer(drawn):
+        seen.append([prompt for prompt, _ in drawn])
+        assert all(picture.size == (16, 16) for _, picture in drawn)
+        return {"identity": next(identities), "control": 0.5}
+
+    limits = {"validation_steps": 2, "early_stopping_patience": 2, "max_train_steps": 20, "validation_metric": "score"}
+    prompts = ["a red dog", "a dog on grass"]
+    _, step = go(pictures, tmp_path, held_out=True, scorer=scorer, validation_prompt=prompts, **limits)
+    assert step == 8
+    assert step_of(tmp_path / "best") == 4
+    assert seen == [prompts] * 4
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert [row["score"] for row in rows] == pytest.approx([0.1, 0.3, 0.2, 0.25])
+    assert all(row["validation_loss"] > 0 for row in rows)
 
 
 def test_the_best_of_an_averaged_run_is_the_average(pictures, tmp_path, monkeypatch):

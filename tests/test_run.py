@@ -420,6 +420,12 @@ MISTAKES = {
     "long prompt": ("dreambooth", {"instance_prompt": "a dog " * 20}, "tokens"),
     "early stopping": ("dreambooth", {"early_stopping_patience": 2}, "holdout"),
     "holdout": ("dreambooth", {"holdout": 4}, "holdout"),
+    "score": ("dreambooth", {"validation_metric": "score"}, "validation_prompt"),
+    "encoder": (
+        "dreambooth",
+        {"validation_metric": "score", "validation_prompt": "a dog", "validation_clip": "/nowhere"},
+        "--validation_clip: '/nowhere' could not be loaded",
+    ),
     "class prompt": ("dreambooth", {"with_prior_preservation": True}, "class_prompt"),
     "teacher": (
         "dreambooth",

@@ -62,5 +62,5 @@ def make_scorer(settings, base: str, concepts: list[Concept], pictures: Sequence
         from customize.metrics import load_clip, load_dino
     except ModuleNotFoundError as error:
         raise UserError(f"--validation_metric score needs {error.name}: pip install 'customize[evaluate]'.") from error
-    clip, dino = load_clip(settings.validation_clip), load_dino(settings.validation_dino)
+    clip, dino = load_clip(settings.validation_clip, "validation_clip"), load_dino(settings.validation_dino, "validation_dino")
     return encoder_scorer(references, concepts[0], initializer, clip, dino)

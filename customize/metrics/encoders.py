@@ -84,16 +84,16 @@ def _loaded(flag: str, name: str, load: Callable, **options):
         raise UserError(f"--{flag}: '{name}' could not be loaded ({reason}); give a hub id or a local folder.") from error
 
 
-def load_clip(name: str) -> ClipEncoder:
+def load_clip(name: str, flag: str = "clip") -> ClipEncoder:
     """CLIP from a hub id or a local folder, with its own preprocessing (PIL); `openai/clip-vit-base-patch32` is usual."""
-    model = _loaded("clip", name, AutoModel.from_pretrained, use_safetensors=True).to(_device())
+    model = _loaded(flag, name, AutoModel.from_pretrained, use_safetensors=True).to(_device())
     if not isinstance(model, CLIPModel):  # CLIPModel's own loading would fill another model's gaps with random weights
         kind = getattr(model.config, "model_type", "")
-        raise UserError(f"--clip: '{name}' is a '{kind}' model; give a CLIP one, such as openai/clip-vit-base-patch32.")
-    processor = _loaded("clip", name, CLIPImageProcessorPil.from_pretrained)
-    tokenizer = _loaded("clip", name, CLIPTokenizer.from_pretrained)
+        raise UserError(f"--{flag}: '{name}' is a '{kind}' model; give a CLIP one, such as openai/clip-vit-base-patch32.")
+    processor = _loaded(flag, name, CLIPImageProcessorPil.from_pretrained)
+    tokenizer = _loaded(flag, name, CLIPTokenizer.from_pretrained)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # without its files it loads empty: all prompts would be equal
-        raise UserError(f"--clip: '{name}' has no tokenizer; download its tokenizer.json, or vocab.json and merges.txt, too.")
+        raise UserError(f"--{flag}: '{name}' has no tokenizer; download its tokenizer.json, or vocab.json and merges.txt, too.")
 
     def texts(prompts: list[str]) -> Tensor:
         words = tokenizer(

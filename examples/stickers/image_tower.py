@@ -98,7 +98,8 @@ def main():
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     world, read, student = worlds(), Reader(), Student()
-    looks, run = Looks(world), Run("image_tower", student, options.lr, ema=0.998)
+    weights = part("image_encoder") / "model.safetensors"
+    looks, run = Looks(world), Run("image_tower", student, options.lr, ema=0.998, shipped=weights, part=student.vision)
     rng, begin = np.random.default_rng(run.step), time.time()
     pools = world.drawings(), world.drawings(core=True)
     while (passed := (time.time() - begin) / 60 / options.minutes) < 1:

@@ -30,7 +30,8 @@ def shipped_images(name: str) -> int:
 class Run:
     """Trains `model` in resumable pieces: AdamW, warm-up, optional EMA, a checkpoint every `every` steps.
 
-    `shipped` weights start a run that has no checkpoint, after a short warm-up, so a committed model can be continued.
+    `shipped` weights start a run that has no checkpoint, after a short warm-up, so a committed model can be continued; they are
+    those of `model`, or of the part of it that ships.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Run:
         ema: float = 0.0,
         decay: float = 0.01,
         shipped: Path | None = None,
+        part: nn.Module | None = None,
     ):
         if shipped is not None and shipped.exists():
-            model.load_state_dict({k: v.float() for k, v in load_file(shipped).items()})
+            (part or model).load_state_dict({k: v.float() for k, v in load_file(shipped).items()})
         self.path, self.model, self.lr, self.warmup, self.decay_rate = FURNACE / f"{name}.pt", model, lr, warmup, ema
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr, betas=(0.9, 0.98), weight_decay=decay, fused=True

@@ -32,7 +32,7 @@ from customize.stickers.scene import (
     caption,
     draw_factors,
 )
-from recipe import FURNACE, Run, worlds
+from recipe import FURNACE, Run, part, worlds
 
 LENGTH, FIRST_PATCH, LOOK = 40, 24, 128
 RARE = ("sks", "zwx", "ohwx", "snq")  # words without meaning, for methods that bind a subject to one
@@ -195,7 +195,8 @@ def main():
     world = worlds()
     tokenizer = train_tokenizer(world)
     looks, teacher = Looks(world), Teacher(build(tokenizer))
-    run = Run("text_tower", teacher, options.lr, ema=0.998)
+    weights = part("text_encoder") / "model.safetensors"
+    run = Run("text_tower", teacher, options.lr, ema=0.998, shipped=weights, part=teacher.text)
     rng, begin = np.random.default_rng(run.step), time.time()
     pools = world.drawings(), world.drawings(core=True)
     while (passed := (time.time() - begin) / 60 / options.minutes) < 1:
