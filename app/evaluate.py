@@ -41,15 +41,18 @@ class EvaluateConfig:
 
 
 def evaluate(run: str, config: EvaluateConfig) -> Path:
-    """Measures the run, or the benchmark if `run` is empty; returns the path of the report."""
+    """Measures the run, or the benchmark if `run` is empty; prints the table and returns the path of the report."""
     try:
         from customize.app.bench.report import write_report
+        from customize.app.bench.summary import summary
     except ModuleNotFoundError as error:
         raise UserError(f"Evaluation needs {error.name}: pip install 'customize[evaluate]'.") from error
     check(config)
     folder = Path(config.output or (f"{run}/evaluation" if run else f"runs/{config.bench}"))
     bench = make_run_bench(run, folder, config) if run else make_bench(folder, config)
-    return write_report(bench.run(), folder)
+    results = bench.run()
+    print(summary(results))
+    return write_report(results, folder)
 
 
 def check(config: EvaluateConfig) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from customize.app.bench.plot import _place_labels, scatter
 from customize.app.bench.report import picks, shown, write_report
+from customize.app.bench.summary import summary
 
 METRICS = {
     "identity": {"title": "Identity", "about": "share that shows <b>it</b>", "better": "higher", "style": "percent"},
@@ -79,6 +80,22 @@ def rows(html: str) -> dict[str, list[str]]:
     table = re.search(r"<tbody>(.*?)</tbody>", html, re.DOTALL)[1]
     labels = re.findall(r'<th scope="row">.*?<span>([^<]*)</span></span></th>(.*?)</tr>', table, re.DOTALL)
     return {label.rpartition("&gt;")[2]: re.findall(r"<td>(.*?)</td>", cells, re.DOTALL) for label, cells in labels}
+
+
+def test_the_summary_is_the_table_with_intervals_and_published_rows():
+    def method(label, *values):
+        return {"label": label, "subjects": [{"group": "", "scores": {"dino": value, "hit": 0.5}} for value in values]}
+
+    metrics = {"dino": {"title": "DINO", "style": "number"}, "hit": {"title": "Hits", "style": "percent"}}
+    published = [{"label": "Paper", "scores": {"dino": 0.668}, "protocol": "30 subjects"}]
+    text = summary({"metrics": metrics, "methods": [method("One", 0.25), method("Two", 0.2, 0.6)], "published": published})
+    assert text.splitlines() == [
+        "| | DINO | Hits |",
+        "|---|---|---|",
+        "| One | 0.250 | 50 % |",
+        "| Two | 0.400 (0.200 to 0.600) | 50 % (50 to 50) |",
+        "| *Paper* (30 subjects) | 0.668 | – |",
+    ]
 
 
 def test_the_table_shows_means_intervals_and_the_best_method(tmp_path):
