@@ -14,19 +14,17 @@ from customize.batches import Batches
 from customize.data import (
     Concept,
     DataConfig,
-    Picture,
     SubjectDataset,
     buckets,
     check_resolution,
     collate,
-    find_pictures,
     fit,
     nearest_bucket,
     read_concepts,
-    read_picture,
     split_holdout,
 )
 from customize.errors import UserError
+from customize.pictures import Picture, find_pictures, read_picture
 
 torch.set_num_threads(1)
 rng = np.random.default_rng(0)

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from customize import checkpoint
 from customize.backbone import wrap
-from customize.data import Concept, DataConfig, SubjectDataset, find_pictures
+from customize.data import Concept, DataConfig, SubjectDataset
 from customize.errors import UserError
+from customize.pictures import find_pictures
 from customize.trainers import loop, state
 from customize.trainers.__main__ import run
 from customize.trainers.dreambooth import DreamBooth

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from customize import checkpoint
 from customize.backbone import wrap
-from customize.data import Concept, DataConfig, SubjectDataset, find_pictures
+from customize.data import Concept, DataConfig, SubjectDataset
+from customize.pictures import find_pictures
 from customize.tokens import WordsSD3Pipeline
 from customize.trainers.dreambooth import DreamBooth
 from customize.trainers.loop import train

@@ -12,9 +12,10 @@ from customize.backbone import Backbone, wrap
 from customize.cache import TensorCache
 from customize.card import write_card
 from customize.config import help_text, parse
-from customize.data import Concept, DataConfig, Picture, SubjectDataset, check_resolution, read_concepts, split_holdout
+from customize.data import Concept, DataConfig, SubjectDataset, check_resolution, read_concepts, split_holdout
 from customize.errors import UserError
 from customize.loading import load_base
+from customize.pictures import Picture
 from customize.trainers.loop import drop_old_checkpoints, train
 from customize.trainers.method import Method
 from customize.trainers.prepare import (

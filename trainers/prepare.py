@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from customize.backbone import Backbone
 from customize.cache import TensorCache, fingerprint, key_of
-from customize.data import Bucket, Concept, DataConfig, Key, Picture, SubjectDataset, collate, find_pictures
+from customize.data import Bucket, Concept, DataConfig, Key, SubjectDataset, collate
 from customize.errors import UserError
+from customize.pictures import Picture, find_pictures
 from customize.trainers.method import Method
 
 

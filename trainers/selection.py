@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from customize.data import Concept, Picture, read_picture
+from customize.data import Concept
 from customize.errors import UserError
+from customize.pictures import Picture, read_picture
 from customize.prompts import class_word, subject_words
 
 Scorer = Callable[[list[tuple[str, Image.Image]]], dict[str, float]]  # drawn (prompt, picture) to identity and control

@@ -16,7 +16,6 @@ from customize.app.bench.bench import NOT_TRAINED, Bench, Subject, Taken
 from customize.app.bench.drawing import save_picture
 from customize.app.bench.published import PUBLISHED
 from customize.config import parse
-from customize.data import find_pictures, read_picture
 from customize.errors import UserError
 from customize.metrics import (
     ClipEncoder,
@@ -28,6 +27,7 @@ from customize.metrics import (
     prompt_score,
     subject_score,
 )
+from customize.pictures import find_pictures, read_picture
 from customize.trainers.__main__ import configs
 from customize.trainers.registry import METHODS, find_method
 

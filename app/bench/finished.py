@@ -13,8 +13,8 @@ from customize.app.bench.drawing import save_picture
 from customize.app.bench.dreambench import LIVE, DreamBench
 from customize.app.bench.stickers import StickerBench
 from customize.checkpoint import read_info
-from customize.data import find_pictures, read_picture
 from customize.errors import UserError
+from customize.pictures import find_pictures, read_picture
 from customize.prompts import class_word, subject_words
 from customize.stickers import Drawing, World
 from customize.stickers.bench import bench_prompts
