@@ -1,11 +1,21 @@
 """`customize evaluate`: measures methods on a benchmark, or one finished run, and writes a report."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from customize.config import option
+from customize.config import default, option
 from customize.errors import UserError
+
+ENCODERS = {"clip", "dino", "dinov2"}
+SAMPLING = {"num_images_per_prompt", "num_inference_steps", "guidance_scale", "resolution", "batch_size"}
+DATASET = {"methods", "data_dir", "pretrained_model_name_or_path", "revision", "variant", "train_file", "references"}
+USED = {  # the flags that count for each kind of evaluation
+    "--bench stickers": {"methods", "quick", "max_train_steps"},
+    "--bench dreambench": ENCODERS | SAMPLING | DATASET | {"limit_subjects", "limit_prompts"},
+    "a run on stickers": {"quick", "subject"},
+    "a run on this base model": ENCODERS | SAMPLING,
+}
 
 
 @dataclass
@@ -22,8 +32,10 @@ class EvaluateConfig:
     output: str = option("", "folder of pictures and report; empty: runs/BENCH, or RUN/evaluation")
     seed: int = option(0, "seed of training and of the first picture")
     data_dir: str = option("", "dreambench: the dataset's folder, with prompts_and_classes.txt")
-    pretrained_model_name_or_path: str = option("stickers", "dreambench: base model")
-    train_file: str = option("", "dreambench: YAML file of training settings, the same for every method")
+    pretrained_model_name_or_path: str = option("", "dreambench: base model, a diffusers folder or a hub id")
+    revision: str = option("", "dreambench: revision of the model on the hub")
+    variant: str = option("", "dreambench: variant of the weight files, such as fp16")
+    train_file: str = option("", "dreambench: YAML file of training settings, or a folder with one METHOD.yaml for each method")
     clip: str = option("openai/clip-vit-base-patch32", "CLIP for CLIP-I and CLIP-T: hub id, folder, or stickers")
     dino: str = option("facebook/dino-vits16", "DINO: hub id, folder, or none")
     dinov2: str = option("facebook/dinov2-base", "DINOv2: hub id, folder, or none")
@@ -43,43 +55,59 @@ class EvaluateConfig:
 def evaluate(run: str, config: EvaluateConfig) -> Path:
     """Measures the run, or the benchmark if `run` is empty; prints the table and returns the path of the report."""
     try:
+        import matplotlib  # noqa: F401  needed at the very end
+
         from customize.app.bench.report import write_report
         from customize.app.bench.summary import summary
     except ModuleNotFoundError as error:
         raise UserError(f"Evaluation needs {error.name}: pip install 'customize[evaluate]'.") from error
-    check(config)
-    folder = Path(config.output or (f"{run}/evaluation" if run else f"runs/{config.bench}"))
-    bench = make_run_bench(run, folder, config) if run else make_bench(folder, config)
+    bench = make_run_bench(run, config) if run else make_bench(config)
     results = bench.run()
     print(summary(results))
-    return write_report(results, folder)
+    return write_report(results, bench.folder)
 
 
-def check(config: EvaluateConfig) -> None:
-    for name in (
-        "max_train_steps",
-        "num_images_per_prompt",
-        "num_inference_steps",
-        "batch_size",
-        "limit_subjects",
-        "limit_prompts",
-    ):
-        if (number := getattr(config, name)) is not None and number < 1:
-            raise UserError(f"--{name} must be at least 1, not {number}.")
+def check(config: EvaluateConfig, kind: str) -> None:
+    """UserError for numbers that cannot be, for flags that `kind` has no use for, and for a folder that cannot be made."""
+    least = {name: 1 for name in ("max_train_steps", "num_images_per_prompt", "num_inference_steps", "batch_size")}
+    least |= {"limit_subjects": 1, "limit_prompts": 1, "seed": 0, "resolution": 8}
+    for name, smallest in least.items():
+        if (number := getattr(config, name)) is not None and number < smallest:
+            raise UserError(f"--{name} must be at least {smallest}, not {number}.")
+    if config.resolution is not None and config.resolution % 8:
+        raise UserError(f"--resolution must be a multiple of 8, not {config.resolution}.")
     if len(set(config.methods)) != len(config.methods):
         raise UserError("--methods names a method twice: keep one of the two.")
+    for flag in fields(config):
+        if flag.name not in USED[kind] | {"bench", "output", "seed"} and getattr(config, flag.name) != default(flag):
+            raise UserError(f"--{flag.name} has no effect on {kind}: leave it out.")
 
 
-def make_bench(folder: Path, config: EvaluateConfig) -> Any:
+def output(config: EvaluateConfig, otherwise: str) -> Path:
+    folder = Path(config.output or otherwise)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: cannot make the folder '{folder}' ({error.strerror}); choose another.") from error
+    return folder
+
+
+def make_bench(config: EvaluateConfig) -> Any:
     from customize.app.bench.dreambench import DreamBench
     from customize.app.bench.stickers import StickerBench
 
+    check(config, f"--bench {config.bench}")
+    folder = output(config, f"runs/{config.bench}{'-quick' if config.quick else ''}")
     common: dict[str, Any] = {"folder": folder, "methods": config.methods, "seed": config.seed}
     if config.bench == "stickers":
         repeats = 1 if config.quick else 4
         return StickerBench(**common, repeats=repeats, quick=config.quick, steps=config.max_train_steps)
     if not config.data_dir:
         raise UserError("--bench dreambench needs --data_dir, the folder of the DreamBooth dataset.")
+    if not config.pretrained_model_name_or_path:
+        raise UserError("--bench dreambench needs --pretrained_model_name_or_path, the base model.")
+    if config.train_file and not Path(config.train_file).exists():
+        raise UserError(f"--train_file: there is no '{config.train_file}'; give a YAML file, or a folder of METHOD.yaml files.")
     return DreamBench(
         **common,
         data=Path(config.data_dir),
@@ -87,21 +115,26 @@ def make_bench(folder: Path, config: EvaluateConfig) -> Any:
         sampling=sampling(config),
         base=config.pretrained_model_name_or_path,
         repeats=config.num_images_per_prompt,
-        train=[config.train_file] if config.train_file else [],
+        base_options={name: value for name in ("revision", "variant") if (value := getattr(config, name))},
+        train=Path(config.train_file) if config.train_file else None,
         references=config.references,
         limits=(config.limit_subjects, config.limit_prompts),
     )
 
 
-def make_run_bench(run: str, folder: Path, config: EvaluateConfig) -> Any:
+def make_run_bench(run: str, config: EvaluateConfig) -> Any:
     """The benchmark of one finished run: StickerBench's prompts and judge on the embedded model, DreamBench's on others."""
     from customize.app.bench.finished import PhotographRun, StickerRun
     from customize.checkpoint import read_info
 
     info = read_info(Path(run))
+    on_stickers = info["base_model"] == "stickers"
+    check(config, "a run on stickers" if on_stickers else "a run on this base model")
+    folder = output(config, f"{run}/evaluation{'-quick' if config.quick else ''}")
     common: dict[str, Any] = {"folder": folder, "run_path": Path(run), "seed": config.seed, "base": info["base_model"]}
-    if info["base_model"] == "stickers":
-        return StickerRun(**common, quick=config.quick, repeats=1 if config.quick else 4, drawing=config.subject)
+    if on_stickers:
+        return StickerRun(**common, quick=config.quick, repeats=1 if config.quick else 4, drawing_name=config.subject)
+    common["base_options"] = {name: value for name in ("revision", "variant") if (value := info["config"].get(name))}
     return PhotographRun(**common, encoders=encoders(config), sampling=sampling(config), repeats=config.num_images_per_prompt)
 
 

@@ -35,12 +35,15 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, **options) -> Diffu
             **({"safety_checker": None, "requires_safety_checker": False} if _has_checker(folder) else {}),
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"--pretrained_model_name_or_path: '{name}' could not be loaded as a diffusers pipeline ({reason})."
         ) from error
     if isinstance(pipe, StableDiffusion3Pipeline):
         pipe = WordsSD3Pipeline(**pipe.components)
+    if getattr(pipe, "safety_checker", None) is not None:  # of a hub id: it would paint pictures black
+        pipe.safety_checker = None
+        pipe.register_to_config(requires_safety_checker=False)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.eval()

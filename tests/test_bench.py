@@ -124,6 +124,10 @@ def test_words_of_the_subject(prompt, words):
 
 def test_the_class_word():
     assert class_word("a photo of sks dog") == "dog"
+    with pytest.raises(UserError, match="train with --class_prompt"):
+        class_word("a photo of sks")
+    with pytest.raises(UserError, match="train with --class_prompt"):
+        class_word("")
     assert class_word("a photo of <toy>", "", "bear") == "bear"
     assert class_word("a photo of <toy>", "a photo of a stuffed animal", "bear") == "stuffed animal"
 
@@ -276,15 +280,29 @@ def test_recipes_are_flags_that_exist():
             parse(configs(find_method(method)), flags)
 
 
-def test_an_unknown_method_and_bad_numbers():
+def test_an_unknown_method_and_bad_numbers(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no recipe 'dreamboth'.*Did you mean.*dreambooth"):
         StickerBench(folder=Path(), methods=["dreamboth"])
     with pytest.raises(UserError, match="--limit_prompts must be at least 1"):
         evaluate("", EvaluateConfig(limit_prompts=0))
+    with pytest.raises(UserError, match="--resolution must be a multiple of 8"):
+        evaluate("", EvaluateConfig(resolution=100))
+    with pytest.raises(UserError, match="--seed must be at least 0"):
+        evaluate("", EvaluateConfig(seed=-1))
+    with pytest.raises(UserError, match="--guidance_scale has no effect on --bench stickers"):
+        evaluate("", EvaluateConfig(guidance_scale=3.0))
+    with pytest.raises(UserError, match="--quick has no effect on --bench dreambench"):
+        evaluate("", EvaluateConfig(bench="dreambench", quick=True))
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(UserError, match="--output: cannot make the folder"):
+        evaluate("", EvaluateConfig(output="file"))
     with pytest.raises(UserError, match="names a method twice"):
         evaluate("", EvaluateConfig(methods=["base", "base"]))
     with pytest.raises(UserError, match="needs --data_dir"):
         evaluate("", EvaluateConfig(bench="dreambench"))
+    with pytest.raises(UserError, match="needs --pretrained_model_name_or_path"):
+        evaluate("", EvaluateConfig(bench="dreambench", data_dir="x"))
 
 
 # DreamBench
@@ -357,15 +375,21 @@ def test_what_is_wrong_with_a_dataset_is_told_before_anything_is_drawn(dataset, 
         read_dreambench(dataset)
 
 
+def settings_file(folder, text) -> Path:
+    path = folder / "train.yaml"
+    path.write_text(text)
+    return path
+
+
 def test_a_wrong_training_flag_is_told_before_anything_is_trained(dataset, clip, tmp_path):
-    with pytest.raises(UserError, match="--max_train_step"):
+    with pytest.raises(UserError, match="unknown key 'max_train_step'"):
         DreamBench(
             folder=tmp_path / "out",
             methods=["dreambooth"],
             sampling=QUICK,
             data=dataset,
             encoders={"clip": clip},
-            train=["--max_train_step", "1"],
+            train=settings_file(tmp_path, "max_train_step: 1"),
         )
     assert not (tmp_path / "out").exists()
 
@@ -376,7 +400,8 @@ def dreambench(dataset, folder, clip, **changes):
         tiny("sd15").save_pretrained(tiny_base)
     options = {"methods": ["base", "real", "dreambooth"], "repeats": 2, "base": str(tiny_base)}
     options |= {"sampling": Sampling(2, 4.0, 2, 16, 16), "encoders": {"clip": clip}}
-    options |= {"train": ["--max_train_steps", "2", "--resolution", "16", "--rank", "2"]}
+    if "train" not in changes:
+        changes["train"] = settings_file(folder.parent, "max_train_steps: 2\nresolution: 16\nrank: 2\n")
     return DreamBench(folder=folder, data=dataset, **options | changes)
 
 
@@ -398,6 +423,26 @@ def test_the_protocol_by_loops(dataset, clip, tmp_path):
     assert mug["pictures"][0]["prompt"] == "a sks coffee mug in the jungle"
     assert results["published"]
     assert results["protocol"]["references"] == "all pictures of the subject"
+    assert results["protocol"]["method dreambooth"].startswith("max_train_steps 2, rank 2, resolution 16; 6 pictures")
+    (dataset / "mug" / "02.jpg").unlink()  # the number of pictures differs from that of the evaluation in the folder
+    with pytest.raises(UserError, match=r"another protocol.*choose another --output"):
+        dreambench(dataset, tmp_path / "out", clip).run()
+
+
+def test_the_benchmark_decides_some_settings_itself(dataset, clip, tmp_path):
+    with pytest.raises(UserError, match="the benchmark decides 'holdout' itself"):
+        dreambench(dataset, tmp_path / "out", clip, train=settings_file(tmp_path, "holdout: 1"))
+    (tmp_path / "each").mkdir()
+    (tmp_path / "each" / "dreambooth.yaml").write_text("rank: 3")
+    assert dreambench(dataset, tmp_path / "out", clip, train=tmp_path / "each").settings("dreambooth") == {"rank": 3}
+    with pytest.raises(UserError, match=r"each/textual_inversion.yaml"):
+        dreambench(dataset, tmp_path / "out", clip, train=tmp_path / "each", methods=["textual_inversion"])
+
+
+def test_real_pictures_alone(dataset, clip, tmp_path):
+    results = dreambench(dataset, tmp_path / "out", clip, methods=["real"]).run()
+    assert "drift" not in results["metrics"]
+    assert set(results["axes"]) <= results["metrics"].keys()
 
 
 def test_the_one_reference_variant(dataset, clip, tmp_path):
@@ -421,10 +466,28 @@ def test_a_run_on_stickers_beside_its_base_model(tmp_path, monkeypatch, capsys):
     assert main(["evaluate", str(tmp_path / "run"), "--subject", "flat wolpertinger", "--quick"]) == 2
     assert "no drawing 'flat wolpertinger'" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path / "run"), "--quick"]) == 0
-    found = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
+    found = json.loads((tmp_path / "run" / "evaluation-quick" / "results.json").read_text())
     assert [m["name"] for m in found["methods"]] == ["base", "run", "real"]
     assert found["methods"][1]["subjects"][0]["name"] == "flat-fox"  # the judge knows its references
     assert found["methods"][1]["subjects"][0]["pictures"][0]["prompt"] == "a sks fox on the beach"
+
+    write_references(tmp_path / "pictures", Drawing("apple", "cartoon"), "sks fox")  # the same folder, other pictures
+    assert main(["evaluate", str(tmp_path / "run"), "--quick"]) == 2
+    assert "another protocol" in capsys.readouterr().err
+
+
+def test_a_run_from_a_users_own_pictures(tmp_path, monkeypatch):
+    """Any number, size and shape: the masks of the benchmark's pictures do not fit them."""
+    monkeypatch.setattr("customize.app.bench.finished.bench_prompts", lambda quick: ["a {} on the beach"])
+    for i, size in enumerate([(100, 80), (64, 64), (30, 40)]):
+        path = tmp_path / "pictures" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        true_scene(FOX, "a fox on green grass", i).resize(size).save(path)
+    train = ["train", "dreambooth", "--instance_data_dir", str(tmp_path / "pictures"), "--instance_prompt", "a sks fox"]
+    assert main([*train, "--max_train_steps", "1", "--rank", "2", "--output_dir", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--quick", "--subject", "flat fox"]) == 0
+    found = json.loads((tmp_path / "run" / "evaluation-quick" / "results.json").read_text())
+    assert len(found["methods"][1]["subjects"][0]["references"]) == 3
 
 
 def test_the_scorer_of_stickers_prefers_the_subject_and_the_prompt():

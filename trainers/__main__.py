@@ -1,5 +1,6 @@
 """`accelerate launch -m customize.trainers METHOD [FILE.yaml] [--flag value ...]`: the trainer that `customize train` runs."""
 
+import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from customize.trainers.registry import find_method
 from customize.trainers.selection import make_scorer
 from customize.trainers.settings import TrainConfig, make_accelerator
 from customize.trainers.state import latest_checkpoint
+from customize.trainers.validation import fixed_randomness
 
 
 @dataclass
@@ -73,6 +75,11 @@ def launch(name: str, model: ModelConfig, data: DataConfig, settings: TrainConfi
     train_pictures, held_out = split_holdout(pictures, data.holdout, settings.seed)
     check_settings(model, data, settings)
     accelerator = make_accelerator(settings)
+    scorer = None
+    if settings.validation_metric == "score":
+        starts, base = getattr(options, "initializer_token", ""), model.pretrained_model_name_or_path
+        with fixed_randomness(settings.seed):  # loading encoders draws random numbers
+            scorer = make_scorer(settings, base, concepts, train_pictures, starts)
     backbone = load_backbone(model, data, accelerator)
     if getattr(options, "with_prior_preservation", False) and options.prior_source == "images":
         train_pictures += prior_pictures(backbone, concepts, settings, data, options, accelerator)
@@ -85,10 +92,6 @@ def launch(name: str, model: ModelConfig, data: DataConfig, settings: TrainConfi
     }
     info["config"] = {k: v for part in (model, data, settings, options) for k, v in asdict(part).items()}
     dataset, validation = prepared(method, train_pictures, held_out, model, data, settings)
-    scorer = None
-    if settings.validation_metric == "score":
-        starts = getattr(options, "initializer_token", "")
-        scorer = make_scorer(settings, model.pretrained_model_name_or_path, concepts, train_pictures, starts)
     step = train(method, dataset, settings, accelerator, validation, info, scorer)
     output = Path(settings.output_dir)
     if accelerator.is_main_process:
@@ -114,8 +117,10 @@ def check_settings(model: ModelConfig, data: DataConfig, settings: TrainConfig) 
             f"'{output}' holds an earlier run; choose another --output_dir, go on with --resume_from_checkpoint latest, "
             "or replace it with --overwrite_output_dir."
         )
-    if earlier and not settings.resume_from_checkpoint:
+    if not settings.resume_from_checkpoint:
         drop_old_checkpoints(output, keep=0)
+        shutil.rmtree(output / "best", ignore_errors=True)
+        (output / "validation.jsonl").unlink(missing_ok=True)
     for flag in (
         "num_validation_images",
         "max_train_steps",

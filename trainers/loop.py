@@ -278,7 +278,8 @@ def draw_validation(session: Session) -> dict[str, float]:
         folder.mkdir(parents=True, exist_ok=True)
         sheet(drawn).save(folder / f"step-{session.step:06d}.png")
         if session.scorer:
-            rated = session.scorer(drawn)
+            with torch.autocast(session.accelerator.device.type, enabled=False):  # scores do not depend on training's precision
+                rated = session.scorer(drawn)
             found = [rated | {"score": rated["identity"] * rated["control"]}]
     return broadcast_object_list(found)[0]
 

@@ -56,7 +56,10 @@ def make_scorer(settings, base: str, concepts: list[Concept], pictures: Sequence
     """
     if len(concepts) != 1:
         raise UserError("--validation_metric score is for one concept; use loss with several.")
-    references = [read_picture(picture)[0] for picture in pictures if not picture.is_prior]
+    words = subject_words(concepts[0].instance_prompt)
+    if not words or any(words not in prompt for prompt in settings.validation_prompt):
+        raise UserError(f"--validation_prompt: the score needs '{words or 'an --instance_prompt'}' in every validation prompt.")
+    references = [read_picture(picture)[0] for picture in pictures]
     if base == "stickers":
         return sticker_scorer(references)
     try:

@@ -1,7 +1,8 @@
 """What every benchmark does: for each method and subject teach, draw, score; resumable at every picture."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Taken:
     prior: list[Image.Image]
     before: list[Image.Image]
     repeats: int
+    masks: list[Image.Image] | None = None  # of the references, if they are known
 
     @property
     def prompts(self) -> list[str]:
@@ -54,6 +56,7 @@ class Bench:
     methods: Sequence[str]
     sampling: Sampling
     base: str = "stickers"
+    base_options: dict = field(default_factory=dict)  # revision and variant
     repeats: int = 4
     seed: int = 0
 
@@ -63,8 +66,16 @@ class Bench:
     def subjects(self) -> Sequence[Subject]:
         raise NotImplementedError
 
-    def protocol(self) -> dict[str, str]:
-        """What every number must be read with."""
+    def drawing(self) -> dict[str, str]:
+        """All that decides the pictures, but for the methods' own settings: pictures made otherwise are never mixed in."""
+        raise NotImplementedError
+
+    def teaching(self, name: str) -> str:
+        """All that decides what method `name` learns, beyond `drawing`."""
+        raise NotImplementedError
+
+    def scoring(self) -> dict[str, str]:
+        """How the pictures are measured: encoders, preprocessing, pairing, averages."""
         raise NotImplementedError
 
     def label(self, name: str) -> str:
@@ -96,8 +107,10 @@ class Bench:
 
     def run(self) -> dict:
         """Teaches, draws and scores what is missing, and returns the results for the report."""
-        protocol = self.protocol()
-        same_protocol(self.folder, protocol)
+        drawing = self.drawing()
+        same_protocol(self.folder, drawing)
+        for name in self.methods:
+            same_protocol(self.folder / name, {"method": self.teaching(name)})
         rows: dict[str, list[dict]] = {name: [] for name in self.methods}
         with tqdm([(name, subject) for name in self.methods for subject in self.subjects], desc=self.title) as bar:
             for name, subject in bar:
@@ -107,7 +120,8 @@ class Bench:
             {"name": name, "label": self.label(name), "kind": name if name in NOT_TRAINED else "method", "subjects": some}
             for name, some in rows.items()
         ]
-        return self.results(protocol, methods)
+        taught = {f"method {name}": self.teaching(name) for name in self.methods if name not in NOT_TRAINED}
+        return self.results(drawing | taught | self.scoring(), methods)
 
     def row(self, name: str, subject: Subject) -> dict:
         """One method's scores, pictures and costs for one subject."""
@@ -115,10 +129,14 @@ class Bench:
         folder = self.folder / place
         references = self.write_references(name, subject, folder / "pictures")
         shots = self.shots(subject, self.words(name, subject))
-        pictures = self.real(subject, folder) if name == "real" else self.drawn(name, subject, shots, folder)
-        prior = [] if name == "real" else self.prior(name, subject)
-        before = [] if name in NOT_TRAINED else self.prior("base", subject)
-        scores, factors, each = self.score(Taken(subject, pictures, references, prior, before, self.repeats))
+        if name == "real":
+            pictures, prior = self.real(subject, folder), []
+        else:
+            load = cache(lambda: self.pipeline(name, subject))
+            pictures = draw_missing(load, shots, folder, self.sampling)
+            prior = self.prior(name, subject, load)
+        before = [] if name in NOT_TRAINED else self.prior("base", subject, lambda: self.pipeline("base", subject))
+        scores, factors, each = self.score(self.taken(subject, pictures, references, prior, before))
         return {
             "name": subject.name,
             "label": subject.name.replace("-", " ").replace("_", " "),
@@ -148,17 +166,19 @@ class Bench:
         flags += ["--seed", str(self.seed), "--overwrite_output_dir"]
         return trained(folder, lambda place: run([*self.training(name, subject), *flags, "--output_dir", str(place)]))
 
+    @cached_property
+    def base_pipeline(self):
+        return load_base(self.base, **self.base_options)
+
     def pipeline(self, name: str, subject: Subject):
-        pipe = load_base(self.base) if name == "base" else load_pipeline(self.run_folder(name, subject))
+        pipe = self.base_pipeline if name == "base" else load_pipeline(self.run_folder(name, subject))
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.sampling.device)
 
-    def drawn(self, name: str, subject: Subject, shots: Sequence[Shot], folder: Path) -> list[Image.Image]:
-        if name != "base":
-            self.run_folder(name, subject)
-        return draw_missing(lambda: self.pipeline(name, subject), shots, folder, self.sampling)
-
-    def prior(self, name: str, subject: Subject) -> list[Image.Image]:
+    def prior(self, name: str, subject: Subject, load: Callable) -> list[Image.Image]:
         """What the class word alone draws, from the same noises for every method."""
         shots = self.shots(subject, subject.word)[: PRIOR_PROMPTS * self.repeats : self.repeats]
-        return self.drawn(name, subject, shots, self.folder / name / subject.name / "class")
+        return draw_missing(load, shots, self.folder / name / subject.name / "class", self.sampling)
+
+    def taken(self, subject, pictures, references, prior, before) -> Taken:
+        return Taken(subject, pictures, references, prior, before, self.repeats)

@@ -1,5 +1,6 @@
 """Pictures made once: an interrupted evaluation goes on where it stopped, and makes the same pictures as one that was not."""
 
+import gc
 import json
 import resource
 import time
@@ -11,7 +12,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from customize.checkpoint import KOHYA
 from customize.errors import UserError
+from customize.tokens import SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Sampling:
     @property
     def device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def __str__(self):
+        return ", ".join(f"{name} {value}" for name, value in self.options.items()) + f", in batches of {self.batch_size}"
 
     @property
     def options(self) -> dict:
@@ -69,11 +75,23 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     partial.rename(path)
 
 
+def write_pictures(pictures: Sequence[Image.Image], folder: Path) -> list[Image.Image]:
+    """Writes the pictures as all that `folder` holds, and returns them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:02d}.png" for i in range(len(pictures))]
+    for stale in set(folder.glob("*.png")) - set(paths):
+        stale.unlink()
+    for picture, path in zip(pictures, paths, strict=True):
+        save_picture(picture, path)
+    return list(pictures)
+
+
 @contextmanager
 def measured(path: Path):
     """Writes to `path` the wall time of what is inside, in seconds, and the most memory that was in use, in MB: the
     accelerator's, or else the process's (resident)."""
     cuda = torch.cuda.is_available()
+    gc.collect()  # what an earlier run left behind is not this one's
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):  # only Linux can forget an earlier peak
@@ -82,7 +100,14 @@ def measured(path: Path):
     yield
     seconds = time.perf_counter() - begin
     peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else _peak_resident()
-    path.write_text(json.dumps({"seconds": seconds, "peak MB": peak}))
+    write_json({"seconds": seconds, "peak MB": peak}, path)
+
+
+def write_json(value: dict, path: Path) -> None:
+    """Writes a file under its name only when it is complete."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.rename(path)
 
 
 def _peak_resident() -> float:
@@ -98,8 +123,13 @@ def trained(folder: Path, train: Callable[[Path], object]) -> Path:
     run, cost = folder / "run", folder / "training.json"
     if not (cost.exists() and (run / "run.json").exists()):
         folder.mkdir(parents=True, exist_ok=True)
-        with measured(cost):
-            train(run)
+        try:
+            with measured(cost):
+                train(run)
+        except UserError as error:
+            if "--resume_from_checkpoint" in str(error):  # Ctrl-C: what would resume the run would not resume the evaluation
+                raise UserError("stopped; the same command goes on with the evaluation.") from error
+            raise
     return run
 
 
@@ -108,11 +138,15 @@ def cost_of(folder: Path) -> dict[str, float]:
     if not (folder / "training.json").exists():
         return {}
     spent = json.loads((folder / "training.json").read_text())
-    files = sum(path.stat().st_size for path in (folder / "run").glob("*.safetensors"))
-    files += sum(
-        path.stat().st_size for part in ("unet", "transformer") for path in (folder / "run" / part).glob("*.safetensors")
-    )
-    return {"training seconds": spent["seconds"], "peak MB": spent["peak MB"], "file MB": files / 1e6}
+    size = sum(path.stat().st_size for path in weights_of(folder / "run"))
+    return {"training seconds": spent["seconds"], "peak MB": spent["peak MB"], "file MB": size / 1e6}
+
+
+def weights_of(run: Path) -> list[Path]:
+    """The weights that a run left, without checkpoints and copies in other layouts."""
+    parts = [run / part for part in ("unet", "transformer", *(f"text_encoder{suffix}" for suffix in SUFFIXES))]
+    own = [path for path in sorted(run.glob("*.safetensors")) if path.name != KOHYA]
+    return own + [path for part in parts for path in sorted(part.glob("*.safetensors"))]
 
 
 def same_protocol(folder: Path, protocol: dict[str, str]) -> None:
@@ -120,7 +154,7 @@ def same_protocol(folder: Path, protocol: dict[str, str]) -> None:
     path = folder / "protocol.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(protocol, indent=1))
+        write_json(protocol, path)
     earlier = json.loads(path.read_text())
     if differing := [name for name in protocol if earlier.get(name) != protocol[name]]:
         name = differing[0]

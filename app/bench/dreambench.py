@@ -5,17 +5,17 @@ import hashlib
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
 from customize.app.bench.bench import NOT_TRAINED, Bench, Subject, Taken
-from customize.app.bench.drawing import save_picture
+from customize.app.bench.drawing import write_pictures
 from customize.app.bench.published import PUBLISHED
-from customize.config import parse
+from customize.config import default, parse
 from customize.errors import UserError
 from customize.metrics import (
     ClipEncoder,
@@ -29,9 +29,13 @@ from customize.metrics import (
 )
 from customize.pictures import find_pictures, read_picture
 from customize.trainers.__main__ import configs
-from customize.trainers.registry import METHODS, find_method
+from customize.trainers.registry import find_method
 
 FILE = "prompts_and_classes.txt"
+# training settings that are the benchmark's, not the file's
+DECIDED = {"instance_data_dir", "instance_prompt", "concepts_list", "class_prompt", "class_data_dir", "holdout", "output_dir"}
+DECIDED |= {"seed", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "validation_prompt"}
+DECIDED |= {"placeholder_token", "initializer_token", "pretrained_model_name_or_path", "revision", "variant"}
 LIVE = {"cat", "dog"}  # classes that take the second list of prompts
 TOKEN, WORD = "sks", "<subject>"  # what stands before the class word: a rare word, or a learned one
 
@@ -77,23 +81,39 @@ def _prompts(block: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBench(Bench):
-    """The protocol on the dataset in `data`. `train` are flags of `customize train` (perhaps a YAML file before them) for every
-    method; `encoders` by name: clip (pictures and prompts), and perhaps dino and dinov2. `references`: teach with and compare
-    with all pictures of a subject, or its first one. `limits`: at most so many subjects and prompts."""
+    """The protocol on the dataset in `data`. `train` is a YAML file of training settings for every method, or a folder with one
+    METHOD.yaml for each (none: the methods' defaults); `encoders` by name: clip (pictures and prompts), and perhaps dino and
+    dinov2. `references`: teach with and compare with all pictures of a subject, or its first one. `limits`: at most so many
+    subjects and prompts."""
 
     data: Path
     encoders: dict[str, ImageEncoder]
-    train: Sequence[str] = ()
+    train: Path | None = None
     references: Literal["all", "one"] = "all"
     limits: tuple[int | None, int | None] = (None, None)
 
     title = "DreamBench"
 
     def __post_init__(self):
+        """The mistakes of settings and dataset are told before anything is trained."""
+        self.subjects  # noqa: B018
         for name in self.methods:
             if name not in NOT_TRAINED:
-                parse(configs(find_method(name)), self.train)
-        self.subjects  # noqa: B018  the dataset's mistakes are told before anything is trained
+                self.settings(name)
+
+    def flags(self, name: str) -> list[str]:
+        """What precedes the benchmark's own flags on the command line of `customize train`."""
+        if self.train is None:
+            return []
+        return [str(self.train / f"{name}.yaml" if self.train.is_dir() else self.train)]
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Training settings that differ from the method's defaults; UserError for those that the benchmark decides."""
+        given = parse(configs(find_method(name)), self.flags(name))
+        changed = {f.name: v for part in given for f in fields(part) if (v := getattr(part, f.name)) != default(f)}
+        if decided := changed.keys() & DECIDED:
+            raise UserError(f"--train_file: the benchmark decides '{min(decided)}' itself; remove it from '{self.train}'.")
+        return changed
 
     @cached_property
     def subjects(self) -> Sequence[Subject]:  # type: ignore[override]
@@ -107,32 +127,43 @@ class DreamBench(Bench):
         return encoder
 
     @property
-    def judge(self) -> str:
-        """The encoder of `nearest` and `diversity`."""
+    def main(self) -> str:
+        """The encoder of likeness in the plot, of `nearest` and of `diversity`."""
         return "dino" if "dino" in self.encoders else "clip"
 
-    def protocol(self):
+    def drawing(self):
         digest = hashlib.sha256("\n".join(p for subject in self.subjects for p in subject.prompts).encode()).hexdigest()
-        every = "every real one of the subject" if self.references == "all" else "the one reference (the first file)"
         return {
-            "bench": f"DreamBench, {len(self.subjects)} of its 30 subjects",
-            "base model": self.base,
+            "bench": f"DreamBench, {len(self.subjects)} subjects",
+            "base model": " ".join([self.base, *self.base_options.values()]),
             "prompts": f"{len(self.subjects[0].prompts)} a subject, sha256 {digest[:12]}",
             "pictures": f"{self.repeats} for each prompt, seeds from {self.seed}, PNG",
-            "sampling": ", ".join(f"{name} {value}" for name, value in self.sampling.options.items()),
-            "training": " ".join(self.train) or "the methods' defaults",
+            "sampling": str(self.sampling),
             "references": "all pictures of the subject" if self.references == "all" else "its first picture alone",
+        }
+
+    def teaching(self, name):
+        if name in NOT_TRAINED:
+            return self.label(name)
+        found = [picture.digest for subject in self.subjects for picture in find_pictures(subject.source, "any")]
+        dataset = f"{len(found)} pictures, sha256 {hashlib.sha256(''.join(found).encode()).hexdigest()[:12]}"
+        changed = ", ".join(f"{key} {value}" for key, value in sorted(self.settings(name).items()))
+        return f"{changed or 'default settings'}; {dataset}"
+
+    def scoring(self):
+        every = "every real one of the subject" if self.references == "all" else "the one reference"
+        return {
             **{name: encoder.stamp for name, encoder in self.encoders.items()},
             "pairing": f"every picture with {every}; CLIP-T: every picture with its own prompt, class word for subject",
+            "nearest, diversity": f"by {self.main}",
+            "real row": "every real picture of a subject with every other one",
             "scale": "cosines from -1 to 1, not multiplied",
             "averages": "over pictures within a subject, then over subjects; intervals are 95 % bootstrap over subjects",
             "note": "the pictures that teach are also compared with, as in the paper: read 'nearest' beside the real row",
         }
 
     def label(self, name):
-        return {"base": "Base model", "real": "Real pictures"}.get(
-            name, METHODS[name].summary.split(" (")[0] if name in METHODS else name
-        )
+        return {"base": "Base model", "real": "Real pictures"}.get(name, name.replace("_", " "))
 
     def words(self, name, subject):
         if name in NOT_TRAINED:
@@ -144,46 +175,46 @@ class DreamBench(Bench):
 
     def training(self, name, subject):
         words = ["--placeholder_token", WORD, "--initializer_token", subject.word.split()[-1]]
-        return [name, *self.train, *(words if self.learns_words(name) else [])]
+        return [name, *self.flags(name), *(words if self.learns_words(name) else [])]
 
     def write_references(self, name, subject, folder):
         real = [read_picture(picture)[0] for picture in find_pictures(subject.source, "any")]
         chosen = real if self.references == "all" or name == "real" else real[:1]
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(chosen):
-            save_picture(picture, folder / f"{i:02d}.png")
-        return chosen
+        return write_pictures(chosen, folder)
 
     def score(self, taken: Taken):
         if not taken.pictures:
             return self.ceiling(taken.references), {}, []
         scores: dict[str, float | None] = {}
         each: list[dict] = [{} for _ in taken.pictures]
-        for name, encoder in self.encoders.items():
-            drawn, real = encoder(taken.pictures), encoder(taken.references)
-            scores[LIKENESS[name]] = subject_score(drawn, real)
-            for entry, feature in zip(each, drawn, strict=True):
-                entry[LIKENESS[name]] = subject_score(feature[None], real)
-            if name == self.judge:
-                scores["nearest"] = nearest_score(drawn, real)
-                scores["diversity"] = diversity(drawn.unflatten(0, (-1, self.repeats))) if self.repeats > 1 else None
-        drawn, texts = self.clip(taken.pictures), self.clip.texts(taken.prompts)
-        scores["clip_t"] = prompt_score(drawn, texts)
-        for entry, feature, text in zip(each, drawn, texts, strict=True):
+        drawn = {name: encoder(taken.pictures) for name, encoder in self.encoders.items()}
+        real = {name: encoder(taken.references) for name, encoder in self.encoders.items()}
+        for name in self.encoders:
+            scores[LIKENESS[name]] = subject_score(drawn[name], real[name])
+            for entry, feature in zip(each, drawn[name], strict=True):
+                entry[LIKENESS[name]] = subject_score(feature[None], real[name])
+        texts = self.clip.texts(taken.prompts)
+        scores["clip_t"] = prompt_score(drawn["clip"], texts)
+        for entry, feature, text in zip(each, drawn["clip"], texts, strict=True):
             entry["clip_t"] = prompt_score(feature[None], text[None])
+        scores["nearest"] = nearest_score(drawn[self.main], real[self.main])
+        several = drawn[self.main].unflatten(0, (-1, self.repeats))
+        scores["diversity"] = diversity(several) if self.repeats > 1 else None
         scores["drift"] = drift(self.clip(taken.before), self.clip(taken.prior)) if taken.before else None
         return scores, {}, each
 
     def ceiling(self, real: list[Image.Image]) -> dict[str, float | None]:
         """What real pictures score: each against each other one."""
+        if len(real) < 2:
+            return {}
         features = {name: encoder(real) for name, encoder in self.encoders.items()}
         scores: dict[str, float | None] = {LIKENESS[name]: ceiling_score(some) for name, some in features.items()}
-        return scores | {"nearest": nearest_score(features[self.judge])}
+        return scores | {"nearest": nearest_score(features[self.main])}
 
     def results(self, protocol, methods):
-        measured = {name for method in methods for subject in method["subjects"] for name in subject["scores"]}
-        metrics = {name: METRICS[name] for name in METRICS if name in measured}
-        axes = ["clip_t", LIKENESS[self.judge]]
+        rows = [subject["scores"] for method in methods for subject in method["subjects"]]
+        axes = ["clip_t", LIKENESS[self.main]]
+        metrics = {n: METRICS[n] for n in METRICS if n in axes or any(row.get(n) is not None for row in rows)}
         common = {"title": self.title, "protocol": protocol, "axes": axes, "metrics": metrics, "methods": methods}
         return common | {"published": PUBLISHED}
 
@@ -197,8 +228,8 @@ def metric(title: str, better: str, about: str) -> dict[str, str]:
 
 METRICS = {
     "dino": metric("DINO", "higher", "mean cosine of every picture with every reference, class token of DINO"),
-    "clip_i": metric("CLIP-I", "higher", "the same by CLIP's picture tower"),
-    "dinov2": metric("DINOv2", "higher", "the same by DINOv2"),
+    "clip_i": metric("CLIP-I", "higher", "mean cosine of every picture with every reference, CLIP's picture tower"),
+    "dinov2": metric("DINOv2", "higher", "mean cosine of every picture with every reference, class token of DINOv2"),
     "clip_t": metric("CLIP-T", "higher", "mean cosine of every picture with its own prompt, by CLIP"),
     "drift": metric("Drift", "lower", "(1 - cosine) / 2 between what the class word alone draws before and after, by CLIP"),
     "diversity": metric("Diversity", "higher", "mean distance (1 - cosine) between two pictures of one prompt"),

@@ -1,20 +1,22 @@
 """One finished run, measured like a benchmark of one subject beside its base model."""
 
+import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from customize.app.bench.bench import Subject
-from customize.app.bench.drawing import save_picture
+from customize.app.bench.bench import Subject, Taken
+from customize.app.bench.drawing import weights_of, write_pictures
 from customize.app.bench.dreambench import LIVE, DreamBench
 from customize.app.bench.stickers import StickerBench
 from customize.checkpoint import read_info
 from customize.errors import UserError
-from customize.pictures import find_pictures, read_picture
+from customize.pictures import Picture, find_pictures, read_picture
 from customize.prompts import class_word, subject_words
 from customize.stickers import Drawing, World
 from customize.stickers.bench import bench_prompts
@@ -48,12 +50,44 @@ class FinishedRun:
         return read_info(self.run_path)["config"]
 
     @cached_property
-    def pictures(self) -> list[Image.Image]:
-        """The pictures that the run learned from."""
+    def found(self) -> list[Picture]:
+        """The pictures that the run learned from; UserError if they are gone or were of several subjects."""
         folder = self.settings["instance_data_dir"]
+        if not folder:
+            raise UserError(f"'{self.run_path}' learned several concepts; evaluate knows runs of one.")
         if not Path(folder).is_dir():
             raise UserError(f"the pictures that '{self.run_path}' learned from are no longer in '{folder}'; put them back.")
-        return [read_picture(picture)[0] for picture in find_pictures(folder, "any")]
+        return find_pictures(folder, "any")
+
+    @cached_property
+    def pictures(self) -> list[Image.Image]:
+        return [read_picture(picture)[0] for picture in self.found]
+
+    @property
+    def name(self) -> str:
+        return self.run_path.resolve().name
+
+    @cached_property
+    def calls(self) -> str:
+        """What stands for the subject in prompts."""
+        words = subject_words(self.settings["instance_prompt"])
+        if not words:
+            raise UserError(f"'{self.run_path}' has no --instance_prompt, so it is not known what prompts call the subject.")
+        return words
+
+    def stamp(self) -> dict[str, str]:
+        """Exactly this run, learned from exactly these pictures: another one's pictures are not mixed in."""
+        digest = hashlib.sha256((self.run_path / "run.json").read_bytes())
+        for path in weights_of(self.run_path):
+            digest.update(path.read_bytes())
+        learned = hashlib.sha256("".join(picture.digest for picture in self.found).encode())
+        return {
+            "run": f"{self.name}, sha256 {digest.hexdigest()[:12]}",
+            "learned from": f"{len(self.found)} pictures, sha256 {learned.hexdigest()[:12]}",
+        }
+
+    def teaching(self, name: str) -> str:
+        return self.label(name)
 
     @property
     def word(self) -> str:
@@ -61,48 +95,56 @@ class FinishedRun:
         return class_word(*(self.settings.get(name, "") for name in names))
 
     def words(self, name: str, subject: Subject) -> str:
-        return subject_words(self.settings["instance_prompt"]) if name == "run" else subject.word
+        return self.calls if name == "run" else subject.word
 
     def label(self, name: str) -> str:
-        return {"base": "Base model", "real": "Real pictures"}.get(name, self.run_path.name)
+        return {"base": "Base model", "real": "Real pictures"}.get(name, self.name)
 
     def run_folder(self, name: str, subject: Subject) -> Path:
         return self.run_path
 
     def write_references(self, name: str, subject: Subject, folder: Path) -> list[Image.Image]:
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(self.pictures):
-            save_picture(picture, folder / f"{i:02d}.png")
-        return self.pictures
+        return write_pictures(self.pictures, folder)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StickerRun(FinishedRun, StickerBench):
-    """A run on the embedded model. `drawing`: what it learned ("flat fox"); empty: what the judge sees in its pictures."""
+    """A run on the embedded model. `drawing_name`: what it learned ("flat fox"); empty: what the judge sees in its pictures."""
 
-    drawing: str = ""
+    drawing_name: str = ""
     methods: Sequence[str] = METHODS
 
     def __post_init__(self):
-        self.subjects  # noqa: B018  a wrong name is told before anything is drawn
+        self.subjects, self.calls  # noqa: B018  mistakes are told before anything is drawn
+
+    @cached_property
+    def pictures(self) -> list[Image.Image]:
+        """As training saw them: squares of 64 pixels."""
+        return [ImageOps.fit(read_picture(picture)[0], (64, 64), Image.Resampling.LANCZOS) for picture in self.found]
 
     @cached_property
     def subjects(self) -> Sequence[Subject]:  # type: ignore[override]
         known = {str(drawing): drawing for drawing in World().drawings(held_out=None)}
-        if self.drawing and self.drawing not in known:
-            raise UserError(f"--subject: there is no drawing '{self.drawing}'; write it as 'STUDIO CLASS', such as 'flat fox'.")
-        drawing = known[self.drawing] if self.drawing else most_seen(self.pictures)
+        if self.drawing_name and self.drawing_name not in known:
+            raise UserError(f"--subject: there is no drawing '{self.drawing_name}'; write 'STUDIO CLASS', such as 'flat fox'.")
+        drawing = known[self.drawing_name] if self.drawing_name else most_seen(self.pictures)
         name = str(drawing).replace(" ", "-")
         return [Subject(name, drawing.word, "", tuple(bench_prompts(self.quick)), drawing)]
 
-    def protocol(self):
-        return super().protocol() | {"subjects": f"{self.subjects[0].name}, the pictures of '{self.run_path}'", "training": ""}
+    def taken(self, *parts) -> Taken:
+        return replace(super().taken(*parts), masks=None)  # a user's pictures are not the benchmark's
+
+    def drawing(self):
+        return super().drawing() | {"subjects": self.subjects[0].name} | self.stamp()
 
 
 def most_seen(pictures: list[Image.Image]) -> Drawing:
-    """The drawing that the judge sees in most of the pictures."""
+    """The drawing that the judge sees in most of the pictures, with a warning if it is not sure."""
     verdicts = judge(pictures)
-    return Counter(verdicts.best(i) for i in range(len(pictures))).most_common(1)[0][0]
+    drawing = Counter(verdicts.best(i) for i in range(len(pictures))).most_common(1)[0][0]
+    if sum(verdicts.belief(i, drawing) for i in range(len(pictures))) < len(pictures) / 2:
+        warnings.warn(f"it is not sure that the pictures show the {drawing}; name the drawing with --subject.", stacklevel=2)
+    return drawing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,17 +155,17 @@ class PhotographRun(FinishedRun, DreamBench):
     methods: Sequence[str] = METHODS
 
     def __post_init__(self):
-        self.pictures  # noqa: B018  missing ones are told before anything is drawn
+        self.found, self.calls, self.word  # noqa: B018  mistakes are told before anything is drawn
 
     @cached_property
     def subjects(self) -> Sequence[Subject]:  # type: ignore[override]
         group = "live" if self.word in LIVE else "object"
-        return [Subject(self.run_path.name, self.word, group, DREAMBENCH_PROMPTS, None)]
+        return [Subject(self.name, self.word, group, DREAMBENCH_PROMPTS, None)]
 
-    def protocol(self):
-        return super().protocol() | {"bench": f"eight prompts of DreamBench for '{self.run_path}'", "training": ""}
+    def drawing(self):
+        return super().drawing() | {"bench": "eight prompts of DreamBench"} | self.stamp()
 
     def results(self, protocol, methods):
-        found = super().results(protocol, methods) | {"title": self.run_path.name}
+        found = super().results(protocol, methods) | {"title": self.name}
         found.pop("published")  # of thirty other subjects
         return found

@@ -6,8 +6,8 @@ import numpy as np
 
 from customize.app.bench.bench import Taken
 from customize.metrics import ClipEncoder, copy_rate, diversity, drift, prompt_score, subject_only, subject_score
-from customize.stickers import World, draw_scene
-from customize.stickers.bench import SEEN, reference_scenes, said, true_scene
+from customize.stickers import World
+from customize.stickers.bench import SEEN, said, true_scene
 from customize.stickers.judge import Verdicts, judge, trusted
 from customize.stickers.measure import SCALES, Fit, best_fit
 
@@ -78,18 +78,18 @@ def by_clip(taken: Taken, clip: ClipEncoder, fits: list[Fit | None], seed: int) 
     views = [true_scene(taken.subject.source, prompt, 20_000 + seed + i) for i, prompt in enumerate(taken.prompts)]
     return {
         "clip_i": subject_score(pictures, references),
-        "clip_i_masked": masked_score(taken, clip, fits, seed),
+        "clip_i_masked": masked_score(taken, clip, fits),
         "clip_t": prompt_score(pictures, clip.texts(taken.prompts)),
         "diversity": diversity(pictures.unflatten(0, (-1, taken.repeats))) if taken.repeats > 1 else None,
         "copy": copy_rate(pictures, references, clip(views)),
     }
 
 
-def masked_score(taken: Taken, clip: ClipEncoder, fits: list[Fit | None], seed: int) -> float | None:
-    """CLIP-I of the subject alone: where the drawing fits best in a picture, and its true masks in the references."""
+def masked_score(taken: Taken, clip: ClipEncoder, fits: list[Fit | None]) -> float | None:
+    """CLIP-I of the subject alone: where the drawing fits best in a picture, and its masks in the references."""
     sprite, side = World().sprite(taken.subject.source), taken.pictures[0].width
     crops = [subject_only(p, fit.mask(sprite, side)) for p, fit in zip(taken.pictures, fits, strict=True) if fit]
-    masks = [draw_scene(scene, World())[1] for scene in reference_scenes(taken.subject.source, seed)]
+    masks = taken.masks or [best_fit(picture, sprite).mask(sprite, picture.width) for picture in taken.references]
     real = [subject_only(p, mask) for p, mask in zip(taken.references, masks, strict=True)]
     return subject_score(clip(crops), clip(real)) if crops else None
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +14,9 @@ from customize.app.bench.drawing import Sampling, save_picture
 from customize.app.bench.sticker_scores import METRICS, score
 from customize.errors import UserError, nearest
 from customize.metrics import load_sticker_clip
-from customize.stickers import World
-from customize.stickers.bench import bench_prompts, bench_subjects, true_scene, write_references
-from customize.stickers.judge import accuracy, trusted
+from customize.stickers import MODEL, World, draw_scene
+from customize.stickers.bench import bench_prompts, bench_subjects, reference_scenes, true_scene, write_references
+from customize.stickers.judge import TRUSTED, accuracy, trusted
 
 COMMON = "--resolution 64 --train_batch_size 4 --lr_scheduler cosine --checkpointing_steps 100000"
 LORA = "--rank 16 --lora_layers all --learning_rate 1e-3"
@@ -89,17 +89,27 @@ class StickerBench(Bench):
             for drawing in bench_subjects(self.quick)
         ]
 
-    def protocol(self):
-        text = "\n".join(bench_prompts(self.quick))
+    def drawing(self):
+        prompts = bench_prompts(self.quick)
+        model = hashlib.sha256((MODEL / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
         return {
             "bench": "StickerBench" + (", quick subset" if self.quick else ""),
+            "base model": f"stickers, denoiser sha256 {model.hexdigest()[:12]}",
             "subjects": f"{len(self.subjects)} held-out drawings, four captioned reference pictures each",
-            "prompts": f"{len(bench_prompts(self.quick))}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}",
+            "prompts": f"{len(prompts)}, sha256 {hashlib.sha256(chr(10).join(prompts).encode()).hexdigest()[:12]}",
             "pictures": f"{self.repeats} for each prompt, seeds from {self.seed}",
-            "sampling": ", ".join(f"{name} {value}" for name, value in self.sampling.options.items()),
-            "training": f"{self.steps} steps, {COMMON}",
+            "sampling": str(self.sampling),
+        }
+
+    def teaching(self, name):
+        recipe = RECIPES[name]
+        return f"{recipe.method}, {self.steps} steps, {COMMON} {recipe.flags}" if recipe.method else recipe.label
+
+    def scoring(self):
+        return {
             "encoder": self.clip.stamp,
             "judge's own accuracy": ", ".join(f"{k} {v:.1%}" for k, v in accuracy().items() if k != "scenes"),
+            "not quoted": f"what the judge gets right in less than {TRUSTED:.0%}; identity of changed drawings",
             "pairing": "CLIP-I: every picture with every reference; CLIP-T: every picture with its own prompt",
             "averages": "over pictures within a subject, then over subjects; intervals are 95 % bootstrap over subjects",
         }
@@ -124,6 +134,10 @@ class StickerBench(Bench):
         for shot, picture in zip(shots, pictures, strict=True):
             save_picture(picture, folder / f"{shot.name}.png")
         return pictures
+
+    def taken(self, subject, pictures, references, prior, before):
+        masks = [draw_scene(scene, World())[1] for scene in reference_scenes(subject.source, self.seed)]
+        return replace(super().taken(subject, pictures, references, prior, before), masks=masks)
 
     def score(self, taken: Taken):
         return score(taken, self.clip, self.seed)

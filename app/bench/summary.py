@@ -3,6 +3,7 @@
 from statistics import fmean
 
 from customize.app.bench.plot import numbers
+from customize.app.bench.report import shown
 from customize.metrics.scores import confidence_interval
 
 
@@ -15,19 +16,13 @@ def summary(results: dict) -> str:
         cells = [_cell(numbers(method, "scores", name), metric["style"]) for name, metric in metrics.items()]
         lines.append(f"| {method['label']} | {' | '.join(cells)} |")
     for row in published:
-        cells = [_number(row["scores"].get(name), "number") for name in metrics]
+        cells = [shown(row["scores"].get(name), "number") for name in metrics]
         lines.append(f"| *{row['label']}* ({row['protocol']}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _cell(values: list[float], style: str) -> str:
     if len(values) < 2:
-        return _number(values[0] if values else None, style)
-    low, high = (_number(bound, style).removesuffix(" %") for bound in confidence_interval(values))
-    return f"{_number(fmean(values), style)} ({low} to {high})"
-
-
-def _number(value: float | None, style: str) -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:.0f} %" if style == "percent" else f"{value:.3f}"
+        return shown(values[0] if values else None, style)
+    low, high = (shown(bound, style).removesuffix(" %") for bound in confidence_interval(values))
+    return f"{shown(fmean(values), style)} ({low} to {high})"

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from customize import stickers
+from customize.cache import fingerprint
 from customize.errors import UserError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -80,13 +81,13 @@ def _loaded(flag: str, name: str, load: Callable, **options):
     try:
         return load(name, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--{flag}: '{name}' could not be loaded ({reason}); give a hub id or a local folder.") from error
 
 
 def load_clip(name: str, flag: str = "clip") -> ClipEncoder:
     """CLIP from a hub id or a local folder, with its own preprocessing (PIL); `openai/clip-vit-base-patch32` is usual."""
-    model = _loaded(flag, name, AutoModel.from_pretrained, use_safetensors=True).to(_device())
+    model = _loaded(flag, name, AutoModel.from_pretrained, use_safetensors=True, dtype=torch.float32).to(_device())
     if not isinstance(model, CLIPModel):  # CLIPModel's own loading would fill another model's gaps with random weights
         kind = getattr(model.config, "model_type", "")
         raise UserError(f"--{flag}: '{name}' is a '{kind}' model; give a CLIP one, such as openai/clip-vit-base-patch32.")
@@ -104,9 +105,14 @@ def load_clip(name: str, flag: str = "clip") -> ClipEncoder:
     def pixels(picture: Image.Image) -> Tensor:
         return processor(picture, return_tensors="pt").pixel_values[0]
 
-    size = model.config.vision_config.image_size
-    stamp = f"{name}, bicubic {size}, centre crop"
+    sides = processor.crop_size if processor.do_center_crop else processor.size
+    fitted = "centre crop" if processor.do_center_crop else "resized"
+    stamp = f"{_named(name, model)}, {fitted} {'x'.join(map(str, sides.values()))}"
     return ClipEncoder(model, lambda batch: model.get_image_features(batch).pooler_output, pixels, stamp, texts=texts)
+
+
+def _named(name: str, model: nn.Module) -> str:
+    return f"{name} (weights {fingerprint(model)[:8]})"
 
 
 def _length(config) -> int:
@@ -129,7 +135,8 @@ def load_sticker_clip() -> ClipEncoder:
     def pixels(picture: Image.Image) -> Tensor:
         return processor(picture, return_tensors="pt").pixel_values[0]
 
-    return ClipEncoder(vision, lambda b: vision(b).image_embeds, pixels, "stickers' own CLIP, bicubic 64", texts=texts)
+    stamp = f"{_named('stickers', vision)}, resized 64x64"
+    return ClipEncoder(vision, lambda batch: vision(batch).image_embeds, pixels, stamp, texts=texts)
 
 
 def load_dino(name: str, flag: str = "dino") -> ImageEncoder:
@@ -138,7 +145,7 @@ def load_dino(name: str, flag: str = "dino") -> ImageEncoder:
     Preprocessing is that of the papers' evaluation: shorter side to 256 bicubic, centre crop of 224, ImageNet statistics; in
     proportion for a model of another input size.
     """
-    model = _loaded(flag, name, AutoModel.from_pretrained, use_safetensors=True).to(_device())
+    model = _loaded(flag, name, AutoModel.from_pretrained, use_safetensors=True, dtype=torch.float32).to(_device())
     kind = getattr(model.config, "model_type", "")
     if kind not in ("vit", "dinov2", "dinov2_with_registers"):
         raise UserError(f"--{flag}: '{name}' is a '{kind}' model; give a DINO or DINOv2 one, such as facebook/dino-vits16.")
@@ -148,7 +155,7 @@ def load_dino(name: str, flag: str = "dino") -> ImageEncoder:
     def pixels(picture: Image.Image) -> Tensor:
         return (_to_tensor(cropped(picture, round(size * 256 / 224), size)) - mean) / std
 
-    stamp = f"{name}, class token, bicubic {round(size * 256 / 224)}, centre crop {size}"
+    stamp = f"{_named(name, model)}, class token, bicubic {round(size * 256 / 224)}, centre crop {size}"
     return ImageEncoder(model, lambda batch: model(batch).last_hidden_state[:, 0], pixels, stamp)
 
 

@@ -1,5 +1,5 @@
-"""The judge of the sticker world: a small network that says what is in a picture. For evaluation only: it has seen the
-held-out drawings, so no method may learn from it."""
+"""The judge of the sticker world: a small network that says what is in a picture. For evaluation, and for choosing
+among finished steps: it has seen the held-out drawings, so no method may learn from it."""
 
 import json
 from collections.abc import Sequence
