@@ -161,7 +161,7 @@ def test_an_interrupted_drawing_goes_on_and_changes_nothing(tmp_path):
     assert [p[0] for p in whole] == [1, 2, 3, 4, 5]
     with pytest.raises(KeyboardInterrupt):
         draw_missing(lambda: Painter(fail_at=2), SHOTS, tmp_path / "half", QUICK)
-    assert sorted(p.name for p in (tmp_path / "half").iterdir()) == ["0.png", "1.png"]
+    assert sorted(p.name for p in (tmp_path / "half").iterdir()) == ["0.png", "1.png", "drawing.json"]
     painter = Painter()
     assert pixels(draw_missing(lambda: painter, SHOTS, tmp_path / "half", QUICK)) == whole
     assert [prompts for prompts, _ in painter.calls] == [["aaa", "aaaa"], ["aaaaa"]]
@@ -254,6 +254,7 @@ def test_a_method_is_taught_drawn_scored_and_resumed(tmp_path, small, monkeypatc
     assert row["scores"]["drift"] >= -1e-6
     assert row["cost"]["training seconds"] > 0
     assert row["cost"]["file MB"] > 0.1
+    assert row["cost"]["seconds a picture"] > 0
     assert row["pictures"][2]["prompt"] == "a red sks fox in the snow"
     assert all((tmp_path / picture["file"]).exists() for picture in row["pictures"])
     assert all((tmp_path / file).exists() for file in row["references"])

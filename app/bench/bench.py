@@ -164,6 +164,7 @@ class Bench:
         flags = ["--instance_data_dir", str(folder / "pictures"), "--instance_prompt", f"a {self.words(name, subject)}"]
         flags += ["--class_prompt", f"a {subject.word}", "--pretrained_model_name_or_path", self.base]
         flags += ["--seed", str(self.seed), "--overwrite_output_dir"]
+        flags += [word for name, value in self.base_options.items() for word in (f"--{name}", value)]
         return trained(folder, lambda place: run([*self.training(name, subject), *flags, "--output_dir", str(place)]))
 
     @cached_property

@@ -62,9 +62,12 @@ def draw_missing(load: Callable, shots: Sequence[Shot], folder: Path, sampling: 
         pipe = load()
     for group, paths in missing:
         generators = [torch.Generator().manual_seed(shot.seed) for shot in group]
+        begin = time.perf_counter()
         pictures = pipe([shot.prompt for shot in group], generator=generators, **sampling.options).images
+        took = (time.perf_counter() - begin) / len(group)
         for picture, path in zip(pictures, paths, strict=True):
             save_picture(picture, path)
+        write_json({"seconds a picture": took}, folder / "drawing.json")
     return [Image.open(path).convert("RGB") for _, paths in groups for path in paths]
 
 
@@ -134,12 +137,15 @@ def trained(folder: Path, train: Callable[[Path], object]) -> Path:
 
 
 def cost_of(folder: Path) -> dict[str, float]:
-    """What training in `folder` took, and the size of what it left; empty for what was not trained."""
-    if not (folder / "training.json").exists():
-        return {}
-    spent = json.loads((folder / "training.json").read_text())
-    size = sum(path.stat().st_size for path in weights_of(folder / "run"))
-    return {"training seconds": spent["seconds"], "peak MB": spent["peak MB"], "file MB": size / 1e6}
+    """What training in `folder` took, the size of what it left, and what a picture took in the last batch that was drawn."""
+    cost: dict[str, float] = {}
+    if (folder / "training.json").exists():
+        spent = json.loads((folder / "training.json").read_text())
+        size = sum(path.stat().st_size for path in weights_of(folder / "run"))
+        cost = {"training seconds": spent["seconds"], "peak MB": spent["peak MB"], "file MB": size / 1e6}
+    if (folder / "drawing.json").exists():
+        cost |= json.loads((folder / "drawing.json").read_text())
+    return cost
 
 
 def weights_of(run: Path) -> list[Path]:
