@@ -1,6 +1,7 @@
 """The scores by loops over rows, their directions on real pictures, and the encoders by hand on tiny models."""
 
 import math
+import re
 from statistics import mean
 
 import numpy as np
@@ -523,7 +524,7 @@ def test_the_embedded_worlds_clip_shrinks_large_pictures(gallery):
 @pytest.mark.parametrize(
     ("save", "load", "says"),
     [
-        (save_clip, load_clip, ["bicubic 32", "centre crop"]),
+        (save_clip, load_clip, ["bicubic", "centre crop 32x32"]),
         (save_vit, load_dino, ["class token", "bicubic 37", "centre crop 32"]),
         (save_dinov2, load_dino, ["class token", "bicubic 256", "centre crop 224"]),
     ],
@@ -531,12 +532,12 @@ def test_the_embedded_worlds_clip_shrinks_large_pictures(gallery):
 def test_the_stamp_names_model_and_preprocessing(save, load, says, tmp_path):
     save(tmp_path)
     stamp = load(str(tmp_path)).stamp
-    assert stamp.startswith(f"{tmp_path}, ")
+    assert stamp.startswith(f"{tmp_path} (weights ")
     assert all(words in stamp for words in says)
 
 
 def test_the_embedded_worlds_clip_is_named(gallery):
-    assert gallery.encoder.stamp == "stickers' own CLIP, bicubic 64"
+    assert re.fullmatch(r"stickers \(weights [0-9a-f]{8}\), resized 64x64", gallery.encoder.stamp)
 
 
 @pytest.mark.parametrize("turned", [False, True])

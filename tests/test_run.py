@@ -421,9 +421,10 @@ MISTAKES = {
     "early stopping": ("dreambooth", {"early_stopping_patience": 2}, "holdout"),
     "holdout": ("dreambooth", {"holdout": 4}, "holdout"),
     "score": ("dreambooth", {"validation_metric": "score"}, "validation_prompt"),
+    "score prompt": ("dreambooth", {"validation_metric": "score", "validation_prompt": "a dog"}, "needs 'sks dog' in every"),
     "encoder": (
         "dreambooth",
-        {"validation_metric": "score", "validation_prompt": "a dog", "validation_clip": "/nowhere"},
+        {"validation_metric": "score", "validation_prompt": "a red sks dog", "validation_clip": "/nowhere"},
         "--validation_clip: '/nowhere' could not be loaded",
     ),
     "class prompt": ("dreambooth", {"with_prior_preservation": True}, "class_prompt"),

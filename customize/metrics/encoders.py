@@ -105,8 +105,9 @@ def load_clip(name: str, flag: str = "clip") -> ClipEncoder:
     def pixels(picture: Image.Image) -> Tensor:
         return processor(picture, return_tensors="pt").pixel_values[0]
 
-    sides = processor.crop_size if processor.do_center_crop else processor.size
-    fitted = "centre crop" if processor.do_center_crop else "resized"
+    sides = processor.to_dict()["crop_size" if processor.do_center_crop else "size"]
+    resampling = Image.Resampling(processor.resample).name.lower()
+    fitted = f"{resampling}, {'centre crop' if processor.do_center_crop else 'resized'}"
     stamp = f"{_named(name, model)}, {fitted} {'x'.join(map(str, sides.values()))}"
     return ClipEncoder(model, lambda batch: model.get_image_features(batch).pooler_output, pixels, stamp, texts=texts)
 
