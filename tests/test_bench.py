@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from customize.app.bench import stickers
@@ -38,13 +37,6 @@ from tiny import tiny
 
 FOX = Drawing("fox", "flat")
 QUICK = Sampling(num_inference_steps=2, guidance_scale=4.0, batch_size=2)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +270,8 @@ def test_recipes_are_flags_that_exist():
     for name, recipe in RECIPES.items():
         if recipe.method:
             method, *flags = bench.training(name, bench.subjects[0])
-            parse(configs(find_method(method)), flags)
+            _, _, settings, _ = parse(configs(find_method(method)), flags)
+            assert (settings.max_train_steps, settings.train_batch_size) == (200, 4)
 
 
 def test_an_unknown_method_and_bad_numbers(tmp_path, monkeypatch):

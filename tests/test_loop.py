@@ -13,7 +13,6 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -37,14 +36,6 @@ CASES = {
     "textual_inversion": (TextualInversion, {"placeholder_token": "<toy>", "initializer_token": "dog", "num_vectors": 2}),
 }
 FILES = {"dreambooth": "pytorch_lora_weights.safetensors", "textual_inversion": "learned_embeds.safetensors"}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Accelerate keeps its settings for the whole process."""
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def build(pictures, case="dreambooth", base="sd15", dtype=torch.float32, **data):

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
@@ -27,13 +26,6 @@ from customize.trainers.method import Method
 from tiny import tiny
 
 LORA = "pytorch_lora_weights.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from customize.backbone import Backbone
 from customize.cache import TensorCache, fingerprint, key_of
 from customize.data import Bucket, Concept, DataConfig, Key, SubjectDataset, collate
 from customize.errors import UserError
-from customize.pictures import Picture, find_pictures
+from customize.pictures import Picture, find_pictures, save_picture
 from customize.trainers.method import Method
 
 
@@ -43,9 +43,7 @@ def class_pictures(
         options = {"height": config.resolution, "width": config.resolution, "generator": generators}
         pictures = pipe([concept.class_prompt] * len(numbers), **options).images
         for i, picture in zip(numbers, pictures, strict=True):
-            partial_file = folder / f".{i:05d}.partial"
-            picture.save(partial_file, format="PNG")
-            partial_file.rename(folder / f"class-{i:05d}.png")
+            save_picture(picture, folder / f"class-{i:05d}.png")
     return (have if len(have) >= count else read())[:count]
 
 

@@ -1,6 +1,5 @@
 """Choosing among a run's steps by what matters: likeness x obedience of validation pictures, rather than a loss."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,8 +19,7 @@ def sticker_scorer(references: Sequence[Image.Image]) -> Scorer:
     from customize.stickers.bench import said
     from customize.stickers.judge import judge
 
-    seen = judge(references)
-    drawing = Counter(seen.best(i) for i in range(len(references))).most_common(1)[0][0]
+    drawing = judge(references).most_seen()
 
     def score(drawn: list[tuple[str, Image.Image]]) -> dict[str, float]:
         verdicts = judge([picture for _, picture in drawn])

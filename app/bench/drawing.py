@@ -14,6 +14,7 @@ from PIL import Image
 
 from customize.checkpoint import KOHYA
 from customize.errors import UserError
+from customize.pictures import save_picture
 from customize.tokens import SUFFIXES
 
 
@@ -69,13 +70,6 @@ def draw_missing(load: Callable, shots: Sequence[Shot], folder: Path, sampling: 
             save_picture(picture, path)
         write_json({"seconds a picture": took}, folder / "drawing.json")
     return [Image.open(path).convert("RGB") for _, paths in groups for path in paths]
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG under its name only when it is complete."""
-    partial = path.with_suffix(".partial")
-    picture.save(partial, format="PNG")
-    partial.rename(path)
 
 
 def write_pictures(pictures: Sequence[Image.Image], folder: Path) -> list[Image.Image]:

@@ -145,10 +145,14 @@ class DreamBench(Bench):
     def teaching(self, name):
         if name in NOT_TRAINED:
             return self.label(name)
-        found = [picture.digest for subject in self.subjects for picture in find_pictures(subject.source, "any")]
-        dataset = f"{len(found)} pictures, sha256 {hashlib.sha256(''.join(found).encode()).hexdigest()[:12]}"
         changed = ", ".join(f"{key} {value}" for key, value in sorted(self.settings(name).items()))
-        return f"{changed or 'default settings'}; {dataset}"
+        return f"{changed or 'default settings'}; {self.dataset}"
+
+    @cached_property
+    def dataset(self) -> str:
+        """Which pictures were there, once for all methods: it reads every file."""
+        found = [picture.digest for subject in self.subjects for picture in find_pictures(subject.source, "any")]
+        return f"{len(found)} pictures, sha256 {hashlib.sha256(''.join(found).encode()).hexdigest()[:12]}"
 
     def scoring(self):
         every = "every real one of the subject" if self.references == "all" else "the one reference"

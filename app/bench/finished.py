@@ -2,7 +2,6 @@
 
 import hashlib
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -141,7 +140,7 @@ class StickerRun(FinishedRun, StickerBench):
 def most_seen(pictures: list[Image.Image]) -> Drawing:
     """The drawing that the judge sees in most of the pictures, with a warning if it is not sure."""
     verdicts = judge(pictures)
-    drawing = Counter(verdicts.best(i) for i in range(len(pictures))).most_common(1)[0][0]
+    drawing = verdicts.most_seen()
     if sum(verdicts.belief(i, drawing) for i in range(len(pictures))) < len(pictures) / 2:
         warnings.warn(f"it is not sure that the pictures show the {drawing}; name the drawing with --subject.", stacklevel=2)
     return drawing

@@ -10,10 +10,11 @@ from typing import NamedTuple
 from PIL import Image
 
 from customize.app.bench.bench import Bench, Subject, Taken
-from customize.app.bench.drawing import Sampling, save_picture
+from customize.app.bench.drawing import Sampling
 from customize.app.bench.sticker_scores import METRICS, score
 from customize.errors import UserError, nearest
 from customize.metrics import load_sticker_clip
+from customize.pictures import save_picture
 from customize.stickers import MODEL, World, draw_scene
 from customize.stickers.bench import bench_prompts, bench_subjects, reference_scenes, true_scene, write_references
 from customize.stickers.judge import TRUSTED, accuracy, trusted

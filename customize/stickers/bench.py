@@ -10,36 +10,13 @@ import numpy as np
 from PIL import Image
 
 from customize.stickers.backgrounds import BACKGROUNDS
-from customize.stickers.scene import (
-    BORDERS,
-    COUNTS,
-    FRAMES,
-    LIGHTS,
-    ORIENTATIONS,
-    SIZES,
-    TINTS,
-    WEATHERS,
-    Scene,
-    draw_pose,
-    draw_scene,
-)
+from customize.stickers.scene import COUNTS, FACTORS, Scene, draw_pose, draw_scene
 from customize.stickers.world import DATA, Drawing, World
 
 SEEN = ("white", "grass", "stone", "yellow")  # backgrounds of the reference pictures
 PHRASES: dict[str, dict[str, object]] = {  # fields of a scene, and what a prompt says for each value
     "background": {phrase: name for name, phrase in BACKGROUNDS.items()},
-    **{
-        field: {word: word for word in words if word}
-        for field, words in {
-            "tint": tuple(TINTS),
-            "size": tuple(SIZES),
-            "orientation": tuple(ORIENTATIONS),
-            "light": tuple(LIGHTS),
-            "weather": WEATHERS,
-            "border": BORDERS,
-            "frame": FRAMES,
-        }.items()
-    },
+    **{name: {word: word for word in words if word} for name, words in FACTORS.items() if name not in ("background", "count")},
     "count": {phrase.strip(): number for number, phrase in COUNTS.items() if phrase},
 }
 

@@ -2,6 +2,7 @@
 among finished steps: it has seen the held-out drawings, so no method may learn from it."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,23 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from customize.stickers.backgrounds import BACKGROUNDS
-from customize.stickers.scene import BORDERS, COUNTS, FRAMES, LIGHTS, ORIENTATIONS, SIZES, TINTS, WEATHERS
+from customize.stickers.scene import FACTORS
 from customize.stickers.world import Drawing, World
 
 FOLDER = Path(__file__).parent / "judge"
 TRUSTED = 0.97
-FACTORS: dict[str, tuple] = {  # fields of a scene, and what they can be
-    "background": tuple(BACKGROUNDS),
-    "tint": ("", *TINTS),
-    "size": tuple(SIZES),
-    "orientation": tuple(ORIENTATIONS),
-    "light": tuple(LIGHTS),
-    "weather": WEATHERS,
-    "border": BORDERS,
-    "frame": FRAMES,
-    "count": tuple(COUNTS),
-}
 
 
 class Residual(nn.Module):
@@ -108,6 +97,10 @@ class Verdicts:
                 seen = self.shows_class(i, str(value), 2) if name == "companion" else self.factor(i, name) == value
                 found[name] = float(seen)
         return found
+
+    def most_seen(self) -> Drawing:
+        """The drawing that most of the pictures show."""
+        return Counter(self.best(i) for i in range(len(self.probability))).most_common(1)[0][0]
 
     def factor(self, i: int, name: str):
         """The value of a field of `Scene` that picture `i` seems to have."""

@@ -31,6 +31,17 @@ WEATHERS = ("", "in the rain", "in fog")
 BORDERS = ("", "with a white border")
 FRAMES = ("", "in a wooden frame")
 COUNTS = {1: "", 2: "two copies of ", 3: "three copies of "}
+FACTORS: dict[str, tuple] = {  # what captions speak of: fields of a scene, and what they can be
+    "background": tuple(BACKGROUNDS),
+    "tint": ("", *TINTS),
+    "size": tuple(SIZES),
+    "orientation": tuple(ORIENTATIONS),
+    "light": tuple(LIGHTS),
+    "weather": WEATHERS,
+    "border": BORDERS,
+    "frame": FRAMES,
+    "count": tuple(COUNTS),
+}
 PREFIXES = ("", "", "", "a photo of ", "a picture of ", "a sticker of ")
 
 
@@ -98,20 +109,11 @@ def draw_extra(rng: np.random.Generator, companions: list[Drawing]) -> dict:
         return values[rng.integers(len(values))]
 
     field = one_of(["tint", "tint", "size", "size", "orientation", "light", "weather", "border", "frame", "count", "companion"])
-    values = {
-        "tint": TINTS,
-        "size": SIZES,
-        "orientation": ORIENTATIONS,
-        "light": LIGHTS,
-        "weather": WEATHERS,
-        "border": BORDERS,
-        "frame": FRAMES,
-    }
     if field == "count":
         return {"count": int(rng.integers(2, 4)), "companion": None}
     if field == "companion":
         return {"companion": companions[rng.integers(len(companions))], "count": 1}
-    return {field: one_of(values[field])}
+    return {field: one_of(FACTORS[field])}
 
 
 def caption(scene: Scene, subject: str | None = None, prefix: str = "", style: bool = True, setting: bool = True) -> str:

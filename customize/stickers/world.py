@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,11 @@ class Drawing:
         return f"{self.studio} {self.word}"
 
 
+@lru_cache
+def _atlas(folder: Path) -> np.ndarray:
+    return np.asarray(Image.open(folder / "atlas.webp").convert("RGBA"))
+
+
 class World:
     """Drawings read from an atlas folder: `world.json` (classes, studios, held-out lists) and `atlas.webp` (sprites).
 
@@ -35,9 +40,9 @@ class World:
         self.folder, self.size, self.studios = folder, listed["size"], tuple(listed["studios"])
         self.classes = {entry["word"]: entry | {"index": i} for i, entry in enumerate(listed["classes"])}
 
-    @cached_property
+    @property
     def atlas(self) -> np.ndarray:
-        return np.asarray(Image.open(self.folder / "atlas.webp").convert("RGBA"))
+        return _atlas(self.folder)
 
     def sprite(self, drawing: Drawing) -> np.ndarray:
         """RGBA pixels, uint8, shape (size, size, 4)."""

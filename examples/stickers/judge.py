@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from customize.stickers import Scene, World, draw_scene
-from customize.stickers.judge import FACTORS, FOLDER, Judge, Verdicts, to_pixels
-from customize.stickers.scene import draw_factors
+from customize.stickers.judge import FOLDER, Judge, Verdicts, to_pixels
+from customize.stickers.scene import FACTORS, draw_factors
 from recipe import Run
 
 

@@ -22,6 +22,7 @@ from customize.stickers.backgrounds import BACKGROUNDS
 from customize.stickers.scene import (
     BORDERS,
     COUNTS,
+    FACTORS,
     FRAMES,
     LIGHTS,
     ORIENTATIONS,
@@ -36,17 +37,7 @@ from recipe import FURNACE, Run, part, worlds
 
 LENGTH, FIRST_PATCH, LOOK = 40, 24, 128
 RARE = ("sks", "zwx", "ohwx", "snq")  # words without meaning, for methods that bind a subject to one
-FACTORS = {
-    "background": (None, *BACKGROUNDS),
-    "tint": ("", *TINTS),
-    "size": tuple(SIZES),
-    "orientation": tuple(ORIENTATIONS),
-    "light": tuple(LIGHTS),
-    "weather": WEATHERS,
-    "border": BORDERS,
-    "frame": FRAMES,
-    "count": tuple(COUNTS),
-}
+READ = FACTORS | {"background": (None, *BACKGROUNDS)}  # a caption may leave the setting out
 
 
 def train_tokenizer(world) -> CLIPTokenizer:
@@ -125,7 +116,7 @@ class Teacher(nn.Module):
         self.text = text
         dim = text.config.hidden_size
         self.look, self.companion, self.patch = nn.Linear(dim, LOOK), nn.Linear(dim, LOOK), nn.Linear(dim, 64)
-        self.factors = nn.ModuleDict({name: nn.Linear(dim, len(values)) for name, values in FACTORS.items()})
+        self.factors = nn.ModuleDict({name: nn.Linear(dim, len(values)) for name, values in READ.items()})
         text.get_input_embeddings().register_forward_hook(self.add_noise)
 
     def add_noise(self, _, args, embedded):
@@ -158,7 +149,7 @@ class Teacher(nn.Module):
 
 def draw_batch(rng, world, pools, looks: Looks, tokenizer, count: int):
     """Captions, and all that they say."""
-    captions, nouns, subjects, companions, factors = [], [], [], [], {name: [] for name in FACTORS}
+    captions, nouns, subjects, companions, factors = [], [], [], [], {name: [] for name in READ}
     for _ in range(count):
         scene = draw_factors(rng, world, pools[int(rng.random() < 0.6)], extras=0.5)
         style, setting = rng.random() < 0.8, rng.random() < 0.85
@@ -171,9 +162,9 @@ def draw_batch(rng, world, pools, looks: Looks, tokenizer, count: int):
         nouns.append("" if empty else text[: text.index(noun) + len(noun)])
         subjects.append(-1 if empty else looks.index[scene.subject])
         companions.append(-1 if empty or scene.companion is None else looks.index[scene.companion])
-        said = {name: values[0] if empty else getattr(scene, name) for name, values in FACTORS.items()}
+        said = {name: values[0] if empty else getattr(scene, name) for name, values in READ.items()}
         said["background"] = said["background"] if setting else None
-        for name, values in FACTORS.items():
+        for name, values in READ.items():
             factors[name].append(values.index(said[name]))
     ids = tokenizer(captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
     position = torch.tensor([len(i) - 2 if n else 0 for i, n in zip(tokenizer(nouns).input_ids, nouns, strict=True)])
