@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
+from customize.attention import Injected
 from customize.cache import TensorCache, fingerprint, key_of
 from customize.errors import UserError
 from customize.tokens import ENCODER_NAMES, SUFFIXES, WordsSD3Pipeline
@@ -30,7 +31,7 @@ class Condition:
     """What the denoiser is conditioned on: its text arguments, and what its attention processors are given."""
 
     text: dict[str, Tensor]
-    injected: Tensor | None = None  # reaches the processors as `ip_hidden_states`, the one name diffusers lets through
+    injected: Injected | None = None  # reaches the processors as `ip_hidden_states`, the one name diffusers lets through
 
     @property
     def attention_arguments(self) -> dict | None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from customize import stickers
-from customize.checkpoint import LORA, read_info, tensors_of
+from customize.checkpoint import LORA, read_info
+from customize.files import tensors_of
 
 USE = """```python
 from customize.pipelines import load_pipeline

@@ -3,6 +3,7 @@
 run.json                              format, base model, method, resolved configuration, library versions
 pytorch_lora_weights.safetensors      LoRA in diffusers' layout, alpha folded in
 learned_embeds[-WORD].safetensors     learned words
+subject.safetensors                   a subject encoder; ip_adapter.safetensors if it is of IP-Adapter's kind
 unet/, transformer/, text_encoder/    only where a whole component was trained
 """
 
@@ -18,15 +19,17 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import convert_state_dict_to_diffusers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from customize.backbone import Backbone
 from customize.errors import UserError
+from customize.files import tensors_of
 from customize.loading import load_base
 from customize.lora import folded_metadata, folded_state, has_lora, kohya_state, with_text_model
+from customize.subject import SubjectAdapter, save_adapter
 from customize.tokens import SUFFIXES, ConceptTokens, load_words
 
 FORMAT = 1
@@ -71,13 +74,22 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def save(folder: Path, backbone: Backbone, tokens: ConceptTokens | None, info: dict, kohya: bool = False) -> None:
+def save(
+    folder: Path,
+    backbone: Backbone,
+    tokens: ConceptTokens | None,
+    info: dict,
+    kohya: bool = False,
+    adapter: SubjectAdapter | None = None,
+) -> None:
     """Writes what was trained, and `run.json` with `info`, into `folder`, replacing files of the same name one by one."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder / "saving") as new:
         _save_lora(new, backbone, kohya)
         _save_components(new, backbone)
         words = _save_words(new, tokens) if tokens is not None else {}
+        if adapter is not None:
+            save_adapter(adapter, new)
         libraries = {name: version(name) for name in LIBRARIES}
         (new / "run.json").write_text(json.dumps({"format": FORMAT, **info, "words": words, "libraries": libraries}, indent=2))
     for path in (folder / "saving").iterdir():
@@ -186,17 +198,3 @@ def load_pipeline(run: str | Path, dtype: torch.dtype = torch.float32, **options
             setattr(pipe, name, type(part).from_pretrained(folder / name, dtype=dtype, use_safetensors=True).eval())
     load(folder, pipe)
     return pipe
-
-
-def header(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
-
-
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; UserError if it is damaged."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"'{path}' is damaged ({error}); use an earlier checkpoint.") from error

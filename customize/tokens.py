@@ -1,6 +1,7 @@
 """Learned words: vectors that stand in for placeholder words in every text encoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
@@ -78,6 +79,40 @@ def _clamp(table, args):
     """Ids of learned words lie beyond the table; look up any row for them, `_replace` puts the vector there."""
     table.asked = args[0]
     return (args[0].clamp(max=table.num_embeddings - 1),)
+
+
+@contextmanager
+def replaced_words(tokenizers: Sequence, encoders: Sequence, words: list[str], vectors: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, row r of a batch of prompts reads `vectors[encoder][r, word]` wherever one of `words` stands.
+
+    `vectors` holds (rows, words, dim) for each text encoder; gradients flow into them. The embedding tables stay as they are,
+    and may be exchanged between two uses, as loading other learned words does.
+    """
+    handles = []
+    try:
+        for tokenizer, encoder, own in zip(tokenizers, encoders, vectors, strict=True):
+            ids = torch.tensor(tokenizer.convert_tokens_to_ids(words))
+            handles += _replacing(_called_table(encoder), ids, own)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _replacing(table: nn.Embedding, ids: Tensor, vectors: Tensor) -> tuple:
+    asked: list[Tensor] = []
+
+    def look_up(table, args):
+        asked[:] = [args[0]]
+        return (args[0].clamp(max=table.num_embeddings - 1),)
+
+    def replace(table, args, embedded):
+        found = asked[0].unsqueeze(-1) == ids.to(asked[0].device)  # (rows, length, words)
+        own = found.to(embedded.dtype) @ vectors.to(embedded.dtype)
+        return torch.where(found.any(-1, keepdim=True), own, embedded)
+
+    # before the hooks of learned words, which clamp too
+    return table.register_forward_pre_hook(look_up, prepend=True), table.register_forward_hook(replace)
 
 
 def _start(tokenizer, word: str) -> int:

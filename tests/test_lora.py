@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from customize import checkpoint
 from customize.backbone import wrap
 from customize.errors import UserError
+from customize.files import header
 from customize.lora import TEXT_ATTENTION, LoraFields, add_lora, with_text_model
 from tiny import BASES, tiny
 
@@ -146,7 +147,7 @@ def test_alpha_is_folded_into_the_up_matrices(base, tmp_path):
 def test_the_header_says_that_alpha_is_the_rank(base, tmp_path):
     backbone = adapted(base, text=True)
     saved(backbone, tmp_path)
-    said = json.loads(checkpoint.header(tmp_path / "pytorch_lora_weights.safetensors")["lora_adapter_metadata"])
+    said = json.loads(header(tmp_path / "pytorch_lora_weights.safetensors")["lora_adapter_metadata"])
     names = [backbone.denoiser_name, "text_encoder", *([] if base in ("sd15", "flux") else ["text_encoder_2"])]
     for name in names:
         assert said[f"{name}.r"] == RANK

@@ -1,23 +1,17 @@
 """`accelerate launch -m customize.trainers METHOD [FILE.yaml] [--flag value ...]`: the trainer that `customize train` runs."""
 
-import shutil
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-
-from customize.backbone import Backbone, wrap
 from customize.cache import TensorCache
 from customize.card import write_card
 from customize.config import help_text, parse
-from customize.data import Concept, DataConfig, SubjectDataset, check_resolution, read_concepts, split_holdout
+from customize.data import Concept, DataConfig, SubjectDataset, read_concepts, split_holdout
 from customize.errors import UserError
-from customize.loading import load_base
 from customize.pictures import Picture
-from customize.trainers.loop import drop_old_checkpoints, train
+from customize.trainers.loop import train
 from customize.trainers.method import Method
 from customize.trainers.prepare import (
     LatentDataset,
@@ -27,32 +21,16 @@ from customize.trainers.prepare import (
     held_out_batches,
     read_pictures,
 )
+from customize.trainers.references import ReferenceConfig, read_references
 from customize.trainers.registry import find_method
 from customize.trainers.selection import make_scorer
 from customize.trainers.settings import TrainConfig, make_accelerator
-from customize.trainers.state import latest_checkpoint
+from customize.trainers.setup import ModelConfig, check_settings, load_backbone
 from customize.trainers.validation import fixed_randomness
 
 
-@dataclass
-class ModelConfig:
-    """Which base model, and what is kept of its work."""
-
-    pretrained_model_name_or_path: str = field(
-        default="stickers", metadata={"help": "a diffusers folder, a hub id, or stickers (embedded)"}
-    )
-    revision: str = field(default="", metadata={"help": "revision of the model on the hub"})
-    variant: str = field(default="", metadata={"help": "variant of the weight files, such as fp16"})
-    cache_latents: bool = field(default=True, metadata={"help": "encode pictures and prompts once, then free the encoders"})
-    cache_dir: str = field(
-        default="", metadata={"help": "keep the encoded pictures and prompts in this folder; empty: in memory"}
-    )
-    push_to_hub: bool = field(default=False, metadata={"help": "upload the finished run"})
-    hub_model_id: str = field(default="", metadata={"help": "the repository to upload to, as USER/NAME"})
-
-
 def configs(method: type[Method]) -> list[type]:
-    return [ModelConfig, DataConfig, TrainConfig, method.Config]
+    return [ModelConfig, method.Data, TrainConfig, method.Config]
 
 
 def usage(name: str) -> str:
@@ -68,8 +46,10 @@ def run(words: list[str]) -> Path:
     return launch(words[0], model, data, settings, options)
 
 
-def launch(name: str, model: ModelConfig, data: DataConfig, settings: TrainConfig, options) -> Path:
+def launch(name: str, model: ModelConfig, data: DataConfig | ReferenceConfig, settings: TrainConfig, options) -> Path:
     """Checks what can be checked, prepares, trains, and writes the run folder with its model card."""
+    if isinstance(data, ReferenceConfig):
+        return launch_encoder(name, model, data, settings, options)
     concepts = read_concepts(data)
     pictures = read_pictures(concepts, data)
     train_pictures, held_out = split_holdout(pictures, data.holdout, settings.seed)
@@ -103,46 +83,24 @@ def launch(name: str, model: ModelConfig, data: DataConfig, settings: TrainConfi
     return output
 
 
-def check_settings(model: ModelConfig, data: DataConfig, settings: TrainConfig) -> None:
-    if model.push_to_hub and not model.hub_model_id:
-        raise UserError("--push_to_hub needs --hub_model_id USER/NAME.")
-    if settings.validation_metric == "score" and not settings.validation_prompt:
-        raise UserError("--validation_metric score needs --validation_prompt, prompts of the subject to draw and rate.")
-    if settings.early_stopping_patience and settings.validation_metric == "loss" and not data.holdout:
-        raise UserError("--early_stopping_patience needs --holdout N, pictures kept from training for the validation loss.")
+def launch_encoder(name: str, model: ModelConfig, data: ReferenceConfig, settings: TrainConfig, options) -> Path:
+    """The same for a method that trains a subject encoder, from many subjects."""
+    check_settings(model, data, settings)
+    accelerator = make_accelerator(settings)
+    backbone = load_backbone(model, data, accelerator)
+    method = find_method(name)(backbone, options).to(accelerator.device)
+    train_set, held_out = read_references(model, data, settings, method.tower.pixels, accelerator)
+    info: dict[str, Any] = {"base_model": model.pretrained_model_name_or_path, "method": name}
+    info["config"] = {k: v for part in (model, data, settings, options) for k, v in asdict(part).items()}
+    step = train(method, train_set, settings, accelerator, held_out, info)
     output = Path(settings.output_dir)
-    earlier = (output / "run.json").exists() or latest_checkpoint(output)
-    if earlier and not settings.resume_from_checkpoint and not settings.overwrite_output_dir:
-        raise UserError(
-            f"'{output}' holds an earlier run; choose another --output_dir, go on with --resume_from_checkpoint latest, "
-            "or replace it with --overwrite_output_dir."
-        )
-    if not settings.resume_from_checkpoint:
-        drop_old_checkpoints(output, keep=0)
-        shutil.rmtree(output / "best", ignore_errors=True)
-        (output / "validation.jsonl").unlink(missing_ok=True)
-    for flag in (
-        "num_validation_images",
-        "max_train_steps",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "validation_steps",
-        "checkpointing_steps",
-    ):
-        if getattr(settings, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1.")
+    if accelerator.is_main_process:
+        write_card(output, info | {"step": step}, [])
+        if model.push_to_hub:
+            from customize.hub import push
 
-
-def load_backbone(model: ModelConfig, data: DataConfig, accelerator: Accelerator) -> Backbone:
-    """The frozen base model in the training precision (its autoencoder in float32), on the device."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    options = {k: v for k in ("revision", "variant") if (v := getattr(model, k))}
-    backbone = wrap(load_base(model.pretrained_model_name_or_path, dtype, **options), model.pretrained_model_name_or_path)
-    data.resolution = data.resolution or backbone.native_resolution
-    check_resolution(data.resolution, backbone.factor)
-    backbone.resolution = data.resolution
-    backbone.vae.float()
-    return backbone.to(accelerator.device)
+            print(push(str(output), model.hub_model_id))
+    return output
 
 
 def prior_pictures(

@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from customize import checkpoint
+from customize.attention import use_xformers
 from customize.batches import Batches
 from customize.data import collate
 from customize.errors import UserError
 from customize.trainers.method import Method
+from customize.trainers.references import Positions, References, Streamed, collate_references
 from customize.trainers.selection import Scorer
 from customize.trainers.settings import TrainConfig, make_optimizer
 from customize.trainers.state import latest_checkpoint, load_state, save_state
@@ -65,7 +67,8 @@ class Session:
         if self.accelerator.is_main_process:
             with self.averaged():
                 info = self.info | {"step": self.step}
-                checkpoint.save(folder, self.method.backbone, self.method.tokens, info, self.config.export_kohya)
+                method = self.method
+                checkpoint.save(folder, method.backbone, method.tokens, info, self.config.export_kohya, method.adapter)
 
     def write_checkpoint(self) -> None:
         """Writes checkpoint-STEP, from which the run can be resumed, unless the last update spoilt the weights."""
@@ -112,7 +115,7 @@ def begin(
 
 def enable_xformers(method: Method) -> None:
     try:
-        method.backbone.denoiser.enable_xformers_memory_efficient_attention()
+        use_xformers(method.backbone.denoiser)
     except (ImportError, ValueError) as error:
         reason = str(error).splitlines()[0]
         remedy = "pip install 'customize[xformers]' on a machine with a GPU, or leave the flag out"
@@ -207,17 +210,16 @@ def not_finite(step: int, output: Path) -> str:
 
 def make_loader(dataset, config: TrainConfig, accelerator: Accelerator, step: int) -> DataLoader:
     """Endless batches, beginning with the one that step `step` would have taken."""
-    batches = Batches(
-        dataset,
-        config.train_batch_size,
-        config.seed,
-        start=step * config.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        flip=dataset.config.random_flip,
-    )
+    start, size = step * config.gradient_accumulation_steps, config.train_batch_size
+    place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     # a generator of its own: without one, starting the loader would draw from training's generator
     options = {"num_workers": dataset.config.dataloader_num_workers, "generator": torch.Generator().manual_seed(config.seed)}
+    if isinstance(dataset, Streamed):
+        return DataLoader(dataset.after(start * size), batch_size=size, collate_fn=collate_references, **options)
+    if isinstance(dataset, References):
+        positions = Positions(size, start, **place)
+        return DataLoader(dataset, batch_sampler=positions, collate_fn=collate_references, **options)
+    batches = Batches(dataset, size, config.seed, start=start, **place, flip=dataset.config.random_flip)
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **options)
 
 
@@ -250,6 +252,7 @@ def validate(session: Session, bar: tqdm) -> None:
         found = {}
         if session.held_out:
             found["validation_loss"] = validation_loss(session.method, session.held_out, config.seed)
+            found |= session.method.diagnose(session.held_out, session.output / "samples", step)
         if config.validation_prompt:
             found |= draw_validation(session)
     if not found:

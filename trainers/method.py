@@ -1,13 +1,15 @@
 """A method: what it trains, what it conditions on, what it minimises."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from customize.backbone import Backbone, Condition, Step
-from customize.data import Concept
+from customize.data import Concept, DataConfig
 from customize.losses import denoising
+from customize.subject import SubjectAdapter
 from customize.tokens import ConceptTokens
 
 
@@ -22,11 +24,13 @@ class Method(nn.Module):
     """Subclasses add adapters in `__init__`, and override `condition` and `losses` where they differ."""
 
     Config: type[MethodConfig] = MethodConfig
+    Data: type = DataConfig  # what its pictures are described by
 
     def __init__(self, backbone: Backbone, config: MethodConfig, concepts: list[Concept]):
         super().__init__()
         self.backbone, self.config, self.concepts = backbone, config, concepts
         self.tokens: ConceptTokens | None = None
+        self.adapter: SubjectAdapter | None = None
 
     def condition(self, batch: dict, t: Tensor) -> Condition:
         """`t` runs from 0, data, to 1, noise, whatever the base model's own times are."""
@@ -61,6 +65,14 @@ class Method(nn.Module):
 
     def parameter_groups(self, lr: float) -> list[dict]:
         return [{"params": list(self.trainable().values()), "lr": lr}]
+
+    def draw(self, prompt: str, **options):
+        """One picture by the very modules that are being trained; `options` are those of the pipeline's call."""
+        return self.backbone.pipe(**self.backbone.prompt_arguments(prompt), **options).images[0]
+
+    def diagnose(self, batches: list[dict], folder: Path, step: int) -> dict[str, float]:
+        """Numbers to log beside the validation loss, from held-out batches; pictures may go into `folder`."""
+        return {}
 
     def prompts(self) -> list[str]:
         """Prompts beyond the pictures' own that training will ask for."""

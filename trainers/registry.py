@@ -26,6 +26,14 @@ METHODS: dict[str, Entry] = {
         "customize.trainers.pivotal_tuning:PivotalTuning",
         "a new word and LoRA together",
     ),
+    "custom_contrast": Entry(
+        "customize.trainers.custom_contrast:CustomContrast",
+        "an encoder of pictures, no tuning per subject, taught by contrast between subjects (Chen et al., 2025)",
+    ),
+    "ip_adapter": Entry(
+        "customize.trainers.ip_adapter:IPAdapter",
+        "an encoder of pictures: visual tokens alone (Ye et al., 2023)",
+    ),
 }
 
 

@@ -8,8 +8,8 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from customize.checkpoint import header, tensors_of
 from customize.errors import UserError
+from customize.files import header, tensors_of
 
 FILE = "resume.safetensors"
 

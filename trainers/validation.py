@@ -34,8 +34,8 @@ def sample(
     method: Method, prompts: list[str], count: int, resolution: int, seed: int = 0, steps: int = 25
 ) -> list[tuple[str, Image.Image]]:
     """`count` pictures for each prompt, drawn by the very modules that are being trained."""
-    pipe, pictures = method.backbone.pipe, []
-    pipe.set_progress_bar_config(disable=True)
+    pictures = []
+    method.backbone.pipe.set_progress_bar_config(disable=True)
     was_training = method.training
     method.eval()
     with fixed_randomness(seed):
@@ -43,7 +43,7 @@ def sample(
             for i in range(count):
                 generator = torch.Generator().manual_seed(seed + i)
                 options = {"height": resolution, "width": resolution, "num_inference_steps": steps, "generator": generator}
-                pictures.append((prompt, pipe(**method.backbone.prompt_arguments(prompt), **options).images[0]))
+                pictures.append((prompt, method.draw(prompt, **options)))
     method.train(was_training)
     return pictures
 

@@ -1,5 +1,6 @@
 """Losses: tensors in, one tensor out. None knows a batch, a model or a configuration."""
 
+from customize.losses.contrastive import appearance_contrast, cross_modal_contrast
 from customize.losses.denoising import denoising
 
-__all__ = ["denoising"]
+__all__ = ["appearance_contrast", "cross_modal_contrast", "denoising"]

@@ -1,6 +1,6 @@
 """The sticker world: a small rendered world with known truth, and the base model that was trained on it."""
 
 from customize.stickers.scene import BACKGROUNDS, Scene, caption, draw_scene
-from customize.stickers.world import ATLAS_COLUMNS, DATA, MODEL, Drawing, World
+from customize.stickers.world import ATLAS_COLUMNS, DATA, ENCODER, MODEL, Drawing, World
 
-__all__ = ["ATLAS_COLUMNS", "BACKGROUNDS", "DATA", "MODEL", "Drawing", "Scene", "World", "caption", "draw_scene"]
+__all__ = ["ATLAS_COLUMNS", "BACKGROUNDS", "DATA", "ENCODER", "MODEL", "Drawing", "Scene", "World", "caption", "draw_scene"]

@@ -10,6 +10,7 @@ from PIL import Image
 
 DATA = Path(__file__).parent / "data"
 MODEL = Path(__file__).parent / "model"
+ENCODER = Path(__file__).parent / "encoder" / "subject.safetensors"
 ATLAS_COLUMNS = 8
 
 

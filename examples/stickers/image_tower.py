@@ -62,7 +62,7 @@ def to_pixels(pictures) -> torch.Tensor:
 
 class Reader:
     def __init__(self):
-        self.text = CLIPTextModel.from_pretrained(part("text_encoder")).eval()
+        self.text = CLIPTextModel.from_pretrained(part("text_encoder"), dtype=torch.float32).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(part("tokenizer"))
 
     @torch.no_grad()

@@ -61,7 +61,7 @@ class Source:
     def __init__(self, rng: np.random.Generator):
         self.rng, self.world = rng, worlds()
         self.vae = AutoencoderKL.from_pretrained(part("vae")).eval()
-        self.text = CLIPTextModel.from_pretrained(part("text_encoder")).eval()
+        self.text = CLIPTextModel.from_pretrained(part("text_encoder"), dtype=torch.float32).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(part("tokenizer"))
         self.pools = self.world.drawings(), self.world.drawings(core=True), benchmark_classes(self.world)
         self.empty = self.read([""])[0]

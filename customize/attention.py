@@ -1,0 +1,202 @@
+"""Attention processors: where subjects enter the cross-attention of a UNet.
+
+`CrossAttention` serves every attention layer of a UNet: the model's own text branch, and beside it a visual branch with keys
+and values of its own for the subjects (the dual cross-attention of IP-Adapter, arXiv 2308.06721, eq. 5), where an adapter gave
+the layer one. All of it goes through diffusers' `dispatch_attention_fn`, so `unet.set_attention_backend(...)` counts.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+TextGate = Literal["none", "same", "complement"]
+OPEN = 2.0  # a location's logit at the start, where the map is 1
+
+
+@dataclass
+class Injected:
+    """What the processors are given besides the text, for the last `rows` pictures of the batch (the first ones are the
+    unconditional half, if there is one)."""
+
+    visual: Tensor  # (rows, subjects, tokens, dim)
+    weight: Tensor  # (rows, subjects): 0 where a row has no such subject
+    mask: Tensor | None = None  # (rows, subjects, tokens): False where a token is padding
+    contexts: Tensor | None = None  # (slots, rows, length, dim): the text as each layer's slot sees it
+    place: Tensor | None = None  # (rows, subjects, dim): what the location maps are told of the time and the subject
+    regions: Tensor | None = None  # (rows, subjects, height, width) in [0, 1]: where each subject may be, at latent size
+    scales: dict[str, float] = field(default_factory=dict)  # by layer; 1 where nothing is said
+    cache: dict | None = None  # keys and values by layer, while no gradient is needed
+
+    @property
+    def rows(self) -> int:
+        return len(self.visual)
+
+
+class Location(nn.Module):
+    """A spatial map of where a subject belongs: hidden states (batch, pixels, channels) and the embedding `place` (batch, dim)
+    of time and subject, to logits (batch, pixels, 1), which are 0 before training."""
+
+    def __init__(self, channels: int, dim: int, hidden: int = 64):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, elementwise_affine=False)
+        self.modulate = nn.Linear(dim, 2 * channels)
+        self.inner, self.outer = nn.Linear(channels, hidden), nn.Linear(hidden, 1)
+        for layer in (self.modulate, self.outer):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, hidden: Tensor, place: Tensor) -> Tensor:
+        scale, shift = self.modulate(place).unsqueeze(1).chunk(2, -1)
+        return self.outer(F.silu(self.inner(self.norm(hidden) * (1 + scale) + shift)))
+
+
+def gate(logits: Tensor) -> Tensor:
+    """Logits to a gate that is exactly 1 at 0, falls to 0 below and rises to 1.14 above."""
+    start = torch.full_like(logits, OPEN)
+    return torch.sigmoid(start + logits) / torch.sigmoid(start)
+
+
+class SubjectBranch(nn.Module):
+    """One layer's keys and values of the subject tokens, named as released IP-Adapters name them, and its location map."""
+
+    def __init__(self, dim: int, attn, place_dim: int = 0):
+        super().__init__()
+        self.to_k_ip = nn.Linear(dim, attn.inner_dim, bias=False)
+        self.to_v_ip = nn.Linear(dim, attn.inner_dim, bias=False)
+        if attn.to_k.in_features == dim:  # the text's own keys are a good start
+            self.to_k_ip.weight.data.copy_(attn.to_k.weight)
+        nn.init.zeros_(self.to_v_ip.weight)  # before training the base model is unchanged
+        self.location = Location(attn.query_dim, place_dim) if place_dim else None
+
+
+class CrossAttention:
+    """Not an `nn.Module`, so that the denoiser's state dict stays stock: the branch belongs to the adapter.
+
+    Attention layers of a UNet's transformers have no spatial norm, group norm or residual of their own; none is handled.
+    """
+
+    _attention_backend = None
+
+    def __init__(self, name: str = "", branch: SubjectBranch | None = None, slot: int = 0, text_gate: TextGate = "none"):
+        self.name, self.branch, self.slot, self.text_gate = name, branch, slot, text_gate
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, ip_hidden_states=None, **_
+    ):
+        subjects = ip_hidden_states if self.branch is not None else None
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if subjects is not None and subjects.contexts is not None:
+            own = subjects.contexts[self.slot].to(context.dtype)
+            context = torch.cat([context[: len(context) - subjects.rows], own])
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        key = attn.to_k(context).unflatten(-1, (attn.heads, -1))
+        value = attn.to_v(context).unflatten(-1, (attn.heads, -1))
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
+            attention_mask = attention_mask.view(len(context), attn.heads, -1, attention_mask.shape[-1])
+        out = self.attend(query, key, value, attention_mask).flatten(2).to(query.dtype)
+        if subjects is not None:
+            out = self.add_subjects(attn, out, hidden_states, query, subjects)
+        return attn.to_out[1](attn.to_out[0](out))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention over tensors (batch, tokens, heads, dim)."""
+        return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
+
+    def add_subjects(self, attn, text: Tensor, hidden: Tensor, query: Tensor, subjects: Injected) -> Tensor:
+        """Adds to the text branch's output (batch, pixels, channels) the visual branch's: the sum over subjects of
+        weight x location x region x attention."""
+        rows, count = subjects.weight.shape
+        scale = subjects.scales.get(self.name, 1.0)
+        hidden, query = hidden[-rows:], query[-rows:]
+        size = (rows, count, hidden.shape[1], 1)
+        maps = None
+        if self.branch.location is not None:
+            each = hidden.repeat_interleave(count, 0)
+            maps = self.branch.location(each, subjects.place.flatten(0, 1).to(hidden.dtype)).view(size)
+        if scale:
+            key, value, mask = self.keys_values(attn, subjects, query.dtype)
+            seen = self.attend(query.repeat_interleave(count, 0), key, value, mask).flatten(2).unflatten(0, (rows, count))
+            weight = subjects.weight.view(rows, count, 1, 1).to(seen.dtype) * scale
+            weight = weight if maps is None else weight * gate(maps)
+            weight = weight if subjects.regions is None else weight * at_size(subjects, hidden.shape[1]).to(seen.dtype)
+            added = (weight * seen).sum(1)
+        else:
+            added = torch.zeros_like(text[-rows:])
+        if maps is not None and self.text_gate != "none":
+            there = (subjects.weight != 0).view(rows, count, 1, 1)
+            gates = gate(maps if self.text_gate == "same" else -maps)
+            kept = text[-rows:] * (1 + torch.where(there, gates - 1, 0.0).sum(1))
+        else:
+            kept = text[-rows:]
+        return torch.cat([text[: len(text) - rows], kept + added])
+
+    def keys_values(self, attn, subjects: Injected, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values (rows * subjects, tokens, heads, dim), from the cache if they were made before."""
+        if subjects.cache is not None and self.name in subjects.cache:
+            return subjects.cache[self.name]
+        tokens = subjects.visual.flatten(0, 1).to(self.branch.to_k_ip.weight.dtype)
+        parts = (
+            layer(tokens).to(dtype).unflatten(-1, (attn.heads, -1)) for layer in (self.branch.to_k_ip, self.branch.to_v_ip)
+        )
+        mask = None if subjects.mask is None else subjects.mask.flatten(0, 1)[:, None, None]
+        found = (*parts, mask)
+        if subjects.cache is not None:
+            subjects.cache[self.name] = found
+        return found
+
+
+def at_size(subjects: Injected, pixels: int) -> Tensor:
+    """The regions (rows, subjects, pixels, 1) at a layer of so many pixels."""
+    height, width = subjects.regions.shape[-2:]
+    rows = round((pixels * height / width) ** 0.5)
+    return F.interpolate(subjects.regions, (rows, pixels // rows), mode="area").flatten(2).unsqueeze(-1)
+
+
+def text_layers(denoiser: UNet2DConditionModel) -> dict[str, str]:
+    """The layers where image meets text, in the order in which they run: their names, by the number that released IP-Adapters
+    give them (1, 3, 5, ... over all attention layers: down, up, middle)."""
+    if not isinstance(denoiser, UNet2DConditionModel):
+        raise TypeError("subjects are injected into the cross-attention of UNets (Stable Diffusion 1.x, 2.x, XL) only")
+    names = [name.removesuffix(".processor") for name in denoiser.attn_processors]
+    found = {str(i): name for i, name in enumerate(names) if name.endswith("attn2")}
+    stages = ("down_blocks", "mid_block", "up_blocks")
+    return dict(sorted(found.items(), key=lambda item: stages.index(item[1].partition(".")[0])))
+
+
+def stacks(denoiser: UNet2DConditionModel) -> list[str]:
+    """The stacks of transformer layers, in the order in which they run: the layers of one share a slot, as XL has 70 layers in
+    11 stacks, and one word for each layer would cost a text encoding each."""
+    return list(dict.fromkeys(name.partition(".transformer_blocks")[0] for name in text_layers(denoiser).values()))
+
+
+def make_branches(denoiser: UNet2DConditionModel, dim: int, place_dim: int = 0) -> nn.ModuleDict:
+    """A new branch for each text layer, by its released number, for subject tokens of `dim` numbers; with `place_dim`, the
+    width of `Injected.place`, each has a location map."""
+    layers = text_layers(denoiser)
+    return nn.ModuleDict(
+        {number: SubjectBranch(dim, denoiser.get_submodule(name), place_dim) for number, name in layers.items()}
+    )
+
+
+def install(denoiser: UNet2DConditionModel, branches: nn.ModuleDict, text_gate: TextGate = "none") -> None:
+    """Gives every attention layer of the denoiser our processor, and each text layer its branch."""
+    slots = stacks(denoiser)
+    processors: dict[str, CrossAttention] = {name: CrossAttention() for name in denoiser.attn_processors}
+    for number, name in text_layers(denoiser).items():
+        slot = slots.index(name.partition(".transformer_blocks")[0])
+        processors[f"{name}.processor"] = CrossAttention(name, branches[number], slot, text_gate)
+    denoiser.set_attn_processor(processors)
+
+
+def use_xformers(denoiser) -> None:
+    """xformers' attention: by diffusers' switch, or as the backend of our processors, which that switch would replace."""
+    if any(isinstance(processor, CrossAttention) for processor in denoiser.attn_processors.values()):
+        denoiser.set_attention_backend("xformers")
+    else:
+        denoiser.enable_xformers_memory_efficient_attention()

@@ -1,0 +1,91 @@
+"""Contrast between subjects: CustomContrast's two losses (Chen et al., 2025, arXiv 2409.05606, section 3.3).
+
+Rows and columns are samples; column i is the positive of row i, and there may be more columns than rows (a queue).
+`same` (rows, columns) is True where both are of one subject: such pairs are no negatives.
+"""
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+
+MaclForm = Literal["ratio", "weight", "soft", "product", "plain"]
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The rows of all processes, in their order, with exact gradients: the loss of the joint batch on every process, averaged
+    as DistributedDataParallel does, has the gradient that one process would find."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    if x.is_floating_point():
+        return torch.cat(list(all_gather(x.contiguous())))
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """All cosines between rows (..., n, dim) and (..., m, dim)."""
+    return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(-1, -2)
+
+
+def _without_false_negatives(logits: Tensor, same: Tensor) -> Tensor:
+    positive = torch.eye(*same.shape, dtype=torch.bool, device=same.device)
+    return logits.masked_fill(same & ~positive, -torch.inf)
+
+
+def cross_modal_contrast(visual: Tensor, textual: Tensor, same: Tensor, scale: Tensor | float) -> Tensor:
+    """CSCL: symmetric InfoNCE between the CLS states of the visual and the textual Q-Former, as CLIP's loss.
+
+    `visual` (n, dim), `textual` (m, dim) with m >= n; `scale` is the inverse temperature. The second direction uses the first
+    n columns, whose pairs are known.
+    """
+    logits = _without_false_negatives(scale * cosines(visual, textual), same)
+    n = len(visual)
+    target = torch.arange(n, device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :n].T, target)) / 2
+
+
+def scaled(similarity: Tensor, same: Tensor) -> Tensor:
+    """Appearance similarities (n, m), stretched so that negatives run from 0 to 1; positives are 1. No gradient."""
+    similarity = similarity.detach().float()
+    negatives = similarity[~same]
+    if not len(negatives):
+        return torch.ones_like(similarity)
+    low, high = negatives.min(), negatives.max()
+    return torch.where(same, 1.0, (similarity - low) / (high - low).clamp(min=1e-6))
+
+
+def appearance_contrast(
+    anchors: Tensor, positives: Tensor, similarity: Tensor, same: Tensor, form: MaclForm = "ratio", temperature: float = 0.1
+) -> Tensor:
+    """MACL: InfoNCE between S+ of a subject's two views at every layer, scaled by how alike subjects really look.
+
+    `anchors` (layers, n, dim), `positives` (layers, m, dim), `similarity` (n, m) cosines of the real pictures, any range. How
+    the factor enters could not be read in the paper; with c the cosine of two S+, S in [0, 1] the stretched similarity:
+    `ratio` logits c / (S tau), S at least 0.2; `weight` c / tau + log w, w = (1 - S) / mean(1 - S) of the negatives; `soft`
+    plain logits against softmax(S / 0.2); `product` S c / tau, which repels look-alikes most (the opposite of the paper's
+    aim); `plain` c / tau.
+    """
+    cosine, appearance = cosines(anchors, positives), scaled(similarity, same)
+    positive = torch.eye(*same.shape, dtype=torch.bool, device=same.device)
+    target: Tensor = positive.float()
+    if form == "ratio":
+        logits = cosine / (appearance.clamp(min=0.2) * temperature)
+    elif form == "weight":
+        distance = (1 - appearance).masked_fill(same, 0.0)
+        mean = distance.sum(1, keepdim=True) / (~same).sum(1, keepdim=True).clamp(min=1)
+        weight = (distance + 1e-3) / (mean + 1e-3)
+        logits = cosine / temperature + weight.masked_fill(same, 1.0).log()
+    elif form == "product":
+        logits = appearance * cosine / temperature
+    else:
+        logits = cosine / temperature
+    if form == "soft":
+        # other pictures of the subject are neither asked for nor forbidden
+        target = (appearance / 0.2).masked_fill(same & ~positive, -torch.inf).softmax(1)
+    log_likelihood = _without_false_negatives(logits, same).log_softmax(-1)
+    return -torch.where(target > 0, target * log_likelihood, 0.0).sum(-1).mean()

@@ -1,0 +1,216 @@
+"""The subject adapter: an encoder of reference pictures and the attention branches that its tokens enter by.
+
+Saved as one file: `subject.safetensors` with the configuration in its header, or, for encoders of IP-Adapter's kind, the
+released IP-Adapter layout, which stock diffusers reads.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from customize.attention import Injected, TextGate, install, make_branches, stacks, text_layers
+from customize.encoders.encoded import Encoded
+from customize.encoders.image_prompt import ImagePrompt, Projection, from_released
+from customize.encoders.multimodal import MultimodalConfig, MultimodalEncoder
+from customize.encoders.perceiver import Resampler
+from customize.encoders.tower import ImageTower
+from customize.errors import UserError
+from customize.files import header, tensors_of
+from customize.tokens import SUFFIXES, add_words, replaced_words
+
+WORDS = ("<s>", "<s2>", "<s3>", "<s4>")  # of the subjects of one prompt, in their order
+MAX_REFERENCES = 4  # pictures of one subject
+FILE, RELEASED = ADAPTER_FILES = "subject.safetensors", "ip_adapter.safetensors"
+Encode = Callable[[list[str]], dict[str, Tensor]]
+
+
+class SubjectAdapter(nn.Module):
+    """`encoder` is a `MultimodalEncoder` or an `ImagePrompt`; a branch for each text layer of `denoiser` is made and installed.
+
+    `starts` are the embeddings (dim,) that S+ starts from, one for each text encoder, if the encoder gives words.
+    """
+
+    def __init__(self, denoiser, encoder: Any, starts: Sequence[Tensor] = (), text_gate: TextGate = "none"):
+        super().__init__()
+        self.encoder, self.text_gate = encoder, text_gate
+        self.starts = nn.ParameterList(start.detach().float().clone() for start in starts)
+        self.branches = make_branches(denoiser, visual_dim(encoder), encoder.place_dim)
+        self.layers = {
+            number: [name, self.branches[number].to_k_ip.out_features] for number, name in text_layers(denoiser).items()
+        }
+        install(denoiser, self.branches, text_gate)
+
+    @property
+    def has_words(self) -> bool:
+        return len(self.starts) > 0
+
+    @property
+    def slots(self) -> int:
+        return self.encoder.config.slots
+
+    def word_vectors(self, encoded: Encoded, weight: Tensor) -> list[Tensor]:
+        """S+ for each text encoder, (slots, rows, subjects, dim); a subject of weight 0 is its start."""
+        rows, subjects = weight.shape
+        here = (weight != 0).view(rows, subjects, 1, 1)
+        offsets = [words.unflatten(0, (rows, subjects)) * here for words in encoded.words]
+        return [(start + own).permute(2, 0, 1, 3) for start, own in zip(self.starts, offsets, strict=True)]
+
+    def texts(
+        self, encode: Encode, tokenizers: Sequence, text_encoders: Sequence, prompts: list[str], vectors: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """The denoiser's text arguments with S+ of each slot in the prompts, (slots, rows, ...): one batch for all slots."""
+        subjects = vectors[0].shape[2]
+        with replaced_words(tokenizers, text_encoders, list(WORDS[:subjects]), [v.flatten(0, 1) for v in vectors]):
+            found = encode(prompts * self.slots)
+        return {name: value.unflatten(0, (self.slots, len(prompts))) for name, value in found.items()}
+
+    def injected(self, encoded: Encoded, weight: Tensor, contexts: Tensor | None = None, **more) -> Injected:
+        """`encoded` has rows * subjects rows; `weight` is (rows, subjects)."""
+
+        def split(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.unflatten(0, tuple(weight.shape))
+
+        return Injected(split(encoded.visual), weight, split(encoded.mask), contexts, split(encoded.place), **more)
+
+
+def visual_dim(encoder: Any) -> int:
+    return encoder.visual_dim if isinstance(encoder, ImagePrompt) else encoder.config.visual_dim
+
+
+def text_parts(pipe: DiffusionPipeline) -> tuple[list, list]:
+    """The CLIP tokenizers and text encoders of a pipeline."""
+    parts = [(getattr(pipe, f"tokenizer{s}", None), getattr(pipe, f"text_encoder{s}", None)) for s in SUFFIXES]
+    found = [(tokenizer, encoder) for tokenizer, encoder in parts if encoder is not None]
+    return [tokenizer for tokenizer, _ in found], [encoder for _, encoder in found]
+
+
+def add_subject_words(tokenizers: Sequence) -> None:
+    """Makes each of `WORDS` one token, where it is none yet."""
+    for tokenizer in tokenizers:
+        known = tokenizer.get_vocab()
+        add_words(tokenizer, [word for word in WORDS if word not in known])
+
+
+def multimodal(pipe: DiffusionPipeline, tower: ImageTower, start: str, text_gate: TextGate = "none", **sizes) -> SubjectAdapter:
+    """CustomContrast's adapter for a pipeline and an image tower, untrained; `sizes` are fields of `MultimodalConfig`.
+
+    `start` is the word that S+ starts from. UserError if it is empty for a tokenizer.
+    """
+    tokenizers, encoders = text_parts(pipe)
+    tables = [encoder.get_input_embeddings().weight for encoder in encoders]
+    config = MultimodalConfig(
+        image_dim=tower.width,
+        image_layers=tower.depth,
+        visual_dim=pipe.unet.config.cross_attention_dim,
+        text_dims=[table.shape[1] for table in tables],
+        slots=len(stacks(pipe.unet)),
+        **sizes,
+    )
+    starts = []
+    if config.words:
+        for tokenizer, table in zip(tokenizers, tables, strict=True):
+            ids = tokenizer(start, add_special_tokens=False).input_ids
+            if not ids:
+                raise UserError(f"--initializer_token: '{start}' is empty for the tokenizer; give a word such as photo.")
+            starts.append(table[ids[-1]])
+        add_subject_words(tokenizers)
+    return SubjectAdapter(pipe.unet, MultimodalEncoder(config), starts, text_gate)
+
+
+def image_prompt(pipe: DiffusionPipeline, tower: ImageTower, plus: bool = True, **sizes) -> SubjectAdapter:
+    """IP-Adapter's adapter, untrained; `sizes` (dim, depth, heads, queries) are those of the Plus resampler."""
+    output = pipe.unet.config.cross_attention_dim
+    embed = tower.vision.config.projection_dim
+    made = Resampler(tower.width, output=output, **sizes) if plus else Projection(embed, output)
+    return SubjectAdapter(pipe.unet, ImagePrompt(made))
+
+
+def save_adapter(adapter: SubjectAdapter, folder: Path, half: bool = False) -> Path:
+    """Writes the adapter's one file into `folder`; in float16 if `half`."""
+    dtype = torch.float16 if half else torch.float32
+    if isinstance(adapter.encoder, ImagePrompt):
+        state = {f"image_proj.{k}": v for k, v in adapter.encoder.image_proj.state_dict().items()}
+        state |= {f"ip_adapter.{k}": v for k, v in adapter.branches.state_dict().items()}
+        path, header = folder / RELEASED, {"format": "pt"}
+    else:
+        state = adapter.state_dict()
+        about = {"config": asdict(adapter.encoder.config), "text_gate": adapter.text_gate, "layers": adapter.layers}
+        path, header = folder / FILE, {"format": "pt", "subject": json.dumps(about)}
+    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}, path, header)
+    return path
+
+
+def load_adapter(path: Path, pipe: DiffusionPipeline) -> SubjectAdapter:
+    """The adapter of a file, installed in a pipeline's denoiser: ours, or a released IP-Adapter (safetensors, or a .bin file,
+    which is read without unpickling code). UserError if it was made for another base model or is damaged."""
+    state, about = read_file(path)
+    if about is None:
+        return load_released(state, pipe, path)
+    config = MultimodalConfig(**about["config"])
+    tokenizers, encoders = text_parts(pipe)
+    own = {number: [name, pipe.unet.get_submodule(name).inner_dim] for number, name in text_layers(pipe.unet).items()}
+    dims = [encoder.get_input_embeddings().weight.shape[1] for encoder in encoders]
+    if own != about["layers"] or (config.words and dims != config.text_dims):
+        raise other_base(path)
+    starts = [torch.zeros(dim) for dim in config.text_dims] if config.words else []
+    if starts:
+        add_subject_words(tokenizers)
+    adapter = SubjectAdapter(pipe.unet, MultimodalEncoder(config), starts, about["text_gate"])
+    adapter.load_state_dict(state)
+    return adapter.eval().requires_grad_(False)
+
+
+def load_released(state: dict[str, Tensor], pipe: DiffusionPipeline, path: Path) -> SubjectAdapter:
+    """A released IP-Adapter: `image_proj.*` and `ip_adapter.*`."""
+    parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for name, value in state.items():
+        part, _, rest = name.partition(".")
+        if part not in parts:
+            raise UserError(f"'{path}' is no subject encoder and no IP-Adapter: it has a tensor '{name}'.")
+        parts[part][rest] = value.float()
+    adapter = SubjectAdapter(pipe.unet, from_released(parts["image_proj"]))
+    own = {name: value.shape for name, value in adapter.branches.state_dict().items()}
+    if own != {name: value.shape for name, value in parts["ip_adapter"].items()}:
+        raise other_base(path)
+    adapter.branches.load_state_dict(parts["ip_adapter"])
+    return adapter.eval().requires_grad_(False)
+
+
+def other_base(path: Path) -> UserError:
+    return UserError(f"'{path}' was trained for another base model: its cross-attention layers differ; load that base model.")
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict | None]:
+    """The tensors, and what our header says, None if it is not ours."""
+    if path.suffix != ".bin":
+        state = tensors_of(path)
+        about = header(path).get("subject")
+        return state, json.loads(about) if about else None
+    try:
+        nested = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"'{path}' cannot be read ({str(error).splitlines()[0]}); use the .safetensors file.") from error
+    return {f"{part}.{name}": value for part, state in nested.items() for name, value in state.items()}, None
+
+
+def without_words(prompt: str) -> str:
+    """The prompt for an adapter that gives no words."""
+    for word in WORDS:
+        prompt = prompt.replace(f"{word} ", "").replace(word, "")
+    return prompt
+
+
+def adapter_file(name: str) -> Path:
+    """The encoder's file: `name` itself, or the one in that run folder; UserError if there is none."""
+    path = Path(name)
+    for found in (path, *(path / name for name in ADAPTER_FILES)):
+        if found.is_file():
+            return found
+    raise UserError(f"there is no subject encoder at '{name}': give a run folder of custom_contrast or ip_adapter, or a file.")

@@ -1,0 +1,409 @@
+"""Pipelines that take pictures of subjects: stock Stable Diffusion and SDXL, and in their call `subject_images`.
+
+pipe = load_subject_pipeline("stickers")
+pipe("a <s> fox on the beach", subject_images=["a.png", "b.png"]).images[0]
+"""
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from customize import stickers
+from customize.attention import Injected, text_layers, use_xformers
+from customize.checkpoint import load_pipeline, read_info
+from customize.encoders import ImagePrompt, ImageTower, load_tower
+from customize.encoders.encoded import Encoded
+from customize.encoders.tower import tower_of
+from customize.errors import UserError, nearest
+from customize.subject import (
+    ADAPTER_FILES,
+    MAX_REFERENCES,
+    WORDS,
+    adapter_file,
+    load_adapter,
+    text_parts,
+    without_words,
+)
+from customize.tokens import replaced_words
+
+Reference = Image.Image | str | Path
+Subjects = dict[str, Tensor]  # features (references, tokens, features) by word
+
+
+@dataclass
+class Call:
+    """What one call draws: a row for each prompt, a column for each of the first `WORDS`."""
+
+    features: Tensor  # (rows, subjects, references, tokens, features)
+    present: Tensor  # (rows, subjects, references)
+    weight: Tensor  # (rows, subjects)
+    scales: dict[str, float]
+    regions: Tensor | None
+    cached: bool
+    images: int = 1  # of each prompt
+    contexts: dict[int, Tensor] = field(default_factory=dict)  # by time bin: (slots, rows, length, dim)
+    encoded: dict[int, Encoded] = field(default_factory=dict)  # by time bin
+    injected: dict[tuple[int, bool], Injected] = field(default_factory=dict)
+    blank: Tensor | None = None  # features (1, 1, tokens, features) that the unconditional half is given, of adapters that do
+
+
+Stock: Any = object  # a stock pipeline: the mixin is only ever used beside one
+
+
+class SubjectMixin(Stock):
+    """Adds subjects to a text-to-image pipeline; without an adapter, or without `subject_images`, it is the stock one."""
+
+    adapter: Any = None  # a SubjectAdapter, once one is loaded
+    _subjects: Call | None = None
+
+    def load_subject_adapter(self, name: str | Path, image_encoder: str | ImageTower = "") -> None:
+        """Loads a subject encoder: a run folder, a file of ours or of a released IP-Adapter, or `stickers`.
+
+        `image_encoder` (folder, hub id, OWNER/NAME/FOLDER or a tower) is read from the run, or else must be given. Raises
+        UserError if there is no encoder, or it was made for another base model.
+        """
+        file = stickers.ENCODER if str(name) == "stickers" else adapter_file(str(name))
+        tower = image_encoder if isinstance(image_encoder, ImageTower) else self._find_tower(file, image_encoder)
+        self.adapter = load_adapter(file, self)
+        self.register_modules(image_encoder=tower.vision, feature_extractor=tower.processor)
+
+    def _find_tower(self, file: Path, name: str) -> ImageTower:
+        if not name and (file.parent / "run.json").exists():
+            info = read_info(file.parent)
+            name = info["config"].get("image_encoder") or ("stickers" if info["base_model"] == "stickers" else "")
+        if not name and file == stickers.ENCODER:
+            name = "stickers"
+        if name:
+            return load_tower(name, self.unet.dtype)
+        if (tower := tower_of(self)) is None:
+            raise UserError(f"image_encoder: name the CLIP vision model that '{file}' was trained with.")
+        return tower
+
+    def unload_subject_adapter(self) -> None:
+        """Back to the stock pipeline."""
+        self.adapter = None
+        self.unet.set_attn_processor(AttnProcessor2_0())
+
+    def encode_references(self, images: Reference | Sequence[Reference]) -> Tensor:
+        """Pictures of one subject to features (references, tokens, features), which `subject_images` takes instead of them.
+
+        UserError for none, more than four, or something that is not a picture."""
+        pictures = [opened(image) for image in ([images] if isinstance(images, Reference) else images)]
+        if not 1 <= len(pictures) <= MAX_REFERENCES:
+            raise UserError(f"a subject takes 1 to {MAX_REFERENCES} reference pictures, not {len(pictures)}.")
+        tower: Any = tower_of(self)
+        self.adapter.to(self._execution_device, self.unet.dtype)
+        pixels = tower.pixels(pictures).to(self._execution_device, self.unet.dtype)
+        return self.adapter.encoder.read(tower(pixels))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *args: Any,
+        subject_images: Any = None,
+        subject_scale: float | Mapping[str, float] = 1.0,
+        subject_masks: Image.Image | Mapping[str, Image.Image] | None = None,
+        subject_cache: bool = True,
+        **kwargs: Any,
+    ):
+        """The stock pipeline's call, and of subjects:
+
+        `subject_images`: one picture or a list of up to four (PIL or path) of the subject that the prompt calls `<s>`; a
+        dictionary of these by word (`<s>`, `<s2>`, `<s3>`, `<s4>`) for several subjects; or a list of either, one for each
+        prompt. `subject_scale` weights the visual branch, for all layers or by the beginning of their names ("down", "mid",
+        "up", "up_blocks.1"). `subject_masks`: white where a subject may be, by word. `subject_cache` keeps keys and values
+        between steps. UserError for references that do not fit the prompt.
+        """
+        prompts = prompts_of(self, args, kwargs)
+        if subject_images is None:
+            self._refuse_words(prompts)
+            return super().__call__(*args, **kwargs)
+        if self.adapter is None:
+            raise UserError("subject_images needs a subject encoder: call load_subject_adapter first.")
+        if prompts is None:
+            raise UserError("subject_images needs `prompt`: S+ cannot be put into prompt_embeds.")
+        subjects = [self._encoded(entry) for entry in each_prompt(subject_images, len(prompts))]
+        for prompt, found in zip(prompts, subjects, strict=True):
+            check_words(prompt, found, self.adapter.has_words)
+        if not self.adapter.has_words:
+            args, kwargs = with_prompt(args, kwargs, [without_words(prompt) for prompt in prompts])
+        regions = self._regions(subject_masks, len(prompts), kwargs)
+        features, present, weight = packed(subjects)
+        scales = layer_scales(subject_scale, list(text_layers(self.unet).values()))
+        count = kwargs.get("num_images_per_prompt") or 1
+        with self._drawing(Call(features, present, weight, scales, regions, subject_cache, count)):
+            return super().__call__(*args, **kwargs)
+
+    def _encoded(self, entry: Any) -> Subjects:
+        entry = entry if isinstance(entry, Mapping) else {WORDS[0]: entry}
+        if not entry:
+            raise UserError("subject_images is empty: give 1 to 4 pictures of the subject.")
+        return {word: own if isinstance(own, Tensor) else self.encode_references(own) for word, own in entry.items()}
+
+    def _refuse_words(self, prompts: list[str] | None) -> None:
+        used = [word for word in WORDS if any(word in prompt for prompt in prompts or ())]
+        if self.adapter is not None and self.adapter.has_words and used:
+            raise UserError(f"the prompt says {used[0]}, but there are no subject_images of it.")
+
+    def _regions(self, masks: Any, rows: int, kwargs: dict) -> Tensor | None:
+        """Masks by word at latent size, (rows, subjects, height, width), the same in every row."""
+        if masks is None:
+            return None
+        masks = masks if isinstance(masks, Mapping) else {WORDS[0]: masks}
+        sides = [
+            (kwargs.get(side) or self.unet.config.sample_size * self.vae_scale_factor) // self.vae_scale_factor
+            for side in ("width", "height")
+        ]
+        regions = torch.ones(len(WORDS), sides[1], sides[0], device=self._execution_device, dtype=self.unet.dtype)
+        for word, mask in masks.items():
+            if word not in WORDS:
+                raise UserError(f"subject_masks: '{word}' is no subject's word; those are {', '.join(WORDS)}.")
+            small = opened(mask).convert("L").resize(tuple(sides), Image.Resampling.BOX)
+            regions[WORDS.index(word)] = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)
+        return regions.expand(rows, -1, -1, -1)
+
+    @contextmanager
+    def _drawing(self, call: Call):
+        self._subjects = call
+        if isinstance(self.adapter.encoder, ImagePrompt):
+            side = self.image_encoder.config.image_size
+            nothing = torch.zeros(1, 3, side, side, device=self._execution_device, dtype=self.unet.dtype)
+            tower: Any = tower_of(self)
+            call.blank = self.adapter.encoder.blank(tower, nothing).unsqueeze(0)
+        handle = self.unet.register_forward_pre_hook(self._inject, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._subjects = None
+
+    def _inject(self, unet, inputs, named):
+        """Before every step: what the processors are given at its time."""
+        call, encoder = self._subjects, self.adapter.encoder
+        sample, t = (inputs[i] if len(inputs) > i else named[name] for i, name in enumerate(("sample", "timestep")))
+        bins = 0
+        if not isinstance(encoder, ImagePrompt):
+            t = torch.as_tensor(t).flatten()[:1].float() / self.scheduler.config.num_train_timesteps
+            bins = int(encoder.bin_of(t))
+        guided = len(sample) > len(call.weight) * call.images
+        if (bins, guided) not in call.injected:
+            call.injected[bins, guided] = self._injected(call, bins, guided)
+        arguments = {**(named.get("cross_attention_kwargs") or {}), "ip_hidden_states": call.injected[bins, guided]}
+        return inputs, named | {"cross_attention_kwargs": arguments}
+
+    def _injected(self, call: Call, bins: int, guided: bool) -> Injected:
+        encoded, weight, contexts, regions = self._encode(call, bins), call.weight, call.contexts.get(bins), call.regions
+        regions = None if regions is None else regions[:, : weight.shape[1]]
+        injected = self.adapter.injected(encoded, weight, contexts, regions=regions, scales=call.scales)
+        for name in ("visual", "weight", "mask", "place", "regions"):
+            if (value := getattr(injected, name)) is not None:
+                setattr(injected, name, value.repeat_interleave(call.images, 0))
+        if contexts is not None:
+            injected.contexts = contexts.repeat_interleave(call.images, 1)
+        if guided and call.blank is not None:
+            self._add_blank(call, injected)
+        injected.cache = {} if call.cached else None
+        return injected
+
+    def _add_blank(self, call: Call, injected: Injected) -> None:
+        """IP-Adapters were trained with a blank picture as the unconditional half's."""
+        rows, subjects, tokens, _ = injected.visual.shape
+        time = torch.zeros(1, device=injected.visual.device)
+        own = self.adapter.encoder(call.blank, torch.ones(1, 1, dtype=torch.bool, device=time.device), time).visual
+        blank = own.repeat(1, -(-tokens // own.shape[1]), 1)[:, :tokens].expand(rows, subjects, -1, -1)
+        mask = torch.arange(tokens, device=time.device) < own.shape[1]
+        mask = mask.expand(rows, subjects, -1)
+        there = injected.mask if injected.mask is not None else torch.ones_like(mask)
+        injected.visual, injected.mask = torch.cat([blank, injected.visual]), torch.cat([mask, there])
+        injected.weight = injected.weight.repeat(2, 1)
+        injected.regions = None if injected.regions is None else injected.regions.repeat(2, 1, 1, 1)
+
+    def _encode(self, call: Call, bins: int) -> Encoded:
+        """All subjects of the call at one time, (rows * subjects, ...)."""
+        if bins not in call.encoded:
+            encoder = self.adapter.encoder
+            features, present = call.features.flatten(0, 1), call.present.flatten(0, 1)
+            t = torch.zeros(len(features), device=features.device)
+            if not isinstance(encoder, ImagePrompt):
+                t = encoder.middle_of(t + bins)
+            call.encoded[bins] = encoder(features, present, t)
+        return call.encoded[bins]
+
+    def encode_prompt(self, *args, **kwargs):
+        """The stock method's results; with subjects, S+ is in the prompts, and the text of every time and slot is kept."""
+        call = self._subjects
+        if call is None or not self.adapter.has_words:
+            return super().encode_prompt(*args, **kwargs)
+        bound = inspect.signature(super().encode_prompt).bind(*args, **kwargs).arguments
+        prompts = [bound["prompt"]] if isinstance(bound["prompt"], str) else list(bound["prompt"])
+        tokenizers, encoders = text_parts(self)
+        for bins in range(self.adapter.encoder.config.time_bins):
+            vectors = self.adapter.word_vectors(self._encode(call, bins), call.weight)
+            texts = self.adapter.texts(lambda some: self._encode_text(some, bound), tokenizers, encoders, prompts, vectors)
+            call.contexts[bins] = texts["encoder_hidden_states"]
+        middle = [own[self.adapter.slots // 2] for own in vectors]
+        with replaced_words(tokenizers, encoders, list(WORDS[: call.weight.shape[1]]), middle):
+            return super().encode_prompt(*args, **kwargs)
+
+    def _encode_text(self, prompts: list[str], bound: dict) -> dict[str, Tensor]:
+        """The denoiser's text states of prompts, under the options of the call."""
+        options = {name: bound[name] for name in ("clip_skip", "lora_scale") if name in bound}
+        if bound.get("prompt_2"):
+            second = [bound["prompt_2"]] if isinstance(bound["prompt_2"], str) else bound["prompt_2"]
+            options["prompt_2"] = second * (len(prompts) // len(second))
+        found = super().encode_prompt(
+            prompts, device=bound.get("device"), num_images_per_prompt=1, do_classifier_free_guidance=False, **options
+        )
+        return {"encoder_hidden_states": found[0]}
+
+    def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
+        """Refused with a warning while an adapter is loaded: diffusers would replace its processors, and so the subject."""
+        if self.adapter is None:
+            super().enable_attention_slicing(slice_size)
+        else:
+            warnings.warn(
+                "attention slicing is left off: it would remove the subject encoder, and SDPA needs none.", stacklevel=2
+            )
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        if self.adapter is None:
+            super().enable_xformers_memory_efficient_attention(attention_op)
+        else:
+            use_xformers(self.unet)
+
+
+def prompts_of(pipe, args: tuple, kwargs: dict) -> list[str] | None:
+    prompt = args[0] if args else kwargs.get("prompt")
+    return [prompt] if isinstance(prompt, str) else prompt
+
+
+def with_prompt(args: tuple, kwargs: dict, prompts: list[str]) -> tuple[tuple, dict]:
+    return ((prompts, *args[1:]), kwargs) if args else (args, kwargs | {"prompt": prompts})
+
+
+def each_prompt(images: Any, count: int) -> list[Any]:
+    """The subjects of each prompt: those given for all of them, or one entry a prompt."""
+    listed = isinstance(images, Sequence) and not isinstance(images, str)
+    if listed and images and all(isinstance(entry, Mapping | Sequence) and not isinstance(entry, str) for entry in images):
+        if len(images) != count:
+            raise UserError(f"subject_images has {len(images)} entries for {count} prompts: give one for each, or one for all.")
+        return list(images)
+    return [images] * count
+
+
+def opened(image: Any) -> Image.Image:
+    """A picture, or the file of one; UserError if it is neither."""
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, str | Path):
+        raise UserError(f"a reference must be a picture or the path of one, not {type(image).__name__}.")
+    try:
+        with Image.open(image) as file:
+            file.load()
+            return file
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise UserError(f"the reference '{image}' cannot be read as a picture; give a PNG, JPEG or WebP file.") from error
+
+
+def check_words(prompt: str, subjects: Subjects, has_words: bool) -> None:
+    """UserError unless the prompt says the word of every subject, and has a subject for every word."""
+    for word in subjects:
+        if word not in WORDS:
+            raise UserError(
+                f"subject_images: '{word}' is no subject's word; those are {', '.join(WORDS)}.{nearest(word, WORDS)}"
+            )
+        if has_words and word not in prompt:
+            raise UserError(
+                f"the prompt '{prompt}' does not say {word}: write it before the subject's noun, as in 'a {word} dog'."
+            )
+    for word in WORDS:
+        if has_words and word in prompt and word not in subjects:
+            raise UserError(f"the prompt '{prompt}' says {word}, but there are no subject_images of it.")
+
+
+def packed(subjects: Sequence[Subjects]) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (rows, subjects, references, tokens, features), which references are present, and which subjects, as weights."""
+    columns = 1 + max(WORDS.index(word) for found in subjects for word in found)
+    most = max(len(own) for found in subjects for own in found.values())
+    any_one = next(iter(subjects[0].values()))
+    features = any_one.new_zeros(len(subjects), columns, most, *any_one.shape[1:])
+    present = torch.zeros(features.shape[:3], dtype=torch.bool, device=features.device)
+    present[:, :, 0] = True  # an encoder must have something to read
+    weight = features.new_zeros(features.shape[:2])
+    for row, found in enumerate(subjects):
+        for word, own in found.items():
+            column = WORDS.index(word)
+            features[row, column, : len(own)], present[row, column, : len(own)], weight[row, column] = own, True, 1.0
+    return features, present, weight
+
+
+def layer_scales(scale: float | Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
+    """The scale of each layer; of several beginnings that fit a layer's name the longest counts. UserError for one that fits
+    none."""
+    if not isinstance(scale, Mapping):
+        return dict.fromkeys(layers, float(scale))
+    for prefix in scale:
+        if not any(layer.startswith(prefix) for layer in layers):
+            raise UserError(f"subject_scale: no layer's name begins with '{prefix}'; they are {', '.join(layers)}.")
+    scales = {}
+    for layer in layers:
+        fitting = [prefix for prefix in scale if layer.startswith(prefix)]
+        scales[layer] = float(scale[max(fitting, key=len)]) if fitting else 1.0
+    return scales
+
+
+class SubjectSDPipeline(SubjectMixin, StableDiffusionPipeline):
+    """Stable Diffusion 1.x and 2.x with subjects."""
+
+
+class SubjectSDXLPipeline(SubjectMixin, StableDiffusionXLPipeline):
+    """Stable Diffusion XL with subjects."""
+
+
+KINDS = {StableDiffusionPipeline: SubjectSDPipeline, StableDiffusionXLPipeline: SubjectSDXLPipeline}
+
+
+def with_subjects(pipe: DiffusionPipeline) -> Any:
+    """A pipeline that also takes subjects, of the same components; UserError for kinds without cross-attention of a UNet."""
+    if isinstance(pipe, SubjectMixin):
+        return pipe
+    if type(pipe) not in KINDS:
+        raise UserError(f"subjects need a Stable Diffusion 1.x, 2.x or XL base model, not a {type(pipe).__name__}.")
+    options = {"requires_safety_checker": False} if type(pipe) is StableDiffusionPipeline else {}
+    if type(pipe) is StableDiffusionXLPipeline:
+        options = {"force_zeros_for_empty_prompt": pipe.config.force_zeros_for_empty_prompt, "add_watermarker": False}
+    made = KINDS[type(pipe)](**pipe.components, **options)
+    made._progress_bar_config = getattr(pipe, "_progress_bar_config", {})
+    return made
+
+
+def load_subject_pipeline(
+    run: str | Path, adapter: str | Path = "", image_encoder: str = "", dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
+    """A pipeline that draws subjects from pictures, without tuning.
+
+    `run` is a run of custom_contrast or ip_adapter, or a base model (folder, hub id, `stickers`); with a base model, or a run
+    of a method that trains no encoder (LoRA, words), `adapter` names the encoder (run, file, released IP-Adapter), by default
+    that of the embedded stickers.
+    """
+    pipe = with_subjects(load_pipeline(run, dtype, **options))
+    folder = Path(run)
+    own = (folder / "run.json").exists()
+    on_stickers = str(run) == "stickers" or (own and read_info(folder)["base_model"] == "stickers")
+    if not adapter:
+        adapter = run if own and any((folder / name).is_file() for name in ADAPTER_FILES) else "stickers" if on_stickers else ""
+    if not adapter:
+        raise UserError(f"'{run}' has no subject encoder: name one, a run of custom_contrast or ip_adapter, or a file.")
+    pipe.load_subject_adapter(adapter, image_encoder)
+    return pipe

@@ -1,0 +1,140 @@
+"""CustomContrast: an encoder that needs no tuning, taught by contrast between subjects (Chen et al., 2025, arXiv 2409.05606).
+
+L = L_LDM + lambda_1 L_CSCL + lambda_2 L_MACL. CSCL makes the two Q-Formers agree on who the subject is; MACL makes S+ of two
+views of a subject alike at every layer, and of two subjects as unlike as they look. There is no public code; weights,
+temperatures and all that the paper leaves open are choices of this project, named in the flags.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from customize.attention import TextGate
+from customize.backbone import Condition, Step
+from customize.config import option
+from customize.encoders import Encoded
+from customize.errors import UserError
+from customize.losses.contrastive import MaclForm, appearance_contrast, cosines, cross_modal_contrast, gathered
+from customize.subject import SubjectAdapter, multimodal
+from customize.trainers.subject_method import SubjectConfig, SubjectMethod
+
+
+@dataclass
+class CustomContrastConfig(SubjectConfig):
+    initializer_token: str = option("photo", "the word that S+ starts from")
+    cscl_weight: float = option(0.05, "weight of the contrast between visual and textual CLS; 0 is off")
+    macl_weight: float = option(0.05, "weight of the contrast between views of S+; 0 is off")
+    macl_form: MaclForm = option("ratio", "how real similarity scales that contrast")
+    macl_temperature: float = option(0.1, "its temperature")
+    contrast_warmup: float = option(0.1, "share of the steps over which both weights rise from 0")
+    queue_size: int = option(0, "samples of earlier batches that serve as negatives too, for small batches")
+    words: bool = option(True, "S+, a pseudo-word for every layer; without it only visual tokens")
+    fusion: bool = option(True, "refine visual tokens by S+")
+    location: bool = option(True, "a location map for every layer")
+    text_gate: TextGate = option("none", "whether location maps gate the text branch: not, by the same map, or by its opposite")
+    dim: int = option(768, "width of the Q-Formers")
+    depth: int = option(4, "their blocks")
+    heads: int = option(12, "their attention heads")
+    visual_queries: int = option(16, "visual tokens")
+    feature_layers: int = option(4, "layers of the image tower that the visual branch reads")
+    time_bins: int = option(10, "denoising times that S+ tells apart")
+
+
+SIZES = ("words", "fusion", "location", "dim", "depth", "heads", "visual_queries", "feature_layers", "time_bins")
+
+
+@dataclass
+class Contrasted(Condition):
+    """A condition with what the contrasts compare: both views encoded, and the tower's embedding of the cut-out one."""
+
+    views: tuple[Encoded, Encoded] | None = None
+    looks: Tensor | None = None
+
+
+class CustomContrast(SubjectMethod):
+    Config = CustomContrastConfig
+
+    def __init__(self, backbone, config: CustomContrastConfig, concepts=()):
+        super().__init__(backbone, config, concepts)
+        if not self.adapter.has_words and (config.cscl_weight or config.macl_weight):
+            raise UserError("--no_words leaves nothing to contrast: add --cscl_weight 0 --macl_weight 0.")
+        if config.cscl_weight:
+            self.log_scale = torch.nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.queue: dict[str, Tensor] = {}
+        self.ramp = 1.0
+
+    def make_adapter(self) -> SubjectAdapter:
+        config = self.config
+        sizes = {name: getattr(config, name) for name in SIZES}
+        return multimodal(self.backbone.pipe, self.tower, config.initializer_token, config.text_gate, **sizes)
+
+    def on_step(self, step, steps):
+        self.ramp = min(1.0, step / max(self.config.contrast_warmup * steps, 1))
+
+    @property
+    def contrasts(self) -> bool:
+        return bool(self.config.cscl_weight or self.config.macl_weight)
+
+    def condition(self, batch, t):
+        adapter, references = self.adapter, batch["references"]
+        count, both = len(references), self.uses_both()
+        used = 2 if both or self.contrasts else 1
+        output = self.tower(references[:, :used].flatten(0, 1))
+        features = adapter.encoder.read(output).unflatten(0, (count, used))
+        views = [self.encode(features[:, i : i + 1], t) for i in range(2 if self.contrasts else 1 - both)]
+        encoded = self.encode(features, t) if both else views[0]
+        no_text, no_image = self.dropped(count)
+        ones = torch.ones(count, 1, device=features.device)
+        injected = adapter.injected(encoded, ones * ~no_image[:, None])
+        prompts = self.prompts_of(batch, no_text)
+        if adapter.has_words:
+            parts = self.backbone.tokenizers, self.backbone.text_encoders
+            texts = adapter.texts(self.backbone.encode_prompt, *parts, prompts, adapter.word_vectors(encoded, ones))
+            injected.contexts = texts["encoder_hidden_states"]
+            text = {name: value[adapter.slots // 2] for name, value in texts.items()}
+        else:
+            text = self.backbone.encode_prompt(prompts)
+        if not self.contrasts:
+            return Contrasted(text, injected)
+        return Contrasted(text, injected, (views[0], views[1]), output.image_embeds.unflatten(0, (count, 2))[:, 1])
+
+    def encode(self, features: Tensor, t: Tensor) -> Encoded:
+        return self.adapter.encoder(features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device), t)
+
+    def losses(self, step: Step):
+        return super().losses(step) | (self.contrast(step) if self.contrasts else {})
+
+    def contrast(self, step: Step) -> dict[str, Tensor]:
+        """Both contrasts, over the samples of all processes and of the queue."""
+        config, condition = self.config, cast(Contrasted, step.condition)
+        anchor, positive = cast(tuple[Encoded, Encoded], condition.views)
+        rows = {
+            "anchor": gathered(stacked_words(anchor)),
+            "positive": gathered(stacked_words(positive)),
+            "visual": gathered(anchor.visual_cls),
+            "textual": gathered(anchor.textual_cls),
+            "looks": gathered(cast(Tensor, condition.looks)),
+            "identity": gathered(step.batch["identity"]),
+        }
+        columns = {name: torch.cat([value, self.queue[name]]) if name in self.queue else value for name, value in rows.items()}
+        same = rows["identity"][:, None] == columns["identity"]
+        terms = {}
+        if config.cscl_weight:
+            scale = self.log_scale.exp().clamp(max=100)
+            loss = cross_modal_contrast(rows["visual"], columns["textual"], same, scale)
+            terms["cscl"] = self.ramp * config.cscl_weight * loss
+        if config.macl_weight:
+            layers = rows["anchor"].transpose(0, 1), columns["positive"].transpose(0, 1)
+            similarity = cosines(rows["looks"], columns["looks"])
+            loss = appearance_contrast(*layers, similarity, same, config.macl_form, config.macl_temperature)
+            terms["macl"] = self.ramp * config.macl_weight * loss
+        if config.queue_size and self.training:
+            self.queue = {name: value[: config.queue_size].detach() for name, value in columns.items()}
+        return terms
+
+
+def stacked_words(encoded: Encoded) -> Tensor:
+    """Z: what S+ adds to its starting word at every slot, over all text encoders, (batch, slots, dim)."""
+    return torch.cat(encoded.words, -1)

@@ -1,0 +1,44 @@
+"""IP-Adapter: visual tokens through cross-attention of their own (Ye et al., 2023, arXiv 2308.06721)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from customize.backbone import Condition
+from customize.config import option
+from customize.subject import SubjectAdapter, image_prompt
+from customize.trainers.subject_method import SubjectConfig, SubjectMethod
+
+
+@dataclass
+class IPAdapterConfig(SubjectConfig):
+    plus: bool = option(True, "read patches with a resampler (IP-Adapter-Plus) instead of the pooled embedding")
+    dim: int = option(768, "width of the resampler")
+    depth: int = option(4, "its blocks")
+    heads: int = option(12, "its attention heads")
+    visual_queries: int = option(16, "its visual tokens")
+
+
+class IPAdapter(SubjectMethod):
+    Config = IPAdapterConfig
+
+    def make_adapter(self) -> SubjectAdapter:
+        sizes = {name: getattr(self.config, name) for name in ("dim", "depth", "heads")}
+        sizes = sizes | {"queries": self.config.visual_queries} if self.config.plus else {}
+        return image_prompt(self.backbone.pipe, self.tower, self.config.plus, **sizes)
+
+    def condition(self, batch, t: Tensor) -> Condition:
+        """A picture that is dropped becomes the blank one that the unconditional half is given at inference."""
+        encoder, references = self.adapter.encoder, batch["references"]
+        count = 2 if self.uses_both() else 1
+        views = references[:, :count].flatten(0, 1)
+        features = encoder.read(self.tower(views)).unflatten(0, (-1, count))
+        no_text, no_image = self.dropped(len(references))
+        if no_image.any():
+            blank = encoder.blank(self.tower, views).unsqueeze(1)
+            features = torch.where(no_image.view(-1, 1, 1, 1), blank, features)
+        encoded = encoder(features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device), t)
+        weight = torch.ones(len(references), 1, device=features.device)
+        text = self.backbone.encode_prompt(self.prompts_of(batch, no_text))
+        return Condition(text, self.adapter.injected(encoded, weight))

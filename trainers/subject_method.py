@@ -1,0 +1,74 @@
+"""What methods that train a subject encoder share: the image tower, the adapter, and what is dropped for guidance."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from customize.attention import text_layers
+from customize.config import option
+from customize.encoders import load_tower
+from customize.errors import UserError
+from customize.subject import SubjectAdapter, adapter_file, load_adapter, without_words
+from customize.trainers.method import Method, MethodConfig
+from customize.trainers.references import ReferenceConfig
+
+
+@dataclass
+class SubjectConfig(MethodConfig):
+    """Fields of every method that trains a subject encoder."""
+
+    image_encoder: str = option("", "CLIP vision model: folder, hub id (or OWNER/NAME/FOLDER); empty: stickers' own")
+    pretrained_adapter: str = option("", "an encoder file to go on from, ours or a released IP-Adapter")
+    dropout_text: float = option(0.05, "share of samples that are learned without their prompt, for guidance")
+    dropout_image: float = option(0.05, "share without visual tokens")
+    dropout_both: float = option(0.05, "share without either")
+    multi_reference_rate: float = option(0.25, "share of batches that are given both references")
+
+
+class SubjectMethod(Method):
+    """Subclasses make `adapter` in `make_adapter`."""
+
+    Config = SubjectConfig
+    Data = ReferenceConfig
+    adapter: SubjectAdapter
+
+    def __init__(self, backbone, config: SubjectConfig, concepts=()):
+        super().__init__(backbone, config, list(concepts))
+        try:
+            text_layers(backbone.denoiser)
+        except TypeError:
+            raise UserError(f"{type(self).__name__} needs a UNet (Stable Diffusion 1.x, 2.x, XL) as base model.") from None
+        if not config.image_encoder and backbone.name != "stickers":
+            raise UserError("--image_encoder: name the CLIP vision model that reads the references.")
+        self.tower = load_tower(config.image_encoder or "stickers")
+        if config.pretrained_adapter:
+            self.adapter = load_adapter(adapter_file(config.pretrained_adapter), backbone.pipe)
+            self.adapter.train().requires_grad_(True)
+        else:
+            self.adapter = self.make_adapter()
+
+    def make_adapter(self) -> SubjectAdapter:
+        raise NotImplementedError
+
+    @property
+    def trains_text(self) -> bool:
+        return True
+
+    def dropped(self, count: int) -> tuple[Tensor, Tensor]:
+        """Which of `count` samples lose their prompt and which their visual tokens; none in evaluation."""
+        device, config = self.backbone.device, self.config
+        text, image, both = config.dropout_text, config.dropout_image, config.dropout_both
+        if not self.training:
+            return torch.zeros(count, dtype=torch.bool, device=device), torch.zeros(count, dtype=torch.bool, device=device)
+        u = torch.rand(count, device=device)
+        no_text = (u < text) | ((u >= text + image) & (u < text + image + both))
+        return no_text, (u >= text) & (u < text + image + both)
+
+    def prompts_of(self, batch: dict, no_text: Tensor) -> list[str]:
+        prompts = batch["prompt"] if self.adapter.has_words else [without_words(prompt) for prompt in batch["prompt"]]
+        return ["" if drop else prompt for prompt, drop in zip(prompts, no_text.tolist(), strict=True)]
+
+    def uses_both(self) -> bool:
+        """Whether this batch is given both references; the first alone in evaluation."""
+        return self.training and torch.rand(()).item() < self.config.multi_reference_rate
