@@ -11,7 +11,7 @@ ENCODERS = {"clip", "dino", "dinov2"}
 SAMPLING = {"num_images_per_prompt", "num_inference_steps", "guidance_scale", "resolution", "batch_size"}
 DATASET = {"methods", "data_dir", "pretrained_model_name_or_path", "revision", "variant", "train_file", "references"}
 USED = {  # the flags that count for each kind of evaluation
-    "--bench stickers": {"methods", "quick", "max_train_steps"},
+    "--bench stickers": {"methods", "quick", "max_train_steps", "group"},
     "--bench dreambench": ENCODERS | SAMPLING | DATASET | {"limit_subjects", "limit_prompts"},
     "a run on stickers": {"quick", "subject"},
     "a run on this base model": ENCODERS | SAMPLING,
@@ -25,10 +25,13 @@ class EvaluateConfig:
     bench: Literal["stickers", "dreambench"] = option("stickers", "which benchmark")
     methods: list[str] = field(
         default_factory=lambda: ["base", "real", "textual_inversion", "dreambooth"],
-        metadata={"help": "what is compared; base and real are the untouched model and real pictures"},
+        metadata={"help": "what is compared: methods, base (the untouched model), real (pictures), or folders of encoder runs"},
     )
     quick: bool = option(False, "stickers: 6 subjects, 8 prompts, 1 picture instead of 30, 25 and 4")
     max_train_steps: int = option(200, "stickers: training steps of every method")
+    group: Literal["all", "known", "unknown"] = option(
+        "all", "stickers: subjects whose class the base model knows by other drawings, or does not know, or both"
+    )
     output: str = option("", "folder of pictures and report; empty: runs/BENCH, or RUN/evaluation")
     seed: int = option(0, "seed of training and of the first picture")
     data_dir: str = option("", "dreambench: the dataset's folder, with prompts_and_classes.txt")
@@ -101,7 +104,7 @@ def make_bench(config: EvaluateConfig) -> Any:
     common: dict[str, Any] = {"folder": folder, "methods": config.methods, "seed": config.seed}
     if config.bench == "stickers":
         repeats = 1 if config.quick else 4
-        return StickerBench(**common, repeats=repeats, quick=config.quick, steps=config.max_train_steps)
+        return StickerBench(**common, repeats=repeats, quick=config.quick, steps=config.max_train_steps, group=config.group)
     if not config.data_dir:
         raise UserError("--bench dreambench needs --data_dir, the folder of the DreamBooth dataset.")
     if not config.pretrained_model_name_or_path:

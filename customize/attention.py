@@ -6,7 +6,7 @@ the layer one. All of it goes through diffusers' `dispatch_attention_fn`, so `un
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,8 @@ class CrossAttention:
 
     _attention_backend = None
 
-    def __init__(self, name: str = "", branch: SubjectBranch | None = None, slot: int = 0, text_gate: TextGate = "none"):
+    def __init__(self, name: str = "", branch: Any = None, slot: int = 0, text_gate: TextGate = "none"):
+        """`branch` is the layer's `SubjectBranch`, or None."""
         self.name, self.branch, self.slot, self.text_gate = name, branch, slot, text_gate
 
     def __call__(
@@ -118,13 +119,13 @@ class CrossAttention:
         maps = None
         if self.branch.location is not None:
             each = hidden.repeat_interleave(count, 0)
-            maps = self.branch.location(each, subjects.place.flatten(0, 1).to(hidden.dtype)).view(size)
+            maps = self.branch.location(each, cast(Tensor, subjects.place).flatten(0, 1).to(hidden.dtype)).view(size)
         if scale:
             key, value, mask = self.keys_values(attn, subjects, query.dtype)
             seen = self.attend(query.repeat_interleave(count, 0), key, value, mask).flatten(2).unflatten(0, (rows, count))
             weight = subjects.weight.view(rows, count, 1, 1).to(seen.dtype) * scale
             weight = weight if maps is None else weight * gate(maps)
-            weight = weight if subjects.regions is None else weight * at_size(subjects, hidden.shape[1]).to(seen.dtype)
+            weight = weight if subjects.regions is None else weight * at_size(subjects.regions, hidden.shape[1]).to(seen.dtype)
             added = (weight * seen).sum(1)
         else:
             added = torch.zeros_like(text[-rows:])
@@ -151,11 +152,11 @@ class CrossAttention:
         return found
 
 
-def at_size(subjects: Injected, pixels: int) -> Tensor:
-    """The regions (rows, subjects, pixels, 1) at a layer of so many pixels."""
-    height, width = subjects.regions.shape[-2:]
+def at_size(regions: Tensor, pixels: int) -> Tensor:
+    """Regions (rows, subjects, height, width) as (rows, subjects, pixels, 1) for a layer of so many pixels."""
+    height, width = regions.shape[-2:]
     rows = round((pixels * height / width) ** 0.5)
-    return F.interpolate(subjects.regions, (rows, pixels // rows), mode="area").flatten(2).unsqueeze(-1)
+    return F.interpolate(regions, (rows, pixels // rows), mode="area").flatten(2).unsqueeze(-1)
 
 
 def text_layers(denoiser: UNet2DConditionModel) -> dict[str, str]:

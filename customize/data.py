@@ -137,16 +137,17 @@ class SubjectDataset(Dataset):
         index, bucket, flip = key
         picture = self.pictures[index]
         image, mask = read_picture(picture)
-        pixels = _to_tensor(fit(image, *bucket), flip) * 2 - 1
+        pixels = to_tensor(fit(image, *bucket), flip) * 2 - 1
         weight = torch.ones(1, *bucket)
         if mask is not None and self.config.masked_loss:
             outside = self.config.unmasked_weight
-            weight = outside + (1 - outside) * _to_tensor(fit(mask, *bucket, Image.Resampling.BILINEAR), flip)
+            weight = outside + (1 - outside) * to_tensor(fit(mask, *bucket, Image.Resampling.BILINEAR), flip)
         about = {"prompt": picture.caption, "index": index, "concept": picture.concept, "is_prior": picture.is_prior}
         return {"pixels": pixels, "mask": weight, **about}
 
 
-def _to_tensor(image: Image.Image, flip: bool) -> torch.Tensor:
+def to_tensor(image: Image.Image, flip: bool = False) -> torch.Tensor:
+    """A picture, mirrored if `flip`, as (channels, height, width) in [0, 1]."""
     array = np.array(ImageOps.mirror(image) if flip else image, dtype=np.float32) / 255
     return torch.from_numpy(array.reshape(image.height, image.width, -1)).permute(2, 0, 1).contiguous()
 

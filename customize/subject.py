@@ -42,9 +42,7 @@ class SubjectAdapter(nn.Module):
         self.encoder, self.text_gate = encoder, text_gate
         self.starts = nn.ParameterList(start.detach().float().clone() for start in starts)
         self.branches = make_branches(denoiser, visual_dim(encoder), encoder.place_dim)
-        self.layers = {
-            number: [name, self.branches[number].to_k_ip.out_features] for number, name in text_layers(denoiser).items()
-        }
+        self.layers = {number: [name, denoiser.get_submodule(name).inner_dim] for number, name in text_layers(denoiser).items()}
         install(denoiser, self.branches, text_gate)
 
     @property
@@ -74,10 +72,8 @@ class SubjectAdapter(nn.Module):
     def injected(self, encoded: Encoded, weight: Tensor, contexts: Tensor | None = None, **more) -> Injected:
         """`encoded` has rows * subjects rows; `weight` is (rows, subjects)."""
 
-        def split(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.unflatten(0, tuple(weight.shape))
-
-        return Injected(split(encoded.visual), weight, split(encoded.mask), contexts, split(encoded.place), **more)
+        mask, place = (None if x is None else x.unflatten(0, tuple(weight.shape)) for x in (encoded.mask, encoded.place))
+        return Injected(encoded.visual.unflatten(0, tuple(weight.shape)), weight, mask, contexts, place, **more)
 
 
 def visual_dim(encoder: Any) -> int:

@@ -88,7 +88,7 @@ def replaced_words(tokenizers: Sequence, encoders: Sequence, words: list[str], v
     `vectors` holds (rows, words, dim) for each text encoder; gradients flow into them. The embedding tables stay as they are,
     and may be exchanged between two uses, as loading other learned words does.
     """
-    handles = []
+    handles: list = []
     try:
         for tokenizer, encoder, own in zip(tokenizers, encoders, vectors, strict=True):
             ids = torch.tensor(tokenizer.convert_tokens_to_ids(words))

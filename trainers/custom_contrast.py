@@ -18,7 +18,9 @@ from customize.encoders import Encoded
 from customize.errors import UserError
 from customize.losses.contrastive import MaclForm, appearance_contrast, cosines, cross_modal_contrast, gathered
 from customize.subject import SubjectAdapter, multimodal
+from customize.trainers.diagnostics import appearance_correlation, gradient_ratios, view_retrieval, write_similarity
 from customize.trainers.subject_method import SubjectConfig, SubjectMethod
+from customize.trainers.validation import fixed_randomness
 
 
 @dataclass
@@ -113,8 +115,8 @@ class CustomContrast(SubjectMethod):
         rows = {
             "anchor": gathered(stacked_words(anchor)),
             "positive": gathered(stacked_words(positive)),
-            "visual": gathered(anchor.visual_cls),
-            "textual": gathered(anchor.textual_cls),
+            "visual": gathered(cast(Tensor, anchor.visual_cls)),
+            "textual": gathered(cast(Tensor, anchor.textual_cls)),
             "looks": gathered(cast(Tensor, condition.looks)),
             "identity": gathered(step.batch["identity"]),
         }
@@ -133,6 +135,29 @@ class CustomContrast(SubjectMethod):
         if config.queue_size and self.training:
             self.queue = {name: value[: config.queue_size].detach() for name, value in columns.items()}
         return terms
+
+    def diagnose(self, batches, folder, step):
+        """View retrieval of Z at every slot, its rank correlation with real similarity, and the terms' gradients."""
+        found: dict[str, float] = {}
+        if not self.contrasts:
+            return found
+        with torch.no_grad():
+            conditions = [
+                self.condition(batch, torch.full_like(batch["identity"], 0.5, dtype=torch.float)) for batch in batches
+            ]
+        first, second = (torch.cat([stacked_words(c.views[i]) for c in conditions]).transpose(0, 1) for i in range(2))
+        looks = torch.cat([condition.looks for condition in conditions])
+        identity = torch.cat([batch["identity"] for batch in batches])
+        retrieved = view_retrieval(first, second, identity)
+        found |= {f"retrieval slot {i}": share for i, share in enumerate(retrieved)}
+        found |= {
+            "retrieval": sum(retrieved) / len(retrieved),
+            "spearman": appearance_correlation(first, second, looks, identity),
+        }
+        write_similarity(folder, step, first, second, looks)
+        with torch.enable_grad(), fixed_randomness(step):
+            parameters = [p for p in self.adapter.encoder.parameters() if p.requires_grad]
+            return found | gradient_ratios(self(batches[0]), parameters)
 
 
 def stacked_words(encoded: Encoded) -> Tensor:

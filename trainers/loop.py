@@ -28,7 +28,7 @@ from customize.trainers.references import Positions, References, Streamed, colla
 from customize.trainers.selection import Scorer
 from customize.trainers.settings import TrainConfig, make_optimizer
 from customize.trainers.state import latest_checkpoint, load_state, save_state
-from customize.trainers.validation import sample, sheet, validation_loss
+from customize.trainers.validation import fixed_randomness, sample, sheet, validation_loss
 
 
 @dataclass
@@ -252,7 +252,8 @@ def validate(session: Session, bar: tqdm) -> None:
         found = {}
         if session.held_out:
             found["validation_loss"] = validation_loss(session.method, session.held_out, config.seed)
-            found |= session.method.diagnose(session.held_out, session.output / "samples", step)
+            with fixed_randomness(config.seed):
+                found |= session.method.diagnose(session.held_out, session.output / "samples", step)
         if config.validation_prompt:
             found |= draw_validation(session)
     if not found:
@@ -264,7 +265,7 @@ def validate(session: Session, bar: tqdm) -> None:
             file.write(json.dumps({"step": step, **found}) + "\n")
     decisive = -found["score"] if "score" in found else found["validation_loss"]
     best.add(decisive)
-    values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
+    values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items() if "slot" not in name)
     bar.write(f"step {step}: {values}{' (best)' if best.since == 0 else ''}")
     if best.since == 0:
         session.write(session.output / "best")

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from customize.config import option
-from customize.data import fit
+from customize.data import fit, to_tensor
 from customize.encoders.tower import opaque
 from customize.errors import UserError
 from customize.pictures import Picture, find_pictures, read_picture
@@ -50,6 +50,7 @@ class ReferenceConfig:
     resolution: int = option(0, "side of the target pictures in pixels; 0: what the model was trained at")
     holdout: int = option(0, "subjects kept from training for the validation loss and the diagnostics")
     segment_rate: float = option(0.5, "share of first references that are cut out on white, as far as masks are known")
+    unmasked_weight: float = option(0.5, "loss weight of what lies outside the target's mask, 0 to 1, where one is known")
     augment: bool = option(False, "turn, shift, scale and mirror references on white (rendered scenes vary by themselves)")
     world: str = option("", "stickers: an atlas folder of the whole world; empty: the drawings that ship")
     max_pixels: int = option(100_000_000, "pictures with more pixels are refused")
@@ -81,9 +82,13 @@ def item(
     shown = [first.cut_out if rng.random() < config.segment_rate else opaque(first.picture), second.cut_out]
     if config.augment:
         shown = [moved(picture, rng) for picture in shown]
-    picture = np.asarray(fit(opaque(target.picture), config.resolution, config.resolution), dtype=np.float32)
-    array = torch.from_numpy(picture / 127.5 - 1).permute(2, 0, 1).contiguous()
-    return {"pixels": array, "references": pixels(shown), "prompt": prompt, "identity": identity}
+    side = config.resolution, config.resolution
+    picture = to_tensor(fit(opaque(target.picture), *side)) * 2 - 1
+    weight = torch.ones(1, *side)
+    if target.mask is not None:
+        outside = config.unmasked_weight
+        weight = outside + (1 - outside) * to_tensor(fit(target.mask, *side, Image.Resampling.BILINEAR))
+    return {"pixels": picture, "mask": weight, "references": pixels(shown), "prompt": prompt, "identity": identity}
 
 
 def moved(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -138,8 +143,7 @@ class Rendered(References):
         prefix = PREFIXES[rng.integers(len(PREFIXES))]
         prompt = caption(target, f"{WORD} {drawing.word}", prefix, style=rng.random() < 0.5, setting=rng.random() < 0.92)
         views = [self.view(drawing, rng) for _ in range(2)]
-        picture, _ = draw_scene(target, self.world)
-        return item(View(picture), views, prompt, self.number[drawing], rng, self.config, self.pixels)
+        return item(View(*draw_scene(target, self.world)), views, prompt, self.number[drawing], rng, self.config, self.pixels)
 
     def view(self, drawing: Drawing, rng: np.random.Generator) -> View:
         background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
@@ -161,7 +165,7 @@ class Folders(References):
         target, *references = (pictures[i] for i in drawn(rng, len(pictures)))
         views = [View(*read_picture(picture)) for picture in references]
         prompt = named(target.caption)
-        return item(View(read_picture(target)[0]), views, prompt, index, rng, self.config, self.pixels)
+        return item(View(*read_picture(target)), views, prompt, index, rng, self.config, self.pixels)
 
 
 def drawn(rng: np.random.Generator, count: int) -> list[int]:
@@ -175,7 +179,7 @@ def read_folders(config: ReferenceConfig) -> list[tuple[str, list[Picture]]]:
     root = Path(config.train_data_dir)
     if not root.is_dir():
         raise UserError(f"There is no folder '{root}'; correct --train_data_dir.")
-    subjects = []
+    subjects: list[tuple[str, list[Picture]]] = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         prompt = config.instance_prompt.replace("{}", folder.name)
         pictures = find_pictures(folder, prompt, len(subjects), False, config.strict, config.max_pixels)
@@ -281,8 +285,8 @@ class Positions(Sampler[list[int]]):
 
 
 def collate_references(items: Sequence[dict]) -> dict:
-    """A batch: `pixels` (B, 3, H, W), `references` (B, 2, 3, h, w), `identity` (B,), `prompt` a list."""
-    batch: dict = {name: torch.stack([entry[name] for entry in items]) for name in ("pixels", "references")}
+    """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `references` (B, 2, 3, h, w), `identity` (B,), `prompt` a list."""
+    batch: dict = {name: torch.stack([entry[name] for entry in items]) for name in ("pixels", "mask", "references")}
     batch["identity"] = torch.tensor([entry["identity"] for entry in items], dtype=torch.long)
     return batch | {"prompt": [entry["prompt"] for entry in items]}
 
@@ -322,14 +326,13 @@ def read_references(model, config: ReferenceConfig, settings, pixels: Pixels, ac
         if not 0 <= count < len(subjects):
             raise UserError(f"--holdout {count} leaves no subject for training; there are {len(subjects)}.")
         kept = np.random.default_rng(seed).permutation(len(subjects)).tolist()
-        held = Folders(config, [subjects[i] for i in kept[:count]], pixels, seed)
-        train = Folders(config, [subjects[i] for i in kept[count:]], pixels, seed)
+        held, train = (Folders(config, [subjects[i] for i in part], pixels, seed) for part in (kept[:count], kept[count:]))
         return train, held_out_batch(held, count, device)
     if config.dataset_name:
         held_rows, rows = split_rows(read_rows(config), config.subject_column, count)
-        train = Streamed(config, rows, pixels, seed, accelerator.process_index, accelerator.num_processes)
-        held = list(itertools.islice(Streamed(config, held_rows, pixels, seed), count)) if count else []
-        return train, held_out_batch(held, len(held), device)
+        kept_rows = list(itertools.islice(Streamed(config, held_rows, pixels, seed), count)) if count else []
+        streamed = Streamed(config, rows, pixels, seed, accelerator.process_index, accelerator.num_processes)
+        return streamed, held_out_batch(kept_rows, len(kept_rows), device)
     if model.pretrained_model_name_or_path != "stickers":
         raise UserError("Name the subjects to learn from: --train_data_dir (a folder for each) or --dataset_name.")
     return Rendered(config, pixels, seed), held_out_batch(Rendered(config, pixels, seed, validation=True), count, device)

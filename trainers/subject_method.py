@@ -9,7 +9,7 @@ from customize.attention import text_layers
 from customize.config import option
 from customize.encoders import load_tower
 from customize.errors import UserError
-from customize.subject import SubjectAdapter, adapter_file, load_adapter, without_words
+from customize.subject import SubjectAdapter, adapter_file, load_adapter, read_file, without_words
 from customize.trainers.method import Method, MethodConfig
 from customize.trainers.references import ReferenceConfig
 
@@ -42,14 +42,26 @@ class SubjectMethod(Method):
         if not config.image_encoder and backbone.name != "stickers":
             raise UserError("--image_encoder: name the CLIP vision model that reads the references.")
         self.tower = load_tower(config.image_encoder or "stickers")
-        if config.pretrained_adapter:
-            self.adapter = load_adapter(adapter_file(config.pretrained_adapter), backbone.pipe)
-            self.adapter.train().requires_grad_(True)
-        else:
-            self.adapter = self.make_adapter()
+        self.adapter = self.start_from(config.pretrained_adapter) if config.pretrained_adapter else self.make_adapter()
 
     def make_adapter(self) -> SubjectAdapter:
         raise NotImplementedError
+
+    def start_from(self, name: str) -> SubjectAdapter:
+        """A released adapter as it is, or a new one of ours with what an earlier run trained: parts that the earlier run did not
+        have begin anew. UserError where shapes differ."""
+        path = adapter_file(name)
+        state, about = read_file(path)
+        if about is None:
+            return load_adapter(path, self.backbone.pipe).train().requires_grad_(True)
+        adapter = self.make_adapter()
+        own = {key: value.shape for key, value in adapter.state_dict().items()}
+        if differing := [key for key, value in state.items() if own.get(key) != value.shape]:
+            raise UserError(
+                f"--pretrained_adapter: '{path}' has other sizes or parts ({differing[0]}); give the flags of its run."
+            )
+        adapter.load_state_dict(state, strict=False)
+        return adapter
 
     @property
     def trains_text(self) -> bool:

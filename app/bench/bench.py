@@ -18,6 +18,11 @@ NOT_TRAINED = ("base", "real")  # rows that are no methods: the untouched base m
 PRIOR_PROMPTS = 4  # of these many prompts the class word alone is drawn, before and after
 
 
+def folder_of(name: str) -> str:
+    """The folder of a method's pictures: some methods are named by a path."""
+    return name.strip("./").replace("/", "-")
+
+
 @dataclass(frozen=True)
 class Subject:
     """One subject of a benchmark: `prompts` have `{}` in its place, `source` is its drawing or its folder of photographs."""
@@ -110,7 +115,7 @@ class Bench:
         drawing = self.drawing()
         same_protocol(self.folder, drawing)
         for name in self.methods:
-            same_protocol(self.folder / name, {"method": self.teaching(name)})
+            same_protocol(self.folder / folder_of(name), {"method": self.teaching(name)})
         rows: dict[str, list[dict]] = {name: [] for name in self.methods}
         with tqdm([(name, subject) for name in self.methods for subject in self.subjects], desc=self.title) as bar:
             for name, subject in bar:
@@ -125,7 +130,7 @@ class Bench:
 
     def row(self, name: str, subject: Subject) -> dict:
         """One method's scores, pictures and costs for one subject."""
-        place = Path(name, subject.name)
+        place = Path(folder_of(name), subject.name)
         folder = self.folder / place
         references = self.write_references(name, subject, folder / "pictures")
         shots = self.shots(subject, self.words(name, subject))
@@ -160,7 +165,7 @@ class Bench:
 
     def run_folder(self, name: str, subject: Subject) -> Path:
         """The finished run of a method for a subject, trained if it is missing."""
-        folder = self.folder / name / subject.name
+        folder = self.folder / folder_of(name) / subject.name
         flags = ["--instance_data_dir", str(folder / "pictures"), "--instance_prompt", f"a {self.words(name, subject)}"]
         flags += ["--class_prompt", f"a {subject.word}", "--pretrained_model_name_or_path", self.base]
         flags += ["--seed", str(self.seed), "--overwrite_output_dir"]
@@ -179,7 +184,7 @@ class Bench:
     def prior(self, name: str, subject: Subject, load: Callable) -> list[Image.Image]:
         """What the class word alone draws, from the same noises for every method."""
         shots = self.shots(subject, subject.word)[: PRIOR_PROMPTS * self.repeats : self.repeats]
-        return draw_missing(load, shots, self.folder / name / subject.name / "class", self.sampling)
+        return draw_missing(load, shots, self.folder / folder_of(name) / subject.name / "class", self.sampling)
 
     def taken(self, subject, pictures, references, prior, before) -> Taken:
         return Taken(subject, pictures, references, prior, before, self.repeats)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,21 +15,25 @@ from customize.app.bench.sticker_scores import METRICS, score
 from customize.errors import UserError, nearest
 from customize.metrics import load_sticker_clip
 from customize.pictures import save_picture
-from customize.stickers import MODEL, World, draw_scene
+from customize.pipelines import load_subject_pipeline
+from customize.stickers import ENCODER, MODEL, Drawing, World, draw_scene
 from customize.stickers.bench import bench_prompts, bench_subjects, reference_scenes, true_scene, write_references
 from customize.stickers.judge import TRUSTED, accuracy, trusted
+from customize.subject import ADAPTER_FILES, adapter_file
 
 COMMON = "--resolution 64 --train_batch_size 4 --lr_scheduler cosine --checkpointing_steps 100000"
 LORA = "--rank 16 --lora_layers all --learning_rate 1e-3"
 
 
 class Recipe(NamedTuple):
-    """A method at the embedded model's scale: `words` stand for the subject in prompts; `{}` is its class word."""
+    """A method at the embedded model's scale: `words` stand for the subject in prompts; `{}` is its class word. Methods with a
+    subject `encoder` (`stickers`, or the folder of a run) are not trained for each subject."""
 
     label: str
     method: str
     words: str
     flags: str
+    encoder: str = ""
 
 
 RECIPES = {
@@ -52,7 +56,38 @@ RECIPES = {
         "<subject> {}",
         f"{LORA} --placeholder_token <subject> --initializer_token {{}} --num_vectors 2 --token_learning_rate 1e-2",
     ),
+    "custom_contrast": Recipe("CustomContrast encoder", "", "<s> {}", "", "stickers"),
 }
+GROUPS = {"known": "known class", "unknown": "unknown class"}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of a name, or that of the folder of an encoder's run; UserError for others."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if any((Path(name) / file).is_file() for file in ADAPTER_FILES):
+        return Recipe(Path(name).name.replace("-", " ").replace("_", " "), "", "<s> {}", "", name)
+    raise UserError(
+        f"--methods: StickerBench has no recipe '{name}', nor is it a run of an encoder: {', '.join(RECIPES)}."
+        f"{nearest(name, RECIPES)}"
+    )
+
+
+class WithReferences:
+    """A pipeline that is given a subject's pictures whenever it is asked for the subject."""
+
+    def __init__(self, pipe, references: Sequence[Image.Image]):
+        self.pipe, self.references = pipe, list(references)
+
+    def __call__(self, prompts: list[str], **options):
+        return self.pipe(prompts, subject_images=self.references, **options)
+
+
+@lru_cache(maxsize=1)
+def encoder_pipeline(encoder: str, device: str):
+    pipe = load_subject_pipeline(encoder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +97,13 @@ class StickerBench(Bench):
     sampling: Sampling = Sampling(num_inference_steps=25, guidance_scale=4.0, batch_size=16)
     quick: bool = False
     steps: int = 200
+    group: str = "all"  # or one of `GROUPS`
 
     title = "StickerBench"
 
     def __post_init__(self):
         for name in self.methods:
-            if name not in RECIPES:
-                raise UserError(
-                    f"--methods: StickerBench has no recipe '{name}': {', '.join(RECIPES)}.{nearest(name, RECIPES)}"
-                )
+            find_recipe(name)
 
     @cached_property
     def clip(self):
@@ -87,23 +120,34 @@ class StickerBench(Bench):
                 prompts,
                 drawing,
             )
-            for drawing in bench_subjects(self.quick)
+            for drawing in self.drawings
         ]
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        """Twenty held-out drawings of known classes and ten of unknown ones; `quick`: the first six of them."""
+        world = World()
+        chosen = [d for d in bench_subjects() if self.group in ("all", "unknown" if world.is_unknown(d.word) else "known")]
+        return chosen[: len(bench_subjects(quick=True))] if self.quick else chosen
 
     def drawing(self):
         prompts = bench_prompts(self.quick)
+        of_group = f" of {self.group} classes" if self.group != "all" else ""
         model = hashlib.sha256((MODEL / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
         return {
             "bench": "StickerBench" + (", quick subset" if self.quick else ""),
             "base model": f"stickers, denoiser sha256 {model.hexdigest()[:12]}",
-            "subjects": f"{len(self.subjects)} held-out drawings, four captioned reference pictures each",
+            "subjects": f"{len(self.subjects)} held-out drawings{of_group}, four captioned reference pictures each",
             "prompts": f"{len(prompts)}, sha256 {hashlib.sha256(chr(10).join(prompts).encode()).hexdigest()[:12]}",
             "pictures": f"{self.repeats} for each prompt, seeds from {self.seed}",
             "sampling": str(self.sampling),
         }
 
     def teaching(self, name):
-        recipe = RECIPES[name]
+        recipe = find_recipe(name)
+        if recipe.encoder:
+            file = ENCODER if recipe.encoder == "stickers" else adapter_file(recipe.encoder)
+            return f"encoder sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}, no training for a subject"
         return f"{recipe.method}, {self.steps} steps, {COMMON} {recipe.flags}" if recipe.method else recipe.label
 
     def scoring(self):
@@ -116,14 +160,26 @@ class StickerBench(Bench):
         }
 
     def label(self, name):
-        return RECIPES[name].label
+        return find_recipe(name).label
 
     def words(self, name, subject):
-        return RECIPES[name].words.format(subject.word)
+        return find_recipe(name).words.format(subject.word)
 
     def training(self, name, subject):
-        recipe = RECIPES[name]
+        recipe = find_recipe(name)
         return f"{recipe.method} {COMMON} --max_train_steps {self.steps} {recipe.flags.format(subject.word)}".split()
+
+    def pipeline(self, name, subject):
+        if not (encoder := find_recipe(name).encoder):
+            return super().pipeline(name, subject)
+        references = [draw_scene(scene, World())[0] for scene in reference_scenes(subject.source, self.seed)]
+        return WithReferences(encoder_pipeline(encoder, self.sampling.device), references)
+
+    def prior(self, name, subject, load):
+        """An encoder leaves the base model as it is: the class word alone draws what it drew."""
+        if find_recipe(name).encoder:
+            return super().prior("base", subject, lambda: super(StickerBench, self).pipeline("base", subject))
+        return super().prior(name, subject, load)
 
     def write_references(self, name, subject, folder):
         return write_references(folder, subject.source, self.words(name, subject), self.seed)

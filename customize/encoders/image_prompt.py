@@ -38,8 +38,8 @@ class ImagePrompt(nn.Module):
 
     @property
     def visual_dim(self) -> int:
-        norm = self.image_proj.norm_out if self.plus else self.image_proj.norm
-        return norm.normalized_shape[0]
+        last = self.image_proj.norm_out if isinstance(self.image_proj, Resampler) else self.image_proj.norm
+        return last.normalized_shape[0]
 
     def read(self, output) -> Tensor:
         """What is used of the image tower's output: its last hidden states but one, or its pooled embedding."""

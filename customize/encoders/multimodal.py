@@ -49,12 +49,16 @@ def fourier(x: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
+def silent(layer: nn.Linear) -> nn.Linear:
+    """The layer with all of its weights at zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
 def embedding(features: int, dim: int) -> nn.Sequential:
     """Fourier features to an embedding that is zero before training."""
-    layers = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
-    nn.init.zeros_(layers[2].weight)
-    nn.init.zeros_(layers[2].bias)
-    return layers
+    return nn.Sequential(nn.Linear(features, dim), nn.SiLU(), silent(nn.Linear(dim, dim)))
 
 
 class TextualQFormer(nn.Module):
@@ -104,9 +108,8 @@ class MultimodalEncoder(nn.Module):
         self.project_visual = nn.Linear(config.visual_dim, projection, bias=False)
         if config.words:
             self.textual = TextualQFormer(config)
-            self.heads = nn.ModuleList(nn.Linear(dim, width, bias=False) for width in config.text_dims)
-            for head in self.heads:  # S+ starts as an ordinary word
-                nn.init.zeros_(head.weight)
+            # S+ starts as an ordinary word
+            self.heads = nn.ModuleList(silent(nn.Linear(dim, width, bias=False)) for width in config.text_dims)
             self.project_textual = nn.Linear(dim, projection, bias=False)
             self.fusion = Fusion(dim, config.visual_dim) if config.fusion else None
         if config.location:

@@ -3,6 +3,8 @@
 Parameters are named and shaped as in released IP-Adapter-Plus files, which therefore load as they are.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,7 +55,8 @@ class Resampler(nn.Module):
         if mask is not None:
             own = torch.ones(queries.shape[:2], dtype=torch.bool, device=mask.device)
             mask = torch.cat([mask, own], 1)[:, None, None]
-        for attention, forward in self.layers:
+        for block in self.layers:
+            attention, forward = cast(nn.ModuleList, block)
             queries = queries + attention(features, queries, mask)
             queries = queries + forward(queries)
         return self.norm_out(self.proj_out(queries))
