@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,17 @@ class GenerateConfig:
     negative_prompt: str = option("", "what should not be in the picture")
     height: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline")
     width: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline")
+    subject_images: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "up to four pictures of what the prompt calls <s>, for a subject encoder; '<s2>=FILE' for a second subject"
+        },
+    )
+    subject_scale: float = option(1.0, "how strongly the subjects' pictures count, 0 to 1 and beyond")
+    subject_adapter: str = option(
+        "", "the subject encoder: a run, a file, a released IP-Adapter; empty: RUN's own, or stickers'"
+    )
+    image_encoder: str = option("", "the CLIP vision model of that encoder; empty: the one that it was trained with")
     output: str | None = option(None, "folder of the pictures; none means RUN/generated, or ./generated if RUN is no folder")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "precision of the weights")
     device: Literal["cpu", "cuda"] | None = option(None, "none means the GPU if there is one")
@@ -69,10 +80,11 @@ def generate(words: list[str]) -> None:
     (run, *prompts), config = split(words, GenerateConfig, ["RUN", '"PROMPT"'], more=True)
     check_run(run)
     check_request(prompts, config)
+    subjects = subject_files(config.subject_images)
     folder, pipe = output_folder(run, config.output), load(run, config)
     for prompt in prompts:
         seeds = range(config.seed, config.seed + config.num_images_per_prompt)
-        for seed, image in zip(seeds, draw(pipe, prompt, seeds, config), strict=True):
+        for seed, image in zip(seeds, draw(pipe, prompt, seeds, config, subjects), strict=True):
             print(save(image, folder, run, prompt, seed, config))
 
 
@@ -158,18 +170,33 @@ def output_folder(run: str, output: str | None) -> Path:
 def load(run: str, config: GenerateConfig) -> Any:
     import torch
 
-    from customize.pipelines import load_pipeline
+    from customize.pipelines import load_pipeline, load_subject_pipeline
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu.")
     quiet_libraries()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_pipeline(run, dtype=getattr(torch, config.dtype)).to(device)
+    dtype = getattr(torch, config.dtype)
+    if config.subject_images:
+        return load_subject_pipeline(run, config.subject_adapter, config.image_encoder, dtype).to(device)
+    return load_pipeline(run, dtype=dtype).to(device)
 
 
-def draw(pipe: Any, prompt: str, seeds: Sequence[int], config: GenerateConfig) -> list[Any]:
+def subject_files(words: Sequence[str]) -> dict[str, list[str]]:
+    """The pictures of each subject: FILE is of `<s>`, '<s2>=FILE' of `<s2>`."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        named, file = (word.split("=", 1) if re.match(r"<\w+>=", word) else ("<s>", word))[:2]
+        if not Path(file).is_file():
+            raise UserError(f"--subject_images: there is no file '{file}'.")
+        found.setdefault(named, []).append(file)
+    return found
+
+
+def draw(pipe: Any, prompt: str, seeds: Sequence[int], config: GenerateConfig, subjects: dict | None = None) -> list[Any]:
     import torch
 
+    given = {"subject_images": subjects, "subject_scale": config.subject_scale} if subjects else {}
     optional = {name: getattr(config, name) for name in ("guidance_scale", "negative_prompt", "height", "width")}
     return pipe(
         prompt,
@@ -178,6 +205,7 @@ def draw(pipe: Any, prompt: str, seeds: Sequence[int], config: GenerateConfig) -
         # On the CPU, so that a seed gives the same noise on every device, and one a picture, so that each can be re-made alone.
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         **{name: value for name, value in optional.items() if value not in (None, "")},
+        **given,
     ).images
 
 
@@ -187,6 +215,8 @@ def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: Gen
 
     parameters = {"run": run, "prompt": prompt, "negative_prompt": config.negative_prompt, "seed": seed}
     parameters |= {"steps": config.num_inference_steps, "scale": config.guidance_scale}
+    if config.subject_images:
+        parameters |= {"subject_images": config.subject_images, "subject_scale": config.subject_scale}
     info, stem = PngInfo(), f"{slug(prompt)}-{seed}"
     info.add_text("parameters", json.dumps(parameters))
     paths = (folder / f"{stem}{ending}.png" for ending in chain([""], (f"-{number}" for number in count(2))))

@@ -8,12 +8,19 @@ from huggingface_hub import ModelCard, ModelCardData
 from customize import stickers
 from customize.checkpoint import LORA, read_info
 from customize.files import tensors_of
+from customize.subject import ADAPTER_FILES
 
 USE = """```python
 from customize.pipelines import load_pipeline
 
 pipe = load_pipeline("{folder}")
 pipe({prompt}).images[0].save("picture.png")
+```"""
+USE_ENCODER = """```python
+from customize.pipelines import load_subject_pipeline
+
+pipe = load_subject_pipeline("{folder}")
+pipe("{prompt}", subject_images=["1.png", "2.png"]).images[0].save("picture.png")
 ```"""
 STOCK = """The files are diffusers' own; without this toolkit:
 
@@ -32,14 +39,20 @@ def write_card(folder: Path, info: dict, concepts) -> None:
     pictures = f"## Pictures\n\n![validation pictures](samples/{samples[-1].name})\n\n" if samples else ""
     defaults_last = sorted(info["config"].items())
     settings = "\n".join(f"| {name} | {value} |" for name, value in defaults_last if value not in ("", [], False, 0))
+    about = f"""A subject taught to `{info["base_model"]}` by **{info["method"]}** in {info["step"]} steps.
+{"Prompt" if len(prompts) == 1 else "Prompts"} of the subject: {", ".join(f"`{p}`" for p in prompts)}."""
+    use = USE.format(folder=folder, prompt=json.dumps(prompts[0]))
+    if any((folder / name).exists() for name in ADAPTER_FILES):
+        about = f"An encoder of subjects for `{info['base_model']}`, trained by **{info['method']}** in {info['step']} steps."
+        prompts = ["a photo of <s>"]
+        use = USE_ENCODER.format(folder=folder, prompt="a photo of a <s> dog on the beach")
     text = f"""# {folder.name}
 
-A subject taught to `{info["base_model"]}` by **{info["method"]}** in {info["step"]} steps.
-{"Prompt" if len(prompts) == 1 else "Prompts"} of the subject: {", ".join(f"`{p}`" for p in prompts)}.
+{about}
 
 {pictures}## Use
 
-{USE.format(folder=folder, prompt=json.dumps(prompts[0]))}
+{use}
 
 {_stock(folder, info["base_model"])}
 

@@ -75,7 +75,7 @@ class SubjectMixin(Stock):
         """
         file = stickers.ENCODER if str(name) == "stickers" else adapter_file(str(name))
         tower = image_encoder if isinstance(image_encoder, ImageTower) else self._find_tower(file, image_encoder)
-        self.adapter = load_adapter(file, self)
+        self.adapter = load_adapter(file, self).to(self.unet.dtype)
         self.register_modules(image_encoder=tower.vision, feature_extractor=tower.processor)
 
     def _find_tower(self, file: Path, name: str) -> ImageTower:
@@ -103,7 +103,7 @@ class SubjectMixin(Stock):
         if not 1 <= len(pictures) <= MAX_REFERENCES:
             raise UserError(f"a subject takes 1 to {MAX_REFERENCES} reference pictures, not {len(pictures)}.")
         tower: Any = tower_of(self)
-        self.adapter.to(self._execution_device, self.unet.dtype)
+        self.adapter.to(self._execution_device)
         pixels = tower.pixels(pictures).to(self._execution_device, self.unet.dtype)
         return self.adapter.encoder.read(tower(pixels))
 

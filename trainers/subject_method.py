@@ -1,6 +1,6 @@
 """What methods that train a subject encoder share: the image tower, the adapter, and what is dropped for guidance."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from customize.attention import text_layers
 from customize.config import option
 from customize.encoders import load_tower
 from customize.errors import UserError
+from customize.pipelines.subject import with_subjects
 from customize.subject import SubjectAdapter, adapter_file, load_adapter, read_file, without_words
 from customize.trainers.method import Method, MethodConfig
 from customize.trainers.references import ReferenceConfig
@@ -20,6 +21,9 @@ class SubjectConfig(MethodConfig):
 
     image_encoder: str = option("", "CLIP vision model: folder, hub id (or OWNER/NAME/FOLDER); empty: stickers' own")
     pretrained_adapter: str = option("", "an encoder file to go on from, ours or a released IP-Adapter")
+    validation_images: list[str] = field(
+        default_factory=list, metadata={"help": "pictures of the subject that --validation_prompt calls <s>"}
+    )
     dropout_text: float = option(0.05, "share of samples that are learned without their prompt, for guidance")
     dropout_image: float = option(0.05, "share without visual tokens")
     dropout_both: float = option(0.05, "share without either")
@@ -48,8 +52,8 @@ class SubjectMethod(Method):
         raise NotImplementedError
 
     def start_from(self, name: str) -> SubjectAdapter:
-        """A released adapter as it is, or a new one of ours with what an earlier run trained: parts that the earlier run did not
-        have begin anew. UserError where shapes differ."""
+        """A released adapter as it is, or a new one of ours with what an earlier run trained: parts that it did not have begin
+        anew. UserError where shapes differ."""
         path = adapter_file(name)
         state, about = read_file(path)
         if about is None:
@@ -66,6 +70,14 @@ class SubjectMethod(Method):
     @property
     def trains_text(self) -> bool:
         return True
+
+    def draw(self, prompt, **options):
+        """With the pictures of `--validation_images`; the processors and the adapter are those that train."""
+        pipe = with_subjects(self.backbone.pipe)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.adapter = self.adapter
+        pipe.register_modules(image_encoder=self.tower.vision, feature_extractor=self.tower.processor)
+        return pipe(prompt, subject_images=self.config.validation_images, **options).images[0]
 
     def dropped(self, count: int) -> tuple[Tensor, Tensor]:
         """Which of `count` samples lose their prompt and which their visual tokens; none in evaluation."""

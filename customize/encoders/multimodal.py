@@ -76,7 +76,7 @@ class TextualQFormer(nn.Module):
         slot = torch.arange(self.slots + 1, device=t.device) / self.slots  # 0 is CLS
         known = torch.cat([fourier(t)[:, None].expand(-1, len(slot), -1), fourier(slot).expand(len(t), -1, -1)], -1)
         word, cls = self.resampler.latents.unbind(1)
-        queries = torch.cat([cls, word.expand(self.slots, -1)]) + self.when_and_where(known)
+        queries = torch.cat([cls, word.expand(self.slots, -1)]) + self.when_and_where(known.to(features.dtype))
         states = self.resampler(features, mask, queries)
         return states[:, 1:], states[:, 0]
 
@@ -146,5 +146,5 @@ class MultimodalEncoder(nn.Module):
             if self.fusion is not None:
                 encoded.visual = self.fusion(words, visual)
         if self.config.location:
-            encoded.place = self.time(fourier(t)) + self.who(cls)
+            encoded.place = self.time(fourier(t).to(cls.dtype)) + self.who(cls)
         return encoded

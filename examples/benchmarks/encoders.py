@@ -1,0 +1,79 @@
+"""What each part of CustomContrast brings: encoders of one budget on StickerBench, known and unknown classes apart.
+
+    python examples/benchmarks/encoders.py train start ip_start    (in as many processes as there are cores)
+    python examples/benchmarks/encoders.py train words cscl ...
+    python examples/benchmarks/encoders.py table
+
+All variants of CustomContrast go on from one encoder that was trained without contrast and location (`start`), IP-Adapter from
+one of its own kind (`ip_start`), with as many pictures each.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from customize.app.bench.stickers import StickerBench
+from customize.app.bench.summary import summary
+from customize.trainers.__main__ import run
+
+FOLDER = Path("runs/encoders")
+CONTRAST = "--cscl_weight {cscl} --macl_weight {macl}"
+NEXT = "--pretrained_adapter {folder}/start --learning_rate 5e-4"
+VARIANTS = {  # method, and flags beyond those of its YAML file
+    "ip_start": ("ip_adapter", ""),
+    "start": ("custom_contrast", "--cscl_weight 0 --macl_weight 0 --no_location"),
+    "ip_adapter": ("ip_adapter", "--pretrained_adapter {folder}/ip_start --learning_rate 5e-4"),
+    "words": ("custom_contrast", f"{NEXT} --cscl_weight 0 --macl_weight 0 --no_location"),
+    "cscl": ("custom_contrast", f"{NEXT} --cscl_weight {{cscl}} --macl_weight 0 --no_location"),
+    "macl": ("custom_contrast", f"{NEXT} --cscl_weight 0 --macl_weight {{macl}} --no_location"),
+    "full": ("custom_contrast", f"{NEXT} {CONTRAST}"),
+    "no_location": ("custom_contrast", f"{NEXT} {CONTRAST} --no_location"),
+    "full_weight": ("custom_contrast", f"{NEXT} {CONTRAST} --macl_form weight"),
+    "full_soft": ("custom_contrast", f"{NEXT} {CONTRAST} --macl_form soft"),
+    "full_product": ("custom_contrast", f"{NEXT} {CONTRAST} --macl_form product"),
+    "full_plain": ("custom_contrast", f"{NEXT} {CONTRAST} --macl_form plain"),
+}
+STARTS = ("start", "ip_start")
+
+
+def train(name: str, options) -> None:
+    method, flags = VARIANTS[name]
+    steps = options.start_steps if name in STARTS else options.steps
+    flags = flags.format(folder=FOLDER, cscl=options.cscl_weight, macl=options.macl_weight)
+    output = FOLDER / name
+    if (output / "run.json").exists():
+        return print(f"{output} is there already")
+    file = f"examples/stickers/{method}.yaml"
+    resumed = "--resume_from_checkpoint latest" if list(output.glob("checkpoint-*")) else "--overwrite_output_dir"
+    run([method, file, *f"{flags} --max_train_steps {steps} --output_dir {output} {resumed}".split()])
+
+
+def table(options) -> None:
+    """Scores by group of subjects, and view retrieval and rank correlation of Z as validated after the last step."""
+    names = [name for name in VARIANTS if name not in STARTS and (FOLDER / name / "run.json").exists()]
+    for group in ("known", "unknown"):
+        methods = ["base", "real", *(str(FOLDER / name) for name in names)]
+        bench = StickerBench(folder=FOLDER / f"bench-{group}", methods=methods, repeats=1, quick=True, group=group)
+        print(f"{group} classes\n{summary(bench.run())}")
+    for name in names:
+        last = json.loads((FOLDER / name / "validation.jsonl").read_text().splitlines()[-1])
+        print(name, {key: round(value, 3) for key, value in last.items() if "slot" not in key})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["train", "table"])
+    parser.add_argument("variants", nargs="*", choices=list(VARIANTS))
+    parser.add_argument("--start_steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--cscl_weight", type=float, default=0.01)
+    parser.add_argument("--macl_weight", type=float, default=0.01)
+    options = parser.parse_args()
+    if options.action == "table":
+        return table(options)
+    for name in options.variants:
+        train(name, options)
+
+
+if __name__ == "__main__":
+    main()

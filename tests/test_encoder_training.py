@@ -1,0 +1,235 @@
+"""Methods that train a subject encoder, on tiny base models: what moves, what stays, and that it comes back from its file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from customize.backbone import wrap
+from customize.encoders import load_tower
+from customize.errors import UserError
+from customize.pipelines.subject import with_subjects
+from customize.subject import WORDS
+from customize.trainers.custom_contrast import CustomContrast
+from customize.trainers.ip_adapter import IPAdapter
+from customize.trainers.loop import train
+from customize.trainers.references import Folders, ReferenceConfig, collate_references, held_out_batch, read_folders
+from customize.trainers.settings import TrainConfig, make_accelerator
+from tiny import BASES, tiny
+
+SMALL = {"dim": 16, "depth": 1, "heads": 2, "visual_queries": 3}
+MFI = SMALL | {"feature_layers": 2, "time_bins": 4, "multi_reference_rate": 0.5}
+CASES = {
+    "custom_contrast": (CustomContrast, MFI),
+    "custom_contrast_gated": (CustomContrast, MFI | {"text_gate": "same", "macl_form": "soft", "queue_size": 6}),
+    "custom_contrast_visual_only": (
+        CustomContrast,
+        MFI | {"words": False, "fusion": False, "cscl_weight": 0.0, "macl_weight": 0.0},
+    ),
+    "ip_adapter_plus": (IPAdapter, SMALL),
+    "ip_adapter": (IPAdapter, {"plus": False}),
+}
+UNETS = ("sd15", "sdxl")
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory) -> str:
+    torch.manual_seed(3)
+    config = CLIPVisionConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        projection_dim=16,
+    )
+    folder = tmp_path_factory.mktemp("tower")
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory) -> Path:
+    """Four subjects of three pictures each."""
+    root, rng = tmp_path_factory.mktemp("subjects"), np.random.default_rng(0)
+    for i in range(4):
+        (root / f"dog{i}").mkdir()
+        colour = rng.integers(0, 255, 3)
+        for k in range(3):
+            noisy = np.clip(colour + rng.integers(-30, 30, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(root / f"dog{i}" / f"{k}.png")
+    return root
+
+
+def build(base: str, case: str, tower: str, **more):
+    method_class, options = CASES[case]
+    backbone = wrap(tiny(base), f"tiny-{base}")
+    backbone.resolution = 32
+    return method_class(backbone, method_class.Config(image_encoder=tower, **(options | more)))
+
+
+def dataset(subjects: Path, method) -> Folders:
+    config = ReferenceConfig(train_data_dir=str(subjects), resolution=32, instance_prompt="a photo of <s> dog")
+    return Folders(config, read_folders(config), method.tower.pixels, seed=0)
+
+
+def trained(method, subjects: Path, folder: Path, steps: int = 4, **settings):
+    config = TrainConfig(output_dir=str(folder), train_batch_size=3, max_train_steps=steps, learning_rate=1e-2, **settings)
+    data = dataset(subjects, method)
+    held = held_out_batch(data, 3, torch.device("cpu"))
+    about = {"base_model": method.backbone.name, "method": "x", "config": {"image_encoder": method.config.image_encoder}}
+    train(method, data, config, make_accelerator(config), held, about)
+    return method.eval()
+
+
+def picture(pipe, subjects: Path, prompt: str = "a photo of <s> dog"):
+    options = {"height": 32, "width": 32, "num_inference_steps": 3, "output_type": "np"}
+    images = [str(subjects / "dog0" / f"{k}.png") for k in range(2)]
+    return pipe(prompt, subject_images=images, generator=torch.Generator().manual_seed(1), **options).images[0]
+
+
+def reloaded(base: str, file: Path, tower: str):
+    pipe = with_subjects(tiny(base))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_subject_adapter(file, tower)
+    return pipe
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("base", UNETS)
+def test_trains_saves_and_reloads(base, case, tower, subjects, tmp_path):
+    method = build(base, case, tower)
+    before = {name: value.detach().clone() for name, value in method.named_parameters()}
+    names = set(method.trainable())
+
+    trained(method, subjects, tmp_path)
+
+    after = dict(method.named_parameters())
+    assert all(name.startswith(("adapter.", "log_scale")) for name in names)
+    moved = [name for name in names if not torch.equal(before[name], after[name])]
+    # a fusion whose weight is zero teaches its queries only from the second step on, some biases hardly at all
+    assert len(moved) >= 0.9 * len(names)
+    assert all(torch.equal(before[name], after[name]) for name in after if name not in names)
+    pipe = with_subjects(method.backbone.pipe)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.adapter = method.adapter
+    pipe.register_modules(image_encoder=method.tower.vision, feature_extractor=method.tower.processor)
+    drawn = picture(pipe, subjects)
+    again = picture(reloaded(base, tmp_path, tower), subjects)
+    assert np.array_equal(drawn, again)
+    assert json.loads((tmp_path / "run.json").read_text())["step"] == 4
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(tower, subjects, tmp_path):
+    whole = trained(build("sd15", "custom_contrast", tower), subjects, tmp_path / "whole", 4)
+    part = {"checkpointing_steps": 2, "lr_scheduler": "constant"}
+    trained(build("sd15", "custom_contrast", tower), subjects, tmp_path / "part", 2, **part)
+    again = build("sd15", "custom_contrast", tower)
+    trained(again, subjects, tmp_path / "part", 4, resume_from_checkpoint="latest", **part)
+    for name, value in whole.trainable().items():
+        # the ramp of the contrasts is a share of all steps: two steps of two have ended it, two of four too
+        assert torch.equal(value, again.trainable()[name]), name
+
+
+def test_diagnostics_are_logged_with_the_validation_loss(tower, subjects, tmp_path):
+    trained(build("sd15", "custom_contrast", tower), subjects, tmp_path, 2)
+    row = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[-1])
+    slots = [name for name in row if name.startswith("retrieval slot")]
+    assert {"validation_loss", "retrieval", "spearman", "cscl gradient", "macl gradient"} <= row.keys()
+    assert len(slots) == build("sd15", "custom_contrast", tower).adapter.slots
+    assert (tmp_path / "samples" / "similarity-000002.png").exists()
+
+
+@pytest.mark.parametrize("base", [base for base in BASES if base not in UNETS])
+def test_transformers_are_refused(base, tower):
+    with pytest.raises(UserError, match="needs a UNet"):
+        build(base, "custom_contrast", tower)
+
+
+def test_without_a_tower_the_flag_is_named(tower):
+    with pytest.raises(UserError, match="--image_encoder"):
+        build("sd15", "custom_contrast", "")
+
+
+def test_contrast_without_words_is_refused(tower):
+    with pytest.raises(UserError, match="--no_words"):
+        build("sd15", "custom_contrast", tower, words=False)
+
+
+def batch_of(method, subjects: Path) -> dict:
+    data = dataset(subjects, method)
+    return collate_references([data[i] for i in range(4)])
+
+
+def woken(method):
+    """What starts at zero is given values, so that everything counts."""
+    for parameter in method.adapter.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return method
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_training_conditions_as_the_pipeline_does(both, tower, subjects):
+    """The first half of a batch's condition is what a pipeline's call computes for the same pictures at the same time."""
+    method = woken(build("sd15", "custom_contrast", tower, multi_reference_rate=float(both))).eval()
+    batch = batch_of(method, subjects)
+    if both:
+        method.uses_both = lambda: True
+    with torch.no_grad():
+        trained_on = method.condition(batch, torch.full((4,), 0.6)).injected
+        pipe = with_subjects(method.backbone.pipe)
+        pipe.adapter = method.adapter
+        features = method.adapter.encoder.read(method.tower(batch["references"].flatten(0, 1))).unflatten(0, (4, 2))
+        seen = {}
+        pipe.set_progress_bar_config(disable=True)
+        pipe.register_modules(image_encoder=method.tower.vision, feature_extractor=method.tower.processor)
+
+        def spy(unet, inputs, named):
+            seen[float(inputs[1])] = named["cross_attention_kwargs"]["ip_hidden_states"]
+
+        handle = pipe.unet.register_forward_pre_hook(spy, with_kwargs=True)
+        given = [features[i, : 1 + both] for i in range(4)]
+        pipe(batch["prompt"], subject_images=[{WORDS[0]: one} for one in given], height=32, width=32, num_inference_steps=5)
+        handle.remove()
+    time = next(t for t in seen if int(t / 1000 * 4) == int(0.6 * 4))
+    drawn = seen[time]
+    assert torch.allclose(trained_on.visual, drawn.visual, atol=1e-5)
+    assert torch.allclose(trained_on.contexts, drawn.contexts, atol=1e-5)
+    assert torch.allclose(trained_on.place, drawn.place, atol=1e-5)
+
+
+def test_dropped_samples_lose_their_prompt_or_their_pictures(tower, subjects):
+    method = build("sd15", "custom_contrast", tower, dropout_text=0.3, dropout_image=0.3, dropout_both=0.3).train()
+    torch.manual_seed(0)
+    no_text, no_image = method.dropped(20_000)
+    assert abs(float((no_text & ~no_image).float().mean()) - 0.3) < 0.02
+    assert abs(float((~no_text & no_image).float().mean()) - 0.3) < 0.02
+    assert abs(float((no_text & no_image).float().mean()) - 0.3) < 0.02
+    assert not any(dropped.any() for dropped in method.eval().dropped(100))
+
+
+def test_going_on_from_an_encoder_keeps_what_it_knows(tower, subjects, tmp_path):
+    plain = build("sd15", "custom_contrast", tower, location=False)
+    trained(plain, subjects, tmp_path, 2)
+    more = build("sd15", "custom_contrast", tower, pretrained_adapter=str(tmp_path))
+    old, new = plain.adapter.state_dict(), more.adapter.state_dict()
+    assert all(torch.equal(value, new[name]) for name, value in old.items())
+    assert any(".location." in name for name in new)
+    with pytest.raises(UserError, match="--pretrained_adapter"):
+        build("sd15", "custom_contrast", tower, dim=32, pretrained_adapter=str(tmp_path))
+    with pytest.raises(UserError, match="no subject encoder"):
+        build("sd15", "custom_contrast", tower, pretrained_adapter=str(tmp_path / "nothing"))
+
+
+def test_the_tower_that_a_run_names_is_loaded_with_it(tower, subjects, tmp_path):
+    trained(build("sd15", "ip_adapter", tower), subjects, tmp_path, 1)
+    pipe = with_subjects(tiny("sd15"))
+    pipe.load_subject_adapter(tmp_path)
+    own = load_tower(tower).vision.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in pipe.image_encoder.state_dict().items())
