@@ -170,7 +170,7 @@ def output_folder(run: str, output: str | None) -> Path:
 def load(run: str, config: GenerateConfig) -> Any:
     import torch
 
-    from customize.pipelines import load_pipeline, load_subject_pipeline
+    from customize.pipelines import load_pipeline
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu.")
@@ -178,6 +178,8 @@ def load(run: str, config: GenerateConfig) -> Any:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype)
     if config.subject_images:
+        from customize.pipelines import load_subject_pipeline
+
         return load_subject_pipeline(run, config.subject_adapter, config.image_encoder, dtype).to(device)
     return load_pipeline(run, dtype=dtype).to(device)
 

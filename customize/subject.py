@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from customize.attention import Injected, TextGate, install, make_branches, stacks, text_layers
 from customize.encoders.encoded import Encoded
-from customize.encoders.image_prompt import ImagePrompt, Projection, from_released
+from customize.encoders.image_prompt import HEAD, ImagePrompt, Projection, from_released
 from customize.encoders.multimodal import MultimodalConfig, MultimodalEncoder
 from customize.encoders.perceiver import Resampler
 from customize.encoders.tower import ImageTower
@@ -124,7 +124,7 @@ def image_prompt(pipe: DiffusionPipeline, tower: ImageTower, plus: bool = True, 
     """IP-Adapter's adapter, untrained; `sizes` (dim, depth, heads, queries) are those of the Plus resampler."""
     output = pipe.unet.config.cross_attention_dim
     embed = tower.vision.config.projection_dim
-    made = Resampler(tower.width, output=output, **sizes) if plus else Projection(embed, output)
+    made = Resampler(tower.width, output=output, head_dim=HEAD, **sizes) if plus else Projection(embed, output)
     return SubjectAdapter(pipe.unet, ImagePrompt(made))
 
 

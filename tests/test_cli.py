@@ -49,7 +49,12 @@ def pipe(monkeypatch, tmp_path):
         pipe.run, pipe.dtype = run, dtype
         return pipe
 
-    fake_module(monkeypatch, "customize.pipelines", load_pipeline=load_pipeline)
+    def load_subject_pipeline(run, adapter, image_encoder, dtype):
+        pipe.adapter, pipe.image_encoder = adapter, image_encoder
+        return load_pipeline(run, dtype)
+
+    both = {"load_pipeline": load_pipeline, "load_subject_pipeline": load_subject_pipeline}
+    fake_module(monkeypatch, "customize.pipelines", **both)
     return pipe
 
 
@@ -177,9 +182,20 @@ def test_long_and_empty_slugs():
     assert cli.slug("?!") == "image"
 
 
+def test_subject_images_go_to_the_words_they_name(pipe, tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    files = ["--subject_images", "a.png", "<s2>=c.png", "b.png"]
+    assert main(["generate", "stickers", "a <s> fox", *files, "--subject_scale", "0.7", "--subject_adapter", "runs/e"]) == 0
+    call = pipe.calls[0]
+    assert call["subject_images"] == {"<s>": ["a.png", "b.png"], "<s2>": ["c.png"]}
+    assert (call["subject_scale"], pipe.adapter) == (0.7, "runs/e")
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
+        (["generate", "stickers", "a <s> cat", "--subject_images", "no.png"], ["--subject_images", "'no.png'"]),
         (["generate"], ['RUN "PROMPT"', "not ''"]),
         (["generate", "stickers"], ['RUN "PROMPT"', "'stickers'"]),
         (["generate", "stickers", " "], ['"PROMPT" is empty']),

@@ -25,8 +25,8 @@ def appearance_correlation(anchors: Tensor, positives: Tensor, looks: Tensor, id
     """Spearman's correlation, over pairs of different subjects, of the cosine of their Z (mean over layers) with that of their
     pictures: 1 if subjects are as unlike in S+ as they look."""
     other = (identity[:, None] != identity).cpu().numpy()
-    learned = cosines(anchors, positives).mean(0).cpu().numpy()
-    return rank_correlation(learned[other], cosines(looks, looks).cpu().numpy()[other])
+    learned = cosines(anchors, positives).mean(0).detach().cpu().numpy()
+    return rank_correlation(learned[other], cosines(looks, looks).detach().cpu().numpy()[other])
 
 
 def similarity_picture(anchors: Tensor, positives: Tensor, looks: Tensor, side: int = 240) -> Image.Image:

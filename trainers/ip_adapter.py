@@ -16,7 +16,7 @@ class IPAdapterConfig(SubjectConfig):
     plus: bool = option(True, "read patches with a resampler (IP-Adapter-Plus) instead of the pooled embedding")
     dim: int = option(768, "width of the resampler")
     depth: int = option(4, "its blocks")
-    heads: int = option(12, "its attention heads")
+    heads: int = option(12, "its attention heads, of 64 numbers each")
     visual_queries: int = option(16, "its visual tokens")
 
 

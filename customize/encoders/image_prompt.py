@@ -10,6 +10,8 @@ from customize.encoders.perceiver import Resampler
 from customize.encoders.tower import ImageTower
 from customize.errors import UserError
 
+HEAD = 64  # width of an attention head in all Plus adapters: files do not say it, and every reader assumes it
+
 
 class Projection(nn.Module):
     """The tower's pooled embedding (n, 1, embed) to `tokens` tokens (n, tokens, dim)."""
@@ -65,11 +67,10 @@ def from_released(state: dict[str, Tensor]) -> ImagePrompt:
         made: Projection | Resampler = Projection(embed, dim, tokens)
     elif "latents" in state:
         _, queries, dim = state["latents"].shape
-        inner = len(state["layers.0.0.to_q.weight"])
-        heads = inner // 64 if inner % 64 == 0 else 1  # released ones have heads of 64
+        heads = len(state["layers.0.0.to_q.weight"]) // HEAD
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
         features, output = state["proj_in.weight"].shape[1], len(state["proj_out.weight"])
-        made = Resampler(features, dim, output, queries, depth, heads, inner // heads)
+        made = Resampler(features, dim, output, queries, depth, heads, HEAD)
     else:
         raise UserError("this IP-Adapter is neither a plain nor a Plus one (face and full-face adapters are not supported).")
     made.load_state_dict(state)

@@ -6,6 +6,7 @@ Medians over interleaved repeats in one process, of one prompt with guidance and
 """
 
 import argparse
+import itertools
 import statistics
 import time
 
@@ -27,7 +28,7 @@ def steps_of(pipe, prompt: str, steps: int, **options) -> tuple[list[float], flo
         return kwargs
 
     pipe(prompt, num_inference_steps=steps, guidance_scale=4.0, callback_on_step_end=note, output_type="latent", **options)
-    return [b - a for a, b in zip(times[1:], times[2:], strict=False)], times[1] - times[0]
+    return [b - a for a, b in itertools.pairwise(times)], times[1] - times[0]
 
 
 def main():

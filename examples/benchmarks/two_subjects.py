@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from customize.pipelines import load_subject_pipeline
 from customize.pictures import save_picture
+from customize.pipelines import load_subject_pipeline
 from customize.stickers import Drawing, Scene, World, draw_scene
 from customize.stickers.bench import bench_subjects, reference_scenes
 from customize.stickers.judge import judge
@@ -86,13 +86,20 @@ def main():
         for name, given in (("free", None), ("with regions", masks)):
             generators = [torch.Generator().manual_seed(i + k) for k in range(len(some))]
             drawn = pipe(
-                prompts, subject_images=images, subject_masks=given, guidance_scale=4.0, num_inference_steps=25, generator=generators
+                prompts,
+                subject_images=images,
+                subject_masks=given,
+                guidance_scale=4.0,
+                num_inference_steps=25,
+                generator=generators,
             ).images
             counts[name] += [verdict(picture, a, b) for picture, (a, b) in zip(drawn, some, strict=True)]
             for k, picture in enumerate(drawn):
                 save_picture(picture, options.output / f"{i + k:02d}-{name.split()[0]}.png")
     for name, found in counts.items():
-        shares = {verdict: f"{found.count(verdict) / len(found):.0%}" for verdict in ("both", "one", "swapped looks", "neither")}
+        shares = {
+            verdict: f"{found.count(verdict) / len(found):.0%}" for verdict in ("both", "one", "swapped looks", "neither")
+        }
         print(f"{name:14s}", shares)
 
 
