@@ -137,8 +137,8 @@ class CustomContrast(SubjectMethod):
         return terms
 
     def diagnose(self, batches, folder, step):
-        """View retrieval of Z at every slot, its rank correlation with real similarity, and the terms' gradients."""
-        found: dict[str, float] = {}
+        """Also view retrieval of Z at every slot, its rank correlation with real similarity, and the terms' gradients."""
+        found = super().diagnose(batches, folder, step)
         if not self.contrasts:
             return found
         with torch.no_grad():

@@ -32,6 +32,10 @@ class Method(nn.Module):
         self.tokens: ConceptTokens | None = None
         self.adapter: SubjectAdapter | None = None
 
+    def draw_times(self, n: int) -> Tensor:
+        """Random times (n,) in the base model's own units."""
+        return self.backbone.draw_times(n)
+
     def condition(self, batch: dict, t: Tensor) -> Condition:
         """`t` runs from 0, data, to 1, noise, whatever the base model's own times are."""
         return Condition(self.backbone.encode_prompt(batch["prompt"]))
@@ -51,7 +55,7 @@ class Method(nn.Module):
             latents = self.backbone.sample_latents(batch["mean"], batch["std"])
         else:
             latents = self.backbone.encode_image(batch["pixels"])
-        t = self.backbone.draw_times(len(latents))
+        t = self.draw_times(len(latents))
         noisy, target = self.backbone.add_noise(latents, torch.randn_like(latents), t)
         condition = self.condition(batch, t / self.backbone.t_max)
         prediction = self.backbone.denoise(noisy, t, condition)

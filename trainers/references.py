@@ -52,6 +52,7 @@ class ReferenceConfig:
     segment_rate: float = option(0.5, "share of first references that are cut out on white, as far as masks are known")
     unmasked_weight: float = option(0.5, "loss weight of what lies outside the target's mask, 0 to 1, where one is known")
     augment: bool = option(False, "turn, shift, scale and mirror references on white (rendered scenes vary by themselves)")
+    noun_dropout: float = option(0.5, "stickers: share of captions that do not name the class, so that pictures must tell")
     world: str = option("", "stickers: an atlas folder of the whole world; empty: the drawings that ship")
     max_pixels: int = option(100_000_000, "pictures with more pixels are refused")
     strict: bool = option(False, "stop at an unreadable picture instead of skipping it with a warning")
@@ -141,7 +142,8 @@ class Rendered(References):
             others = self.core
             target = Scene(**{**vars(target), "companion": others[rng.integers(len(others))]})
         prefix = PREFIXES[rng.integers(len(PREFIXES))]
-        prompt = caption(target, f"{WORD} {drawing.word}", prefix, style=rng.random() < 0.5, setting=rng.random() < 0.92)
+        noun = "sticker" if rng.random() < self.config.noun_dropout else drawing.word
+        prompt = caption(target, f"{WORD} {noun}", prefix, style=rng.random() < 0.5, setting=rng.random() < 0.92)
         views = [self.view(drawing, rng) for _ in range(2)]
         return item(View(*draw_scene(target, self.world)), views, prompt, self.number[drawing], rng, self.config, self.pixels)
 
