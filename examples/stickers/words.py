@@ -1,9 +1,9 @@
-"""Before the encoder: its words. `python examples/stickers/words.py [--minutes 6]`, about 90 scenes a second on one core.
+"""Before the encoder: its words. `python examples/stickers/words.py [--minutes 6]`, about 60 scenes a second on one core.
 
 The denoiser's loss alone teaches the textual Q-Former slowly on a CPU. Rendered scenes know their subjects' names, so S+ is
 first fitted to them: the text states of "a <s> fox on the beach" to those of "a flat fox on the beach", at random times and
-slots, and of "a <s> sticker on the beach" too, where only the picture can tell. The text tower knows looks (stage 1), so this carries
-over to drawings that have no name. Writes .furnace/words, which `custom_contrast --pretrained_adapter` goes on from.
+slots, and of "a <s> sticker on the beach" too, where only the picture can tell. The text tower knows looks (stage 1), so this
+carries over to drawings without a name. Writes .furnace/words, goes on from it, and so does `custom_contrast --pretrained_adapter`.
 """
 
 import argparse
@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from customize.backbone import wrap
 from customize.loading import load_base
 from customize.stickers.scene import PREFIXES, caption, draw_factors
-from customize.subject import WORDS, add_subject_words, save_adapter
+from customize.subject import FILE, WORDS, add_subject_words, save_adapter
 from customize.tokens import replaced_words
 from customize.trainers.custom_contrast import CustomContrast, CustomContrastConfig
 from customize.trainers.references import ReferenceConfig, Rendered
 from recipe import FURNACE
+
+OUTPUT = FURNACE / "words"
 
 
 def batch(data: Rendered, rng: np.random.Generator, size: int):
@@ -47,8 +49,9 @@ def main():
     torch.manual_seed(0)
     backbone = wrap(load_base("stickers"), "stickers")
     sizes = {"dim": 192, "depth": 2, "heads": 6, "visual_queries": 12, "feature_layers": 3, "location": False}
-    method = CustomContrast(backbone, CustomContrastConfig(**sizes, cscl_weight=0, macl_weight=0))
-    adapter, rng = method.adapter, np.random.default_rng(0)
+    earlier = str(OUTPUT) if (OUTPUT / FILE).exists() else ""
+    method = CustomContrast(backbone, CustomContrastConfig(**sizes, cscl_weight=0, macl_weight=0, pretrained_adapter=earlier))
+    adapter, rng = method.adapter, np.random.default_rng()
     add_subject_words(backbone.tokenizers)
     data = Rendered(ReferenceConfig(world=str(FURNACE / "world"), resolution=64), method.tower.pixels, 0)
     trained = [*adapter.encoder.textual.parameters(), *adapter.encoder.heads.parameters(), *adapter.starts.parameters()]
@@ -75,8 +78,8 @@ def main():
         if step % 50 == 0:
             print(f"step {step} scenes {step * options.batch_size} loss {np.mean(log):.4f}", flush=True)
             log = []
-    (FURNACE / "words").mkdir(parents=True, exist_ok=True)
-    print(save_adapter(adapter, FURNACE / "words"))
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    print(save_adapter(adapter, OUTPUT))
 
 
 if __name__ == "__main__":
