@@ -73,7 +73,8 @@ class CustomContrast(SubjectMethod):
         return multimodal(self.backbone.pipe, self.tower, config.initializer_token, config.text_gate, **sizes)
 
     def on_step(self, step, steps):
-        self.ramp = min(1.0, step / max(self.config.contrast_warmup * steps, 1))
+        warmup = self.config.contrast_warmup * steps
+        self.ramp = min(1.0, step / warmup) if warmup else 1.0
 
     @property
     def contrasts(self) -> bool:
@@ -155,7 +156,7 @@ class CustomContrast(SubjectMethod):
             "spearman": appearance_correlation(first, second, looks, identity),
         }
         write_similarity(folder, step, first, second, looks)
-        with torch.enable_grad(), fixed_randomness(step):
+        with torch.enable_grad(), fixed_randomness(0):
             parameters = [p for p in self.adapter.encoder.parameters() if p.requires_grad]
             return found | gradient_ratios(self(batches[0]), parameters)
 

@@ -252,8 +252,7 @@ def validate(session: Session, bar: tqdm) -> None:
         found = {}
         if session.held_out:
             found["validation_loss"] = validation_loss(session.method, session.held_out, config.seed)
-            with fixed_randomness(config.seed):
-                found |= session.method.diagnose(session.held_out, session.output / "samples", step)
+            found |= diagnosis(session)
         if config.validation_prompt:
             found |= draw_validation(session)
     if not found:
@@ -269,6 +268,16 @@ def validate(session: Session, bar: tqdm) -> None:
     bar.write(f"step {step}: {values}{' (best)' if best.since == 0 else ''}")
     if best.since == 0:
         session.write(session.output / "best")
+
+
+def diagnosis(session: Session) -> dict[str, float]:
+    """What the method says of itself, in evaluation mode and without touching training's generators."""
+    method = session.method
+    method.eval()
+    with fixed_randomness(session.config.seed):
+        found = method.diagnose(session.held_out, session.output / "samples", session.step)
+    method.train()
+    return found
 
 
 def draw_validation(session: Session) -> dict[str, float]:

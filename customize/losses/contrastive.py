@@ -10,26 +10,38 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 MaclForm = Literal["ratio", "weight", "soft", "product", "plain"]
 
 
+class _Gather(torch.autograd.Function):
+    """torch.distributed.nn's all_gather is deprecated, and mixes up gradients that are not contiguous."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gathered(x: Tensor) -> Tensor:
-    """The rows of all processes, in their order, with exact gradients: the loss of the joint batch on every process, averaged
-    as DistributedDataParallel does, has the gradient that one process would find."""
+    """The rows of all processes, which have as many each, in their order, with exact gradients: the loss of the joint batch on
+    every process, averaged as DistributedDataParallel does, has the gradient that one process would find."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
-    if x.is_floating_point():
-        return torch.cat(list(all_gather(x.contiguous())))
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    return _Gather.apply(x.contiguous())
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """All cosines between rows (..., n, dim) and (..., m, dim)."""
-    return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(-1, -2)
+    """All cosines between rows (..., n, dim) and (..., m, dim), in float32 whatever precision is in force."""
+    with torch.autocast(a.device.type, enabled=False):
+        return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(-1, -2)
 
 
 def _without_false_negatives(logits: Tensor, same: Tensor) -> Tensor:
