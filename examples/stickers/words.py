@@ -3,7 +3,8 @@
 The denoiser's loss alone teaches the textual Q-Former slowly on a CPU. Rendered scenes know their subjects' names, so S+ is
 first fitted to them: the text states of "a <s> fox on the beach" to those of "a flat fox on the beach", at random times and
 slots, and of "a <s> sticker on the beach" too, where only the picture can tell. The text tower knows looks (stage 1), so this
-carries over to drawings without a name. Writes .furnace/words, goes on from it, and so does `custom_contrast --pretrained_adapter`.
+carries over to drawings without a name. Writes .furnace/words and goes on from it; so does `custom_contrast` by
+`--pretrained_adapter .furnace/words`.
 """
 
 import argparse
