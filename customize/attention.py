@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
 TextGate = Literal["none", "same", "complement"]
@@ -106,7 +106,9 @@ class CrossAttention:
         return attn.to_out[1](attn.to_out[0](out))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention over tensors (batch, tokens, heads, dim)."""
+        """Attention over tensors (batch, tokens, heads, dim); a mask (batch, keys) is False where keys are padding."""
+        if mask is not None and mask.ndim == 2 and self._attention_backend != AttentionBackendName.XFORMERS:
+            mask = mask[:, None, None]  # diffusers makes xformers' additive mask of a boolean one with two dimensions only
         return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
 
     def add_subjects(self, attn, text: Tensor, hidden: Tensor, query: Tensor, subjects: Injected) -> Tensor:
@@ -145,7 +147,7 @@ class CrossAttention:
         parts = (
             layer(tokens).to(dtype).unflatten(-1, (attn.heads, -1)) for layer in (self.branch.to_k_ip, self.branch.to_v_ip)
         )
-        mask = None if subjects.mask is None else subjects.mask.flatten(0, 1)[:, None, None]
+        mask = None if subjects.mask is None else subjects.mask.flatten(0, 1)
         found = (*parts, mask)
         if subjects.cache is not None:
             subjects.cache[self.name] = found
@@ -155,8 +157,9 @@ class CrossAttention:
 def at_size(regions: Tensor, pixels: int) -> Tensor:
     """Regions (rows, subjects, height, width) as (rows, subjects, pixels, 1) for a layer of so many pixels."""
     height, width = regions.shape[-2:]
-    rows = round((pixels * height / width) ** 0.5)
-    return F.interpolate(regions, (rows, pixels // rows), mode="area").flatten(2).unsqueeze(-1)
+    while height * width > pixels:  # a UNet halves its sides, rounding up
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return F.interpolate(regions, (height, width), mode="area").flatten(2).unsqueeze(-1)
 
 
 def text_layers(denoiser: UNet2DConditionModel) -> dict[str, str]:

@@ -32,7 +32,7 @@ Encode = Callable[[list[str]], dict[str, Tensor]]
 
 
 class SubjectAdapter(nn.Module):
-    """`encoder` is a `MultimodalEncoder` or an `ImagePrompt`; a branch for each text layer of `denoiser` is made and installed.
+    """`encoder` is a `MultimodalEncoder` or an `ImagePrompt`; a branch is made for each text layer of `denoiser`.
 
     `starts` are the embeddings (dim,) that S+ starts from, one for each text encoder, if the encoder gives words.
     """
@@ -43,7 +43,11 @@ class SubjectAdapter(nn.Module):
         self.starts = nn.ParameterList(start.detach().float().clone() for start in starts)
         self.branches = make_branches(denoiser, visual_dim(encoder), encoder.place_dim)
         self.layers = {number: [name, denoiser.get_submodule(name).inner_dim] for number, name in text_layers(denoiser).items()}
-        install(denoiser, self.branches, text_gate)
+
+    def install(self, denoiser) -> "SubjectAdapter":
+        """Gives the denoiser's attention layers our processors, with this adapter's branches."""
+        install(denoiser, self.branches, self.text_gate)
+        return self
 
     @property
     def has_words(self) -> bool:
@@ -117,7 +121,7 @@ def multimodal(pipe: DiffusionPipeline, tower: ImageTower, start: str, text_gate
                 raise UserError(f"--initializer_token: '{start}' is empty for the tokenizer; give a word such as photo.")
             starts.append(table[ids[-1]])
         add_subject_words(tokenizers)
-    return SubjectAdapter(pipe.unet, MultimodalEncoder(config), starts, text_gate)
+    return SubjectAdapter(pipe.unet, MultimodalEncoder(config), starts, text_gate).install(pipe.unet)
 
 
 def image_prompt(pipe: DiffusionPipeline, tower: ImageTower, plus: bool = True, **sizes) -> SubjectAdapter:
@@ -125,7 +129,7 @@ def image_prompt(pipe: DiffusionPipeline, tower: ImageTower, plus: bool = True, 
     output = pipe.unet.config.cross_attention_dim
     embed = tower.vision.config.projection_dim
     made = Resampler(tower.width, output=output, head_dim=HEAD, **sizes) if plus else Projection(embed, output)
-    return SubjectAdapter(pipe.unet, ImagePrompt(made))
+    return SubjectAdapter(pipe.unet, ImagePrompt(made)).install(pipe.unet)
 
 
 def save_adapter(adapter: SubjectAdapter, folder: Path, half: bool = False) -> Path:
@@ -153,14 +157,15 @@ def load_adapter(path: Path, pipe: DiffusionPipeline) -> SubjectAdapter:
     tokenizers, encoders = text_parts(pipe)
     own = {number: [name, pipe.unet.get_submodule(name).inner_dim] for number, name in text_layers(pipe.unet).items()}
     dims = [encoder.get_input_embeddings().weight.shape[1] for encoder in encoders]
-    if own != about["layers"] or (config.words and dims != config.text_dims):
+    fits = own == about["layers"] and config.visual_dim == pipe.unet.config.cross_attention_dim
+    if not fits or (config.words and dims != config.text_dims):
         raise other_base(path)
     starts = [torch.zeros(dim) for dim in config.text_dims] if config.words else []
-    if starts:
-        add_subject_words(tokenizers)
     adapter = SubjectAdapter(pipe.unet, MultimodalEncoder(config), starts, about["text_gate"])
     adapter.load_state_dict(state)
-    return adapter.eval().requires_grad_(False)
+    if starts:
+        add_subject_words(tokenizers)
+    return adapter.install(pipe.unet).eval().requires_grad_(False)
 
 
 def load_released(state: dict[str, Tensor], pipe: DiffusionPipeline, path: Path) -> SubjectAdapter:
@@ -171,12 +176,19 @@ def load_released(state: dict[str, Tensor], pipe: DiffusionPipeline, path: Path)
         if part not in parts:
             raise UserError(f"'{path}' is no subject encoder and no IP-Adapter: it has a tensor '{name}'.")
         parts[part][rest] = value.float()
-    adapter = SubjectAdapter(pipe.unet, from_released(parts["image_proj"]))
+    try:
+        encoder = from_released(parts["image_proj"])
+    except (KeyError, RuntimeError) as error:  # of load_state_dict: it lists what is missing
+        reason = " ".join(str(error).split())
+        raise UserError(f"'{path}' is damaged or of another kind ({reason}); download it again.") from error
+    adapter = SubjectAdapter(pipe.unet, encoder)
     own = {name: value.shape for name, value in adapter.branches.state_dict().items()}
-    if own != {name: value.shape for name, value in parts["ip_adapter"].items()}:
+    if own != {name: value.shape for name, value in parts["ip_adapter"].items()} or (
+        encoder.visual_dim != pipe.unet.config.cross_attention_dim
+    ):
         raise other_base(path)
     adapter.branches.load_state_dict(parts["ip_adapter"])
-    return adapter.eval().requires_grad_(False)
+    return adapter.install(pipe.unet).eval().requires_grad_(False)
 
 
 def other_base(path: Path) -> UserError:
@@ -193,6 +205,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict | None]:
         nested = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"'{path}' cannot be read ({str(error).splitlines()[0]}); use the .safetensors file.") from error
+    if not isinstance(nested, dict) or not all(isinstance(state, dict) for state in nested.values()):
+        raise UserError(f"'{path}' is no IP-Adapter: it must hold image_proj and ip_adapter.")
     return {f"{part}.{name}": value for part, state in nested.items() for name, value in state.items()}, None
 
 

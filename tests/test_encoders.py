@@ -25,7 +25,7 @@ from tiny import tiny
 
 logging.set_verbosity_error()  # stock pipelines warn of modules that they did not expect
 SIZES = {"dim": 16, "depth": 2, "heads": 2, "visual_queries": 3, "feature_layers": 2, "time_bins": 4, "projection": 8}
-PLUS = {"dim": 64, "depth": 4, "heads": 1, "queries": 5}  # of released resamplers: heads of 64, four layers
+PLUS = {"dim": 32, "depth": 4, "heads": 2, "queries": 5}  # diffusers expects four layers; heads are 64 wide, whatever `dim`
 HALVES = (0.5, 0.5, 0.5)
 
 
@@ -495,7 +495,7 @@ def test_a_multimodal_adapter_comes_back_from_its_file(base, options, tmp_path):
 
 @pytest.mark.parametrize("plus", [False, True])
 def test_an_image_prompt_adapter_comes_back_from_its_file(plus, tmp_path):
-    adapter = woken(image_prompt(tiny("sd15"), eye(), plus, **(PLUS | {"dim": 128, "heads": 2} if plus else {})))
+    adapter = woken(image_prompt(tiny("sd15"), eye(), plus, **(PLUS if plus else {})))
     found = load_adapter(save_adapter(adapter, tmp_path), tiny("sd15"))
     same_adapter(found, adapter)
     assert found.encoder.plus is plus

@@ -49,7 +49,7 @@ class ImageTower(nn.Module):
 
 
 def opaque(picture: Image.Image) -> Image.Image:
-    if "A" not in picture.getbands() and "transparency" not in picture.info:
+    if not picture.has_transparency_data:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
@@ -75,7 +75,8 @@ def load_tower(name: str, dtype: torch.dtype = torch.float32) -> ImageTower:
 def statistics(place: str, options: dict) -> dict:
     """Mean and deviation of the pixels that the tower was trained on: in its folder, in one called feature_extractor beside
     it, or OpenAI's."""
-    for folder in (place, str(Path(place).parent / "feature_extractor")):
+    beside = [str(Path(place).parent / "feature_extractor")] if Path(place).exists() else []
+    for folder in (place, *beside):
         try:
             found = CLIPImageProcessorPil.from_pretrained(folder, **(options if folder == place else {}))
         except (OSError, ValueError):
