@@ -101,7 +101,8 @@ def add_subject_words(tokenizers: Sequence) -> None:
 def multimodal(pipe: DiffusionPipeline, tower: ImageTower, start: str, text_gate: TextGate = "none", **sizes) -> SubjectAdapter:
     """CustomContrast's adapter for a pipeline and an image tower, untrained; `sizes` are fields of `MultimodalConfig`.
 
-    `start` is the word that S+ starts from. UserError if it is empty for a tokenizer.
+    `start` is the word that S+ starts from; its tokenizers learn the subjects' words, for training. UserError if `start` is
+    empty for a tokenizer.
     """
     tokenizers, encoders = text_parts(pipe)
     tables = [encoder.get_input_embeddings().weight for encoder in encoders]
@@ -154,7 +155,7 @@ def load_adapter(path: Path, pipe: DiffusionPipeline) -> SubjectAdapter:
     if about is None:
         return load_released(state, pipe, path)
     config = MultimodalConfig(**about["config"])
-    tokenizers, encoders = text_parts(pipe)
+    _, encoders = text_parts(pipe)
     own = {number: [name, pipe.unet.get_submodule(name).inner_dim] for number, name in text_layers(pipe.unet).items()}
     dims = [encoder.get_input_embeddings().weight.shape[1] for encoder in encoders]
     fits = own == about["layers"] and config.visual_dim == pipe.unet.config.cross_attention_dim
@@ -163,8 +164,6 @@ def load_adapter(path: Path, pipe: DiffusionPipeline) -> SubjectAdapter:
     starts = [torch.zeros(dim) for dim in config.text_dims] if config.words else []
     adapter = SubjectAdapter(pipe.unet, MultimodalEncoder(config), starts, about["text_gate"])
     adapter.load_state_dict(state)
-    if starts:
-        add_subject_words(tokenizers)
     return adapter.install(pipe.unet).eval().requires_grad_(False)
 
 

@@ -4,11 +4,13 @@ pipe = load_subject_pipeline("stickers")
 pipe("a <s> fox on the beach", subject_images=["a.png", "b.png"]).images[0]
 """
 
+import copy
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from customize.subject import (
     MAX_REFERENCES,
     WORDS,
     adapter_file,
+    add_subject_words,
     load_adapter,
     text_parts,
     without_words,
@@ -38,6 +41,7 @@ from customize.subject import (
 from customize.tokens import replaced_words
 
 Reference = Image.Image | str | Path
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 Subjects = dict[str, Tensor]  # features (references, tokens, features) by word
 
 
@@ -99,13 +103,21 @@ class SubjectMixin(Stock):
         """Pictures of one subject to features (references, tokens, features), which `subject_images` takes instead of them.
 
         UserError for none, more than four, or something that is not a picture."""
-        pictures = [opened(image) for image in ([images] if isinstance(images, Reference) else images)]
+        if self.adapter is None:
+            raise UserError("references need a subject encoder to read them: call load_subject_adapter first.")
+        listed: Any = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+        pictures = [opened(image) for image in listed]
         if not 1 <= len(pictures) <= MAX_REFERENCES:
             raise UserError(f"a subject takes 1 to {MAX_REFERENCES} reference pictures, not {len(pictures)}.")
         tower: Any = tower_of(self)
-        self.adapter.to(self._execution_device)
+        self._place_adapter()
         pixels = tower.pixels(pictures).to(self._execution_device, self.unet.dtype)
         return self.adapter.encoder.read(tower(pixels))
+
+    def _place_adapter(self) -> None:
+        """Where and in the precision in which the denoiser runs, unless it is being trained."""
+        frozen = not any(parameter.requires_grad for parameter in self.adapter.parameters())
+        self.adapter.to(self._execution_device, self.unet.dtype if frozen else None)
 
     @torch.no_grad()
     def __call__(
@@ -125,7 +137,8 @@ class SubjectMixin(Stock):
         "up", "up_blocks.1"). `subject_masks`: white where a subject may be, by word. `subject_cache` keeps keys and values
         between steps. UserError for references that do not fit the prompt.
         """
-        prompts = prompts_of(self, args, kwargs)
+        prompts = texts_of(args[0] if args else kwargs.get("prompt"))
+        self._refuse_words(texts_of(kwargs.get("negative_prompt")))
         if subject_images is None:
             self._refuse_words(prompts)
             return super().__call__(*args, **kwargs)
@@ -149,7 +162,10 @@ class SubjectMixin(Stock):
         entry = entry if isinstance(entry, Mapping) else {WORDS[0]: entry}
         if not entry:
             raise UserError("subject_images is empty: give 1 to 4 pictures of the subject.")
-        return {word: own if isinstance(own, Tensor) else self.encode_references(own) for word, own in entry.items()}
+        found = {word: own if isinstance(own, Tensor) else self.encode_references(own) for word, own in entry.items()}
+        self._place_adapter()
+        some = next(self.adapter.parameters())
+        return {word: own.to(some.device, some.dtype) for word, own in found.items()}
 
     def _refuse_words(self, prompts: list[str] | None) -> None:
         used = [word for word in WORDS if any(word in prompt for prompt in prompts or ())]
@@ -175,18 +191,23 @@ class SubjectMixin(Stock):
 
     @contextmanager
     def _drawing(self, call: Call):
-        self._subjects = call
+        stock = {name: tokenizer for name in TOKENIZERS if (tokenizer := getattr(self, name, None)) is not None}
         if isinstance(self.adapter.encoder, ImagePrompt):
             side = self.image_encoder.config.image_size
-            nothing = torch.zeros(1, 3, side, side, device=self._execution_device, dtype=self.unet.dtype)
             tower: Any = tower_of(self)
+            nothing = torch.zeros(1, 3, side, side, device=self._execution_device, dtype=self.unet.dtype)
             call.blank = self.adapter.encoder.blank(tower, nothing).unsqueeze(0)
         handle = self.unet.register_forward_pre_hook(self._inject, with_kwargs=True)
         try:
+            self._subjects = call
+            for name, tokenizer in stock.items():
+                setattr(self, name, with_words(tokenizer))
             yield
         finally:
             handle.remove()
             self._subjects = None
+            for name, tokenizer in stock.items():
+                setattr(self, name, tokenizer)
 
     def _inject(self, unet, inputs, named):
         """Before every step: what the processors are given at its time."""
@@ -283,9 +304,20 @@ class SubjectMixin(Stock):
             use_xformers(self.unet)
 
 
-def prompts_of(pipe, args: tuple, kwargs: dict) -> list[str] | None:
-    prompt = args[0] if args else kwargs.get("prompt")
+def texts_of(prompt: str | list[str] | None) -> list[str] | None:
     return [prompt] if isinstance(prompt, str) else prompt
+
+
+@lru_cache(maxsize=8)
+def _with_words(tokenizer: Any, length: int) -> Any:
+    copied = copy.deepcopy(tokenizer)
+    add_subject_words([copied])
+    return copied
+
+
+def with_words(tokenizer: Any) -> Any:
+    """A copy that knows the subjects' words. The pipeline's own never does: other words may be loaded into it at any time."""
+    return _with_words(tokenizer, len(tokenizer))
 
 
 def with_prompt(args: tuple, kwargs: dict, prompts: list[str]) -> tuple[tuple, dict]:
@@ -295,7 +327,7 @@ def with_prompt(args: tuple, kwargs: dict, prompts: list[str]) -> tuple[tuple, d
 def each_prompt(images: Any, count: int) -> list[Any]:
     """The subjects of each prompt: those given for all of them, or one entry a prompt."""
     listed = isinstance(images, Sequence) and not isinstance(images, str)
-    if listed and images and all(isinstance(entry, Mapping | Sequence) and not isinstance(entry, str) for entry in images):
+    if listed and images and all(isinstance(e, Mapping | Sequence | Tensor) and not isinstance(e, str) for e in images):
         if len(images) != count:
             raise UserError(f"subject_images has {len(images)} entries for {count} prompts: give one for each, or one for all.")
         return list(images)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from customize.app.bench.stickers import StickerBench
-from customize.app.bench.summary import summary
+from customize.metrics import confidence_interval
 from customize.pipelines import load_subject_pipeline
 from customize.stickers import World, draw_scene
 from customize.stickers.bench import bench_subjects, reference_scenes
@@ -55,16 +55,39 @@ def train(name: str, options) -> None:
     run([method, file, *f"{flags} --max_train_steps {steps} --output_dir {output} {resumed}".split()])
 
 
+SHOWN = ("identity", "likeness", "class", "control", "clip_i_masked", "background_leak", "pose_leak")
+
+
 def table(options) -> None:
-    """Scores by group of subjects, and view retrieval and rank correlation of Z as validated after the last step."""
+    """Scores by group of subjects, differences to `words` subject by subject, and what the last validation said of Z."""
     names = [name for name in VARIANTS if name not in STARTS and (FOLDER / name / "run.json").exists()]
-    for group in ("known", "unknown"):
+    for group in [options.group] if options.group else ["known", "unknown"]:
         methods = ["base", "real", *(str(FOLDER / name) for name in names)]
         bench = StickerBench(folder=FOLDER / f"bench-{group}", methods=methods, repeats=1, quick=True, group=group)
-        print(f"{group} classes\n{summary(bench.run())}")
+        rows = {Path(method["name"]).name: method["subjects"] for method in bench.run()["methods"]}
+        print(f"\n{group} classes: mean (95 % bootstrap over subjects)\n\n| | {' | '.join(SHOWN)} | seconds a picture |")
+        print("|---" * (len(SHOWN) + 2) + "|")
+        for name, subjects in rows.items():
+            cells = [interval([subject["scores"][metric] for subject in subjects]) for metric in SHOWN]
+            seconds = [subject["cost"].get("seconds a picture", 0.0) for subject in subjects]
+            print(f"| {name} | {' | '.join(cells)} | {sum(seconds) / len(seconds):.2f} |")
+        print(f"\n{group} classes: difference to words\n\n| | identity | likeness | control |\n|---|---|---|---|")
+        for name in names:
+            cells = [difference(rows[name], rows["words"], metric) for metric in ("identity", "likeness", "control")]
+            print(f"| {name} | {' | '.join(cells)} |")
     for name in names:
         last = json.loads((FOLDER / name / "validation.jsonl").read_text().splitlines()[-1])
-        print(name, {key: round(value, 3) for key, value in last.items() if "slot" not in key})
+        print(name, {key: round(value, 3) for key, value in last.items()})
+
+
+def interval(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    low, high = confidence_interval(known)
+    return f"{sum(known) / len(known):.3f} ({low:.3f} to {high:.3f})"
+
+
+def difference(ours: list[dict], theirs: list[dict], metric: str) -> str:
+    return interval([a["scores"][metric] - b["scores"][metric] for a, b in zip(ours, theirs, strict=True)])
 
 
 def sheet(name: str, output: Path, size: int = 128) -> None:
@@ -91,6 +114,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["train", "table", "sheet"])
     parser.add_argument("variants", nargs="*", choices=list(VARIANTS))
+    parser.add_argument("--group", choices=["known", "unknown"], help="only these subjects")
     parser.add_argument("--start_steps", type=int, default=450)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--cscl_weight", type=float, default=0.05)
