@@ -486,8 +486,9 @@ def test_attention_slicing_is_stock_without_an_adapter():
 
 
 @BASES
-def test_an_unloaded_adapter_leaves_the_stock_pipeline(base):
-    pipe = woken(base)
+def test_an_unloaded_adapter_leaves_the_stock_pipeline(base, tmp_path):
+    pipe = quiet(stock(base))
+    pipe.load_subject_adapter(save_adapter(woken(base).adapter, tmp_path), tower())
     draw(pipe, DOG, subject_images=[A])
     pipe.unload_subject_adapter()
     other = stock(base)
