@@ -260,13 +260,25 @@ def test_the_second_rendered_reference_is_on_white_and_the_first_as_it_was_drawn
 
 
 def test_a_rendered_prompt_names_the_subject_before_its_class(scenes):
-    dataset = rendered(resolution=4)
-    for position in range(100):
+    dataset = rendered(resolution=4, noun_dropout=0.0)
+    for position in range(60):
         entry = dataset[position]
         drawing = dataset.pool[entry["identity"]]
         assert f"<s> {drawing.word}" in entry["prompt"]
         assert entry["prompt"].count("<s>") == 1
         assert drawing.studio not in entry["prompt"].replace(str(scenes[-1].companion), "")
+
+
+def test_some_rendered_prompts_do_not_say_what_the_subject_is(scenes):
+    dataset, unnamed = rendered(resolution=4), 0
+    for position in range(60):
+        entry = dataset[position]
+        word = dataset.pool[entry["identity"]].word
+        assert ("<s> sticker" in entry["prompt"]) != (f"<s> {word}" in entry["prompt"])
+        unnamed += "<s> sticker" in entry["prompt"]
+    assert 18 < unnamed < 42
+    for position in range(20):
+        assert "<s> sticker" in rendered(resolution=4, noun_dropout=1.0)[position]["prompt"]
 
 
 def test_references_and_target_show_the_same_drawing_in_poses_of_their_own(scenes):

@@ -470,6 +470,20 @@ def test_a_learned_word_may_be_unloaded_again(sd15, dog, tmp_path):
     assert np.array_equal(draw(pipe, DOG, subject_images=[A, B]), dog)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_learned_word_may_be_exchanged_for_another(sd15, tmp_path):
+    prompt, file = "a <s> dog the <bear> on grass", save_adapter(sd15.adapter, tmp_path)
+    pipe, other = quiet(stock("sd15")), quiet(stock("sd15"))
+    for made in (pipe, other):
+        made.load_subject_adapter(file, tower())
+    load_words(pipe, "<toy>", toy_vectors("sd15", 1))
+    draw(pipe, "a <s> dog the <toy>", subject_images=A)
+    pipe.unload_textual_inversion("<toy>")
+    load_words(pipe, "<bear>", toy_vectors("sd15", 2))
+    load_words(other, "<bear>", toy_vectors("sd15", 2))
+    assert np.array_equal(draw(pipe, prompt, subject_images=A), draw(other, prompt, subject_images=A))
+
+
 def test_attention_slicing_is_refused_while_an_adapter_is_loaded(dog):
     pipe = woken("sd15")
     with pytest.warns(UserWarning, match="attention slicing is left off"):

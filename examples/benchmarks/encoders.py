@@ -60,7 +60,8 @@ SHOWN = ("identity", "likeness", "class", "control", "clip_i_masked", "backgroun
 
 def table(options) -> None:
     """Scores by group of subjects, differences to `words` subject by subject, and what the last validation said of Z."""
-    names = [name for name in VARIANTS if name not in STARTS and (FOLDER / name / "run.json").exists()]
+    found = [file.parent.name for file in sorted(FOLDER.glob("*/run.json"))]
+    names = ["words", *(name for name in found if name not in (*STARTS, "words"))]
     for group in [options.group] if options.group else ["known", "unknown"]:
         methods = ["base", "real", *(str(FOLDER / name) for name in names)]
         bench = StickerBench(folder=FOLDER / f"bench-{group}", methods=methods, repeats=1, quick=True, group=group)
@@ -113,7 +114,7 @@ def sheet(name: str, output: Path, size: int = 128) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["train", "table", "sheet"])
-    parser.add_argument("variants", nargs="*", choices=list(VARIANTS))
+    parser.add_argument("variants", nargs="*", help=f"for train: {', '.join(VARIANTS)}")
     parser.add_argument("--group", choices=["known", "unknown"], help="only these subjects")
     parser.add_argument("--start_steps", type=int, default=450)
     parser.add_argument("--steps", type=int, default=100)

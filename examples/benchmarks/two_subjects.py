@@ -41,9 +41,9 @@ def references(drawing: Drawing) -> list[Image.Image]:
 
 
 def halves(picture: Image.Image) -> list[Image.Image]:
-    """Left and right half, each padded to a square with its own edge colours by stretching the other half away."""
+    """The middle squares of the left and of the right half."""
     side = picture.width
-    return [picture.crop((x, side // 4, x + side // 2, 3 * side // 4 + 1)) for x in (0, side // 2)]
+    return [picture.crop((x, side // 4, x + side // 2, side // 4 + side // 2)) for x in (0, side // 2)]
 
 
 def region(left: bool, side: int = 64) -> Image.Image:
@@ -64,8 +64,7 @@ def verdict(picture: Image.Image, a: Drawing, b: Drawing) -> str:
 
 def real(a: Drawing, b: Drawing, seed: int) -> Image.Image:
     """Both drawings side by side on grass."""
-    left = draw_scene(Scene(a, "grass", companion=b, pose=Pose(scale=0.6), seed=seed), World())[0]
-    return left
+    return draw_scene(Scene(a, "grass", companion=b, pose=Pose(scale=0.6), seed=seed), World())[0]
 
 
 def main():
