@@ -8,7 +8,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPVisionModelWithProjection
 
-from customize.stickers import BACKGROUNDS, MODEL, World
+from customize.pipelines import load_subject_pipeline
+from customize.stickers import BACKGROUNDS, ENCODER, MODEL, World, draw_scene
+from customize.stickers.bench import bench_subjects, reference_scenes
 from customize.stickers.measure import background_of
 
 
@@ -55,3 +57,20 @@ def test_image_tower_shares_the_space_of_the_text_tower(pipe):
     assert vision.config.projection_dim == pipe.text_encoder.config.hidden_size
     config = json.loads((MODEL / "feature_extractor" / "preprocessor_config.json").read_text())
     assert config["size"] == {"height": 64, "width": 64}
+
+
+def test_the_encoder_carries_colours_of_drawings_never_seen():
+    """A sticker that the prompt does not name takes its colour from the pictures: the middle is red for the apple, green for the
+    turtle."""
+    assert ENCODER.stat().st_size < 25e6
+    pipe = load_subject_pipeline("stickers")
+    pipe.set_progress_bar_config(disable=True)
+    found = {}
+    for subject in bench_subjects():
+        if subject.word in ("apple", "turtle"):
+            images = [draw_scene(scene, World())[0] for scene in reference_scenes(subject)[:2]]
+            options = {"num_inference_steps": 15, "guidance_scale": 4.0, "generator": torch.Generator().manual_seed(0)}
+            drawn = pipe("a <s> sticker on a white background", subject_images=images, **options).images[0]
+            found[subject.word] = np.asarray(drawn, float)[24:40, 24:40].mean((0, 1))
+    assert found["apple"][0] > found["apple"][1] + 60
+    assert found["turtle"][1] > found["turtle"][0] + 15

@@ -696,24 +696,6 @@ def subjects_of(batch: dict) -> list[int]:
     return [said((target + 1) / 2)[0] for target in batch["pixels"]]
 
 
-@STREAMING
-def test_loading_processes_share_the_subjects_among_themselves(hf, tmp_path, streaming):
-    found = loaded(parquet(write_rows(hf, tmp_path / "rows"), streaming=streaming), 4)
-    assert sorted(subject for batch in found for subject in subjects_of(batch)) == list(range(8))
-    assert len({identity for batch in found for identity in batch["identity"].tolist()}) == 8
-
-
-def test_there_may_be_more_loading_processes_than_files(hf, tmp_path):
-    found = loaded(parquet(write_rows(hf, tmp_path / "rows", files=1)), 4)
-    assert sorted(subject for batch in found for subject in subjects_of(batch)) == list(range(8))
-
-
-def test_a_resumed_stream_with_loading_processes_goes_on_too(hf, tmp_path):
-    config = parquet(write_rows(hf, tmp_path / "rows"))
-    whole, rest = loaded(config, 6), loaded(config, 4, start=4)
-    assert [subjects_of(batch) for batch in rest] == [subjects_of(batch) for batch in whole[2:]]
-
-
 @LISTS
 @STREAMING
 @pytest.mark.parametrize("files", [1, 2])
@@ -811,3 +793,15 @@ def test_a_webdataset_is_read_from_its_tar_file(hf, tmp_path, streaming):
     entries = take(6, streamed(ReferenceConfig(**{"resolution": 8, "shuffle_buffer": 0} | source | columns)))
     assert shown(entries) == [0, 1, 2] * 2
     assert [entry["prompt"] for entry in entries[:3]] == ["a <s> 0", "a <s> 1", "a <s> 2"]
+
+
+def test_a_stream_is_loaded_by_one_process():
+    """Several would each begin at its beginning."""
+    from accelerate import Accelerator
+
+    from customize.trainers.loop import make_loader
+    from customize.trainers.settings import TrainConfig
+
+    rows = [{"image": [Image.new("RGB", (8, 8))] * 2, "text": "a <s> dog"}]
+    stream = Streamed(ReferenceConfig(resolution=8, dataloader_num_workers=4), rows, lambda shown: torch.zeros(2, 3, 4, 4), 0)
+    assert make_loader(stream, TrainConfig(), Accelerator(), 0).num_workers == 1

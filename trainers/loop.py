@@ -213,8 +213,12 @@ def make_loader(dataset, config: TrainConfig, accelerator: Accelerator, step: in
     start, size = step * config.gradient_accumulation_steps, config.train_batch_size
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     # a generator of its own: without one, starting the loader would draw from training's generator
-    options = {"num_workers": dataset.config.dataloader_num_workers, "generator": torch.Generator().manual_seed(config.seed)}
+    options: dict = {
+        "num_workers": dataset.config.dataloader_num_workers,
+        "generator": torch.Generator().manual_seed(config.seed),
+    }
     if isinstance(dataset, Streamed):
+        options["num_workers"] = min(options["num_workers"], 1)  # several would each read the stream from its beginning
         return DataLoader(dataset.after(start * size), batch_size=size, collate_fn=collate_references, **options)
     if isinstance(dataset, References):
         positions = Positions(size, start, **place)

@@ -8,7 +8,7 @@ out on white where a mask is known; `prompt`, with the subject's word before its
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class ReferenceConfig:
     world: str = option("", "stickers: an atlas folder of the whole world; empty: the drawings that ship")
     max_pixels: int = option(100_000_000, "pictures with more pixels are refused")
     strict: bool = option(False, "stop at an unreadable picture instead of skipping it with a warning")
-    dataloader_num_workers: int = option(0, "processes that load pictures; 0 loads them in the main process")
+    dataloader_num_workers: int = option(0, "processes that load pictures (a stream: 1 at most); 0 loads in the main process")
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,11 @@ class Rendered(References):
         pool = self.core if rng.random() < 0.5 else self.pool
         drawing = pool[rng.integers(len(pool))]
         target = draw_factors(rng, self.world, [drawing], extras=0.25)
-        if target.companion is not None:  # the subject once more would be no companion
-            others = self.core
-            target = Scene(**{**vars(target), "companion": others[rng.integers(len(others))]})
+        if target.companion is not None:  # drawn from the subject alone so far, which is no companion
+            other = drawing
+            while other == drawing:
+                other = self.core[rng.integers(len(self.core))]
+            target = replace(target, companion=other)
         prefix = PREFIXES[rng.integers(len(PREFIXES))]
         noun = "sticker" if rng.random() < self.config.noun_dropout else drawing.word
         prompt = caption(target, f"{WORD} {noun}", prefix, style=rng.random() < 0.5, setting=rng.random() < 0.92)
@@ -196,13 +198,12 @@ def read_folders(config: ReferenceConfig) -> list[tuple[str, list[Picture]]]:
 
 
 class Streamed(IterableDataset):
-    """Rows of a Hugging Face dataset, endless, each process its own share; workers share a process's rows among themselves."""
+    """Rows of a Hugging Face dataset, endless. Process `rank` of `world` takes each `world`-th subject: rows or files could not
+    be shared out, as the views of a subject must stay together."""
 
     def __init__(self, config: ReferenceConfig, rows, pixels: Pixels, seed: int, rank: int = 0, world: int = 1):
-        from datasets.distributed import split_dataset_by_node
-
-        self.config, self.pixels, self.seed, self.rank, self.skip = config, pixels, seed, rank, 0
-        self.rows = split_dataset_by_node(rows, rank=rank, world_size=world) if world > 1 else rows
+        self.config, self.rows, self.pixels, self.seed, self.rank, self.world = config, rows, pixels, seed, rank, world
+        self.skip = 0
 
     def after(self, items: int) -> "Streamed":
         """Begins after so many items, which are read and passed over."""
@@ -215,7 +216,8 @@ class Streamed(IterableDataset):
     def items(self) -> Iterator[dict]:
         for epoch in itertools.count():
             rng, found = np.random.default_rng([self.seed, self.rank, epoch]), False
-            for name, views in shuffled(self.subjects(), self.config.shuffle_buffer, rng):
+            own = itertools.islice(self.subjects(), self.rank, None, self.world)
+            for name, views in shuffled(own, self.config.shuffle_buffer, rng):
                 found = True
                 target, *references = (views[i] for i in drawn(rng, len(views)))
                 prompt = named(target.caption or self.config.instance_prompt.replace("{}", name))
@@ -228,13 +230,15 @@ class Streamed(IterableDataset):
         """Each subject's name and views: a row's list of pictures, or the rows that follow each other with one name."""
         image, text, subject = self.config.image_column, self.config.caption_column, self.config.subject_column
         if subject:
+            label = (getattr(self.rows, "features", None) or {}).get(subject)
+            called = getattr(label, "int2str", str)  # an imagefolder's labels are the names of its folders
             for name, rows in itertools.groupby(self.rows, key=lambda row: row[subject]):
-                yield str(name), [View(row[image], None, row.get(text) or "") for row in rows]
+                yield called(name), [View(row[image], None, row.get(text) or "") for row in rows]
             return
         for i, row in enumerate(self.rows):
             captions = row.get(text) or ""
             captions = captions if isinstance(captions, list) else [captions] * len(row[image])
-            yield f"{self.rank}-{i}", [View(picture, None, said) for picture, said in zip(row[image], captions, strict=True)]
+            yield str(i), [View(picture, None, said) for picture, said in zip(row[image], captions, strict=True)]
 
 
 def shuffled(subjects: Iterable, size: int, rng: np.random.Generator) -> Iterator:
@@ -264,12 +268,14 @@ def read_rows(config: ReferenceConfig):
     except Exception as error:  # the library raises errors of its own, of the hub's and of the file formats
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--dataset_name '{config.dataset_name}' could not be read ({reason}).") from error
-    columns = rows.column_names or list(next(iter(rows)))
+    first_row = next(iter(rows), None)
+    if first_row is None:
+        raise UserError(f"--dataset_name '{config.dataset_name}' has no rows.")
+    columns = rows.column_names or list(first_row)
     for flag in ("image_column", "subject_column"):
         if (name := getattr(config, flag)) and name not in columns:
             raise UserError(f"--{flag}: the dataset has no column '{name}', only {', '.join(columns)}.")
-    first = next(iter(rows))[config.image_column]
-    if not config.subject_column and not isinstance(first, list):
+    if not config.subject_column and not isinstance(first_row[config.image_column], list):
         raise UserError("--subject_column: name the column that says which subject a row shows, or give lists of pictures.")
     return rows
 
