@@ -4,20 +4,20 @@ import io
 import itertools
 import sys
 import tarfile
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader
 
 from customize.data import to_tensor
 from customize.errors import UserError
 from customize.stickers import Scene, World
 from customize.stickers.bench import bench_subjects
 from customize.trainers import references
+from customize.trainers.loop import make_loader
 from customize.trainers.references import (
     Folders,
     Positions,
@@ -36,6 +36,7 @@ from customize.trainers.references import (
     shuffled,
     split_rows,
 )
+from customize.trainers.settings import TrainConfig
 
 WHITE = (255, 255, 255)
 
@@ -43,10 +44,6 @@ WHITE = (255, 255, 255)
 def pixels(pictures) -> torch.Tensor:
     """What the image tower would be given, here in [0, 1] and as large as the pictures are."""
     return torch.stack([to_tensor(picture) for picture in pictures])
-
-
-def small(pictures) -> torch.Tensor:
-    return pixels([picture.resize((4, 4)) for picture in pictures])
 
 
 def flat(subject: int, view: int = 0, size=(8, 8)) -> Image.Image:
@@ -683,17 +680,18 @@ def test_a_resumed_stream_is_the_one_that_was_never_interrupted(hf, tmp_path, li
         assert all(same(one, other) for one, other in zip(rest, whole[start:], strict=True))
 
 
-def loaded(config: ReferenceConfig, count: int, start: int = 0, rows=None) -> list[dict]:
-    """Batches of two that two loading processes make."""
-    dataset = Streamed(config, read_rows(config) if rows is None else rows, small, 0).after(start)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of machines with one core
-        loader = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=collate_references)
-        return list(itertools.islice(loader, count))
-
-
 def subjects_of(batch: dict) -> list[int]:
     return [said((target + 1) / 2)[0] for target in batch["pixels"]]
+
+
+def test_a_stream_is_loaded_by_one_process_at_most_and_resumed_there(hf, tmp_path):
+    """Several would each begin at its beginning."""
+    config = parquet(write_rows(hf, tmp_path / "rows"), dataloader_num_workers=4, shuffle_buffer=3)
+    settings = TrainConfig(train_batch_size=2, gradient_accumulation_steps=2)
+    loaders = [make_loader(streamed(config), settings, Accelerator(), step) for step in (0, 1)]
+    assert [loader.num_workers for loader in loaders] == [1, 1]
+    whole, rest = ([subjects_of(batch) for batch in take(count, loader)] for count, loader in zip((5, 3), loaders, strict=True))
+    assert rest == whole[2:]
 
 
 @LISTS
@@ -779,6 +777,13 @@ def test_the_names_of_an_imagefolders_folders_stand_in_the_prompts(hf, tmp_path,
 
 
 @STREAMING
+def test_held_out_folders_of_an_imagefolder_keep_their_names(hf, tmp_path, streaming):
+    dataset, [batch] = read(imagefolder(tmp_path / "root", streaming=streaming, instance_prompt="a <s> {}", holdout=1))
+    assert batch["prompt"] == ["a <s> bear"]
+    assert [entry["prompt"] for entry in take(2, dataset)] == ["a <s> fox", "a <s> owl"]
+
+
+@STREAMING
 def test_a_webdataset_is_read_from_its_tar_file(hf, tmp_path, streaming):
     with tarfile.open(tmp_path / "rows.tar", "w") as archive:
         for i, j in itertools.product(range(3), range(3)):
@@ -793,15 +798,3 @@ def test_a_webdataset_is_read_from_its_tar_file(hf, tmp_path, streaming):
     entries = take(6, streamed(ReferenceConfig(**{"resolution": 8, "shuffle_buffer": 0} | source | columns)))
     assert shown(entries) == [0, 1, 2] * 2
     assert [entry["prompt"] for entry in entries[:3]] == ["a <s> 0", "a <s> 1", "a <s> 2"]
-
-
-def test_a_stream_is_loaded_by_one_process():
-    """Several would each begin at its beginning."""
-    from accelerate import Accelerator
-
-    from customize.trainers.loop import make_loader
-    from customize.trainers.settings import TrainConfig
-
-    rows = [{"image": [Image.new("RGB", (8, 8))] * 2, "text": "a <s> dog"}]
-    stream = Streamed(ReferenceConfig(resolution=8, dataloader_num_workers=4), rows, lambda shown: torch.zeros(2, 3, 4, 4), 0)
-    assert make_loader(stream, TrainConfig(), Accelerator(), 0).num_workers == 1
