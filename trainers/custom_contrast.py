@@ -2,8 +2,9 @@
 
 L = L_LDM + lambda_1 L_CSCL + lambda_2 L_MACL. CSCL makes the two Q-Formers agree on who the subject is; MACL makes S+ of two
 views of a subject alike at every layer, and of two subjects as unlike as they look. There is no public code; weights,
-temperatures and all that the paper leaves open are choices of this project, named in the flags. The default weights keep each
-contrast's gradient below a fifth of the diffusion loss's, as measured on the embedded base model (`--holdout` logs it).
+temperatures and all that the paper leaves open are choices of this project, named in the flags. The default weights and
+form are those that measured best on the embedded base model, where each contrast's gradient stays below a fifth of the
+diffusion loss's (`--holdout` logs it); the ratio form needs a tenth of this weight for that.
 """
 
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ from customize.trainers.validation import fixed_randomness
 class CustomContrastConfig(SubjectConfig):
     initializer_token: str = option("photo", "the word that S+ starts from")
     cscl_weight: float = option(0.005, "weight of the contrast between visual and textual CLS; 0 is off")
-    macl_weight: float = option(0.0005, "weight of the contrast between views of S+; 0 is off")
-    macl_form: MaclForm = option("ratio", "how real similarity scales that contrast")
+    macl_weight: float = option(0.005, "weight of the contrast between views of S+; 0 is off")
+    macl_form: MaclForm = option("soft", "how real similarity scales that contrast")
     macl_temperature: float = option(0.1, "its temperature")
     contrast_warmup: float = option(0.1, "share of the steps over which both weights rise from 0")
     queue_size: int = option(0, "samples of earlier batches that serve as negatives too, for small batches")
