@@ -309,7 +309,7 @@ def texts_of(prompt: str | list[str] | None) -> list[str] | None:
 
 
 @lru_cache(maxsize=8)
-def _with_words(tokenizer: Any, length: int) -> Any:
+def _with_words(tokenizer: Any, added: frozenset) -> Any:
     copied = copy.deepcopy(tokenizer)
     add_subject_words([copied])
     return copied
@@ -317,7 +317,7 @@ def _with_words(tokenizer: Any, length: int) -> Any:
 
 def with_words(tokenizer: Any) -> Any:
     """A copy that knows the subjects' words. The pipeline's own never does: other words may be loaded into it at any time."""
-    return _with_words(tokenizer, len(tokenizer))
+    return _with_words(tokenizer, frozenset(tokenizer.get_added_vocab().items()))
 
 
 def with_prompt(args: tuple, kwargs: dict, prompts: list[str]) -> tuple[tuple, dict]:

@@ -73,6 +73,11 @@ def find_recipe(name: str) -> Recipe:
     )
 
 
+def encoder_of(name: str) -> str:
+    """The encoder that a method draws with; none for methods that are trained for each subject, and for finished runs."""
+    return "" if name == "run" else find_recipe(name).encoder
+
+
 class WithReferences:
     """A pipeline that is given a subject's pictures whenever it is asked for the subject."""
 
@@ -126,8 +131,10 @@ class StickerBench(Bench):
     @property
     def drawings(self) -> list[Drawing]:
         """Twenty held-out drawings of known classes and ten of unknown ones; `quick`: the first six of them."""
-        world = World()
-        chosen = [d for d in bench_subjects() if self.group in ("all", "unknown" if world.is_unknown(d.word) else "known")]
+        if self.group == "all":
+            return bench_subjects(self.quick)
+        world, unknown = World(), self.group == "unknown"
+        chosen = [drawing for drawing in bench_subjects() if world.is_unknown(drawing.word) == unknown]
         return chosen[: len(bench_subjects(quick=True))] if self.quick else chosen
 
     def drawing(self):
@@ -170,14 +177,14 @@ class StickerBench(Bench):
         return f"{recipe.method} {COMMON} --max_train_steps {self.steps} {recipe.flags.format(subject.word)}".split()
 
     def pipeline(self, name, subject):
-        if not (encoder := find_recipe(name).encoder):
+        if not (encoder := encoder_of(name)):
             return super().pipeline(name, subject)
         references = [draw_scene(scene, World())[0] for scene in reference_scenes(subject.source, self.seed)]
         return WithReferences(encoder_pipeline(encoder, self.sampling.device), references)
 
     def prior(self, name, subject, load):
         """An encoder leaves the base model as it is: the class word alone draws what it drew."""
-        if find_recipe(name).encoder:
+        if encoder_of(name):
             return super().prior("base", subject, lambda: super(StickerBench, self).pipeline("base", subject))
         return super().prior(name, subject, load)
 
