@@ -230,8 +230,7 @@ class Streamed(IterableDataset):
         """Each subject's name and views: a row's list of pictures, or the rows that follow each other with one name."""
         image, text, subject = self.config.image_column, self.config.caption_column, self.config.subject_column
         if subject:
-            label = (getattr(self.rows, "features", None) or {}).get(subject)
-            called = getattr(label, "int2str", str)  # an imagefolder's labels are the names of its folders
+            called = called_by(self.rows, subject)
             for name, rows in itertools.groupby(self.rows, key=lambda row: row[subject]):
                 yield called(name), [View(row[image], None, row.get(text) or "") for row in rows]
             return
@@ -239,6 +238,12 @@ class Streamed(IterableDataset):
             captions = row.get(text) or ""
             captions = captions if isinstance(captions, list) else [captions] * len(row[image])
             yield str(i), [View(picture, None, said) for picture, said in zip(row[image], captions, strict=True)]
+
+
+def called_by(rows, subject: str) -> Callable[[Any], str]:
+    """What the values of the subject column stand for: an imagefolder's labels are the names of its folders."""
+    label = (getattr(rows, "features", None) or {}).get(subject)
+    return getattr(label, "int2str", str)
 
 
 def shuffled(subjects: Iterable, size: int, rng: np.random.Generator) -> Iterator:
@@ -303,13 +308,14 @@ def split_rows(rows, subject: str, count: int) -> tuple[list[dict], Any]:
     """The rows of the first `count` subjects, and the others."""
     taken: list[dict] = []
     names: list = []
+    called = called_by(rows, subject)
     for i, row in enumerate(rows) if count else ():
         name = row[subject] if subject else i
         if name not in names[-1:]:
             if len(names) == count:
                 break
             names.append(name)
-        taken.append(row)
+        taken.append(row | {subject: called(name)} if subject else row)
     return taken, rows.skip(len(taken)) if taken else rows
 
 
