@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from customize.attention import Injected
 from customize.cache import TensorCache, fingerprint, key_of
 from customize.errors import UserError
-from customize.tokens import ENCODER_NAMES, SUFFIXES, WordsSD3Pipeline
+from customize.tokens import ENCODER_NAMES, SUFFIXES, WordsSD3Pipeline, text_parts
 
 EMBEDDINGS = {  # a denoiser's text arguments, as its pipeline's call names them
     "encoder_hidden_states": "prompt_embeds",
@@ -65,9 +65,8 @@ class Backbone(nn.Module):
         self.pipe, self.name = pipe, name
         self.vae = pipe.vae
         self.denoiser = getattr(pipe, self.denoiser_name)
-        parts = [(getattr(pipe, f"tokenizer{n}", None), getattr(pipe, f"text_encoder{n}", None)) for n in SUFFIXES]
-        self.tokenizers = [tokenizer for tokenizer, encoder in parts if encoder is not None]
-        self.text_encoders = nn.ModuleList(encoder for _, encoder in parts if encoder is not None)
+        self.tokenizers, encoders = text_parts(pipe)
+        self.text_encoders = nn.ModuleList(encoders)
         self.prompts: dict[str, dict[str, Tensor]] = {}  # text embeddings of prompts that were cached
         self.requires_grad_(False).eval()
 

@@ -140,8 +140,7 @@ class SubjectDataset(Dataset):
         pixels = to_tensor(fit(image, *bucket), flip) * 2 - 1
         weight = torch.ones(1, *bucket)
         if mask is not None and self.config.masked_loss:
-            outside = self.config.unmasked_weight
-            weight = outside + (1 - outside) * to_tensor(fit(mask, *bucket, Image.Resampling.BILINEAR), flip)
+            weight = mask_weight(mask, *bucket, self.config.unmasked_weight, flip)
         about = {"prompt": picture.caption, "index": index, "concept": picture.concept, "is_prior": picture.is_prior}
         return {"pixels": pixels, "mask": weight, **about}
 
@@ -152,6 +151,11 @@ def to_tensor(image: Image.Image, flip: bool = False) -> torch.Tensor:
     return torch.from_numpy(array.reshape(image.height, image.width, -1)).permute(2, 0, 1).contiguous()
 
 
+def mask_weight(mask: Image.Image, height: int, width: int, outside: float, flip: bool = False) -> torch.Tensor:
+    """Loss weight (1, height, width) of each place: 1 inside the mask, `outside` elsewhere."""
+    return outside + (1 - outside) * to_tensor(fit(mask, height, width, Image.Resampling.BILINEAR), flip)
+
+
 def collate(items: Sequence[dict]) -> dict:
     """A batch of B items: `pixels` (B, 3, H, W) or their latents' moments `mean` and `std`, `mask` (B, 1, H, W), `index`,
     `concept`, `is_prior` (B), `prompt` a list."""
@@ -160,6 +164,13 @@ def collate(items: Sequence[dict]) -> dict:
     batch |= {name: torch.tensor([item[name] for item in items], dtype=torch.long) for name in ("index", "concept")}
     batch["is_prior"] = torch.tensor([item["is_prior"] for item in items], dtype=torch.bool)
     return batch | {"prompt": [item["prompt"] for item in items]}
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch with its tensors on the device."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }
 
 
 def split_holdout(pictures: Sequence[Picture], count: int, seed: int) -> tuple[list[Picture], list[Picture]]:

@@ -23,7 +23,7 @@ from customize.encoders.perceiver import Resampler
 from customize.encoders.tower import ImageTower
 from customize.errors import UserError
 from customize.files import header, tensors_of
-from customize.tokens import SUFFIXES, add_words, replaced_words
+from customize.tokens import add_words, replaced_words, text_parts
 
 WORDS = ("<s>", "<s2>", "<s3>", "<s4>")  # of the subjects of one prompt, in their order
 MAX_REFERENCES = 4  # pictures of one subject
@@ -42,7 +42,7 @@ class SubjectAdapter(nn.Module):
         self.encoder, self.text_gate = encoder, text_gate
         self.starts = nn.ParameterList(start.detach().float().clone() for start in starts)
         self.branches = make_branches(denoiser, visual_dim(encoder), encoder.place_dim)
-        self.layers = {number: [name, denoiser.get_submodule(name).inner_dim] for number, name in text_layers(denoiser).items()}
+        self.layers = layer_widths(denoiser)
 
     def install(self, denoiser) -> "SubjectAdapter":
         """Gives the denoiser's attention layers our processors, with this adapter's branches."""
@@ -80,15 +80,13 @@ class SubjectAdapter(nn.Module):
         return Injected(encoded.visual.unflatten(0, tuple(weight.shape)), weight, mask, contexts, place, **more)
 
 
+def layer_widths(denoiser) -> dict[str, list]:
+    """Name and width of each text layer, by its released number: adapters of one base model share them."""
+    return {number: [name, denoiser.get_submodule(name).inner_dim] for number, name in text_layers(denoiser).items()}
+
+
 def visual_dim(encoder: Any) -> int:
     return encoder.visual_dim if isinstance(encoder, ImagePrompt) else encoder.config.visual_dim
-
-
-def text_parts(pipe: DiffusionPipeline) -> tuple[list, list]:
-    """The CLIP tokenizers and text encoders of a pipeline."""
-    parts = [(getattr(pipe, f"tokenizer{s}", None), getattr(pipe, f"text_encoder{s}", None)) for s in SUFFIXES]
-    found = [(tokenizer, encoder) for tokenizer, encoder in parts if encoder is not None]
-    return [tokenizer for tokenizer, _ in found], [encoder for _, encoder in found]
 
 
 def add_subject_words(tokenizers: Sequence) -> None:
@@ -156,9 +154,8 @@ def load_adapter(path: Path, pipe: DiffusionPipeline) -> SubjectAdapter:
         return load_released(state, pipe, path)
     config = MultimodalConfig(**about["config"])
     _, encoders = text_parts(pipe)
-    own = {number: [name, pipe.unet.get_submodule(name).inner_dim] for number, name in text_layers(pipe.unet).items()}
     dims = [encoder.get_input_embeddings().weight.shape[1] for encoder in encoders]
-    fits = own == about["layers"] and config.visual_dim == pipe.unet.config.cross_attention_dim
+    fits = layer_widths(pipe.unet) == about["layers"] and config.visual_dim == pipe.unet.config.cross_attention_dim
     if not fits or (config.words and dims != config.text_dims):
         raise other_base(path)
     starts = [torch.zeros(dim) for dim in config.text_dims] if config.words else []

@@ -122,6 +122,13 @@ def _start(tokenizer, word: str) -> int:
     return ids[-1]
 
 
+def text_parts(pipe: DiffusionPipeline) -> tuple[list, list]:
+    """The tokenizers and text encoders of a pipeline, of those that it has."""
+    parts = [(getattr(pipe, f"tokenizer{s}", None), getattr(pipe, f"text_encoder{s}", None)) for s in SUFFIXES]
+    found = [(tokenizer, encoder) for tokenizer, encoder in parts if encoder is not None]
+    return [tokenizer for tokenizer, _ in found], [encoder for _, encoder in found]
+
+
 def load_words(pipe: DiffusionPipeline, word: str, vectors: dict[str, Tensor]) -> None:
     """Gives a pipeline a learned word; `vectors` as in `ConceptTokens.by_word`, or of the one text encoder under any name."""
     ordered = [vectors[name] for name in ENCODER_NAMES if name in vectors] or list(vectors.values())

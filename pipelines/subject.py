@@ -35,10 +35,9 @@ from customize.subject import (
     adapter_file,
     add_subject_words,
     load_adapter,
-    text_parts,
     without_words,
 )
-from customize.tokens import replaced_words
+from customize.tokens import replaced_words, text_parts
 
 Reference = Image.Image | str | Path
 TOKENIZERS = ("tokenizer", "tokenizer_2")

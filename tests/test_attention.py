@@ -29,7 +29,7 @@ from customize.attention import (
 )
 from customize.encoders import ImageTower
 from customize.subject import image_prompt, multimodal
-from tiny import tiny
+from tiny import random, tiny, unet, woken
 
 UNETS = ["sd15", "sdxl"]
 SIZES = {"dim": 16, "depth": 1, "heads": 2, "visual_queries": 3, "feature_layers": 2, "time_bins": 4, "projection": 8}
@@ -43,19 +43,6 @@ def tower() -> ImageTower:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=16, **sizes)
     return ImageTower(CLIPVisionModelWithProjection(config), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def woken(module, std: float = 0.4):
-    """The module with every parameter random."""
-    generator = torch.Generator().manual_seed(11)
-    for p in module.parameters():
-        p.copy_(torch.randn(p.shape, generator=generator) * std)
-    return module
 
 
 def text_of(unet, batch: int = 4) -> torch.Tensor:
@@ -95,17 +82,7 @@ def calls_of(branches) -> Counter:
 def deep() -> UNet2DConditionModel:
     """A UNet with two transformer layers in every stack."""
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        transformer_layers_per_block=2,
-    ).eval()
+    return unet(depth=2).eval()
 
 
 # without a subject, or with an untrained adapter

@@ -21,7 +21,7 @@ from customize.errors import UserError
 from customize.files import header
 from customize.pipelines.subject import with_subjects
 from customize.subject import FILE, RELEASED, image_prompt, load_adapter, multimodal, save_adapter
-from tiny import tiny
+from tiny import random, tiny, woken
 
 logging.set_verbosity_error()  # stock pipelines warn of modules that they did not expect
 SIZES = {"dim": 16, "depth": 2, "heads": 2, "visual_queries": 3, "feature_layers": 2, "time_bins": 4, "projection": 8}
@@ -37,19 +37,6 @@ def vision() -> CLIPVisionModelWithProjection:
 
 def eye() -> ImageTower:
     return ImageTower(vision(), HALVES, (0.25, 0.5, 1.0))
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def woken(module, std: float = 0.4):
-    """The module with every parameter random."""
-    generator = torch.Generator().manual_seed(11)
-    for p in module.parameters():
-        p.copy_(torch.randn(p.shape, generator=generator) * std)
-    return module
 
 
 def noise(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:

@@ -64,7 +64,7 @@ def vae(shift: float | None = None):
     return AutoencoderKL(latent_channels=4, norm_num_groups=2, layers_per_block=1, shift_factor=shift, **blocks)
 
 
-def unet(cross: int = 16, xl: bool = False):
+def unet(cross: int = 16, xl: bool = False, depth: int = 1):
     added = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
@@ -79,6 +79,7 @@ def unet(cross: int = 16, xl: bool = False):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=cross,
+        transformer_layers_per_block=depth,
         **(added if xl else {}),
     )
 
@@ -135,6 +136,19 @@ def flux():
 
 
 BASES = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def woken(module, std: float = 0.4):
+    """The module with every parameter random."""
+    generator = torch.Generator().manual_seed(11)
+    for p in module.parameters():
+        p.copy_(torch.randn(p.shape, generator=generator) * std)
+    return module
 
 
 def tiny(base: str):

@@ -73,14 +73,7 @@ def launch(name: str, model: ModelConfig, data: DataConfig | ReferenceConfig, se
     info["config"] = {k: v for part in (model, data, settings, options) for k, v in asdict(part).items()}
     dataset, validation = prepared(method, train_pictures, held_out, model, data, settings)
     step = train(method, dataset, settings, accelerator, validation, info, scorer)
-    output = Path(settings.output_dir)
-    if accelerator.is_main_process:
-        write_card(output, info | {"step": step}, concepts)
-        if model.push_to_hub:
-            from customize.hub import push
-
-            print(push(str(output), model.hub_model_id))
-    return output
+    return finish(model, settings, info | {"step": step}, concepts, accelerator)
 
 
 def launch_encoder(name: str, model: ModelConfig, data: ReferenceConfig, settings: TrainConfig, options) -> Path:
@@ -93,9 +86,14 @@ def launch_encoder(name: str, model: ModelConfig, data: ReferenceConfig, setting
     info: dict[str, Any] = {"base_model": model.pretrained_model_name_or_path, "method": name}
     info["config"] = {k: v for part in (model, data, settings, options) for k, v in asdict(part).items()}
     step = train(method, train_set, settings, accelerator, held_out, info)
+    return finish(model, settings, info | {"step": step}, [], accelerator)
+
+
+def finish(model: ModelConfig, settings: TrainConfig, info: dict, concepts: list[Concept], accelerator) -> Path:
+    """Writes the model card of the run folder, and uploads it if that was asked for."""
     output = Path(settings.output_dir)
     if accelerator.is_main_process:
-        write_card(output, info | {"step": step}, [])
+        write_card(output, info, concepts)
         if model.push_to_hub:
             from customize.hub import push
 

@@ -105,9 +105,6 @@ class CustomContrast(SubjectMethod):
             return Contrasted(text, injected)
         return Contrasted(text, injected, (views[0], views[1]), output.image_embeds.unflatten(0, (count, 2))[:, 1])
 
-    def encode(self, features: Tensor, t: Tensor) -> Encoded:
-        return self.adapter.encoder(features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device), t)
-
     def losses(self, step: Step):
         return super().losses(step) | (self.contrast(step) if self.contrasts else {})
 

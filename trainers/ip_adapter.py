@@ -38,7 +38,7 @@ class IPAdapter(SubjectMethod):
         if no_image.any():
             blank = encoder.blank(self.tower, views).unsqueeze(1)
             features = torch.where(no_image.view(-1, 1, 1, 1), blank, features)
-        encoded = encoder(features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device), t)
+        encoded = self.encode(features, t)
         weight = torch.ones(len(references), 1, device=features.device)
         text = self.backbone.encode_prompt(self.prompts_of(batch, no_text))
         return Condition(text, self.adapter.injected(encoded, weight))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from customize import checkpoint
 from customize.attention import use_xformers
 from customize.batches import Batches
-from customize.data import collate
+from customize.data import collate, to_device
 from customize.errors import UserError
 from customize.trainers.method import Method
 from customize.trainers.references import Positions, References, Streamed, collate_references
@@ -225,12 +225,6 @@ def make_loader(dataset, config: TrainConfig, accelerator: Accelerator, step: in
         return DataLoader(dataset, batch_sampler=positions, collate_fn=collate_references, **options)
     batches = Batches(dataset, size, config.seed, start=start, **place, flip=dataset.config.random_flip)
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **options)
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-    }
 
 
 class Best:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from customize.backbone import Backbone
 from customize.cache import TensorCache, fingerprint, key_of
-from customize.data import Bucket, Concept, DataConfig, Key, SubjectDataset, collate
+from customize.data import Bucket, Concept, DataConfig, Key, SubjectDataset, collate, to_device
 from customize.errors import UserError
 from customize.pictures import Picture, find_pictures, save_picture
 from customize.trainers.method import Method
@@ -104,7 +104,7 @@ def all_keys(dataset: SubjectDataset) -> Iterable[Key]:
 def held_out_batches(dataset: SubjectDataset | LatentDataset, device: torch.device) -> list[dict]:
     """One batch for each held-out picture, on the device."""
     items = [dataset[i, dataset.bucket_of(i), False] for i in range(len(dataset))]
-    return [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in collate([item]).items()} for item in items]
+    return [to_device(collate([item]), device) for item in items]
 
 
 def cache_text(method: Method, pictures: Iterable[Picture], validation_prompts: list[str], cache: TensorCache) -> None:

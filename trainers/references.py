@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from customize.config import option
-from customize.data import fit, to_tensor
+from customize.data import fit, mask_weight, to_device, to_tensor
 from customize.encoders.tower import opaque
 from customize.errors import UserError
 from customize.pictures import Picture, find_pictures, read_picture
@@ -85,10 +85,7 @@ def item(
         shown = [moved(picture, rng) for picture in shown]
     side = config.resolution, config.resolution
     picture = to_tensor(fit(opaque(target.picture), *side)) * 2 - 1
-    weight = torch.ones(1, *side)
-    if target.mask is not None:
-        outside = config.unmasked_weight
-        weight = outside + (1 - outside) * to_tensor(fit(target.mask, *side, Image.Resampling.BILINEAR))
+    weight = torch.ones(1, *side) if target.mask is None else mask_weight(target.mask, *side, config.unmasked_weight)
     return {"pixels": picture, "mask": weight, "references": pixels(shown), "prompt": prompt, "identity": identity}
 
 
@@ -323,8 +320,7 @@ def held_out_batch(items, count: int, device: torch.device) -> list[dict]:
     """The first `count` items as one batch on the device, which contrasts need together."""
     if not count:
         return []
-    batch = collate_references([items[i] for i in range(count)])
-    return [{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}]
+    return [to_device(collate_references([items[i] for i in range(count)]), device)]
 
 
 def read_references(model, config: ReferenceConfig, settings, pixels: Pixels, accelerator) -> tuple[Dataset, list[dict]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from customize.attention import text_layers
 from customize.config import option
-from customize.encoders import load_tower
+from customize.encoders import Encoded, load_tower
 from customize.errors import UserError
 from customize.pipelines.subject import with_subjects
 from customize.subject import SubjectAdapter, adapter_file, load_adapter, read_file, without_words
@@ -112,6 +112,10 @@ class SubjectMethod(Method):
         u = torch.rand(count, device=device)
         no_text = (u < text) | ((u >= text + image) & (u < text + image + both))
         return no_text, (u >= text) & (u < text + image + both)
+
+    def encode(self, features: Tensor, t: Tensor) -> Encoded:
+        """Features (batch, references, tokens, features), none of them padding."""
+        return self.adapter.encoder(features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device), t)
 
     def prompts_of(self, batch: dict, no_text: Tensor) -> list[str]:
         prompts = batch["prompt"] if self.adapter.has_words else [without_words(prompt) for prompt in batch["prompt"]]
