@@ -411,7 +411,8 @@ def make(tower, **options):
 
 def batch_of(identity, seed=0):
     n = len(identity)
-    batch = {"pixels": noise(n, 3, 32, 32, seed=seed).tanh(), "references": noise(n, 2, 3, 32, 32, seed=seed + 1)}
+    batch = {"pixels": noise(n, 3, 32, 32, seed=seed).tanh(), "references": noise(n, 1, 2, 3, 32, 32, seed=seed + 1)}
+    batch["present"] = torch.ones(n, 1, dtype=torch.bool)
     return batch | {"prompt": ["a photo of <s> dog"] * n, "identity": torch.tensor(identity)}
 
 
@@ -425,7 +426,7 @@ def compared(method, batch):
     encoder, views = method.adapter.encoder, []
     for i in range(2):
         with torch.no_grad():
-            output = method.tower.vision(batch["references"][:, i], output_hidden_states=True)
+            output = method.tower.vision(batch["references"][:, 0, i], output_hidden_states=True)
             features = torch.cat([output.hidden_states[layer] for layer in encoder.layers], -1)[:, None]
             present = torch.ones(features.shape[:2], dtype=torch.bool)
             views.append(encoder(features, present, torch.full([len(features)], 0.4)))

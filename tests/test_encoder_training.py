@@ -185,7 +185,7 @@ def test_training_conditions_as_the_pipeline_does(both, tower, subjects):
         trained_on = method.condition(batch, torch.full((4,), 0.6)).injected
         pipe = with_subjects(method.backbone.pipe)
         pipe.adapter = method.adapter
-        features = method.adapter.encoder.read(method.tower(batch["references"].flatten(0, 1))).unflatten(0, (4, 2))
+        features = method.adapter.encoder.read(method.tower(batch["references"].flatten(0, 2))).unflatten(0, (4, 2))
         seen = {}
         pipe.set_progress_bar_config(disable=True)
         pipe.register_modules(image_encoder=method.tower.vision, feature_extractor=method.tower.processor)
@@ -203,6 +203,71 @@ def test_training_conditions_as_the_pipeline_does(both, tower, subjects):
     assert torch.allclose(trained_on.visual, drawn.visual, atol=1e-5)
     assert torch.allclose(trained_on.contexts, drawn.contexts, atol=1e-5)
     assert torch.allclose(trained_on.place, drawn.place, atol=1e-5)
+
+
+def two_subjects(method, subjects: Path) -> dict:
+    """Four pictures: the first and the last show a second subject too, that of the next picture."""
+    batch = batch_of(method, subjects)
+    batch["references"] = torch.cat([batch["references"], batch["references"].roll(-1, 0)], 1)
+    batch["present"] = torch.tensor([[True, True], [True, False], [True, False], [True, True]])
+    batch["references"][1:3, 1] = 0
+    batch["prompt"] = [f"{prompt} and a <s2> cup" if i in (0, 3) else prompt for i, prompt in enumerate(batch["prompt"])]
+    return batch
+
+
+def drawn_rows(batch: dict, rows: slice) -> dict:
+    return {name: value[rows] for name, value in batch.items()}
+
+
+@pytest.mark.parametrize("name", ["custom_contrast", "ip_adapter"])
+def test_pictures_with_fewer_subjects_are_conditioned_as_alone(name, tower, subjects):
+    method = woken(build("sd15", name, tower)).eval()
+    batch, t = two_subjects(method, subjects), torch.tensor([0.1, 0.6, 0.6, 0.9])
+    alone = drawn_rows(batch, slice(1, 3))
+    alone |= {part: alone[part][:, :1] for part in ("references", "present")}
+    noisy = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = method.condition(batch, t)
+        first = method.backbone.denoise(noisy, t * 999, together)
+        second = method.backbone.denoise(noisy[1:3], t[1:3] * 999, method.condition(alone, t[1:3]))
+        swapped = batch | {"references": batch["references"].clone()}
+        swapped["references"][:, 1] = batch["references"][:, 1].roll(3, 0)  # the second subjects of both pairs change places
+        third = method.backbone.denoise(noisy, t * 999, method.condition(swapped, t))
+    assert together.injected.weight.tolist() == [[1, 1], [1, 0], [1, 0], [1, 1]]
+    assert torch.isfinite(first).all()
+    assert torch.allclose(first[1:3], second, atol=1e-5)
+    assert not torch.allclose(first[0], third[0], atol=1e-3)
+    assert not torch.allclose(first[3], third[3], atol=1e-3)
+
+
+def test_two_subjects_are_trained_on_as_the_pipeline_draws_them(tower, subjects):
+    method = woken(build("sd15", "custom_contrast", tower)).eval()
+    batch = drawn_rows(two_subjects(method, subjects), slice(0, 1))
+    with torch.no_grad():
+        trained_on = method.condition(batch, torch.full((1,), 0.6)).injected
+        pipe = with_subjects(method.backbone.pipe)
+        pipe.adapter = method.adapter
+        pipe.set_progress_bar_config(disable=True)
+        pipe.register_modules(image_encoder=method.tower.vision, feature_extractor=method.tower.processor)
+        features = method.adapter.encoder.read(method.tower(batch["references"][0, :, 0])).unsqueeze(1)
+        seen, made = {}, pipe._injected
+        pipe._injected = lambda call, bins, guided: seen.setdefault(bins, made(call, bins, guided))
+        given = dict(zip(WORDS, features, strict=False))
+        pipe(batch["prompt"], subject_images=[given], height=32, width=32, num_inference_steps=5)
+    drawn = seen[int(0.6 * 4)]
+    for part in ("visual", "contexts", "place", "weight"):
+        assert torch.allclose(getattr(trained_on, part), getattr(drawn, part), atol=1e-5), part
+
+
+@pytest.mark.parametrize("name", ["custom_contrast", "ip_adapter"])
+def test_two_subjects_are_trained_on(name, tower, subjects):
+    method = woken(build("sd15", name, tower, dropout_image=0.3)).train()
+    losses = method(two_subjects(method, subjects))
+    sum(losses.values()).backward()
+    assert losses.keys() == ({"denoise", "cscl", "macl"} if name == "custom_contrast" else {"denoise"})
+    if name == "custom_contrast":  # only first subjects are contrasted
+        assert len(method.condition(two_subjects(method, subjects), torch.zeros(4)).looks) == 4
+    assert all(torch.isfinite(p.grad).all() for p in method.trainable().values() if p.grad is not None)
 
 
 def test_dropped_samples_lose_their_prompt_or_their_pictures(tower, subjects):

@@ -83,12 +83,12 @@ def disc(size: int = 32) -> View:
 
 def of_disc(**options) -> dict:
     config = ReferenceConfig(**{"resolution": 16} | options)
-    return item(disc(), [disc(), disc()], "a <s> disc", 7, np.random.default_rng(0), config, pixels)
+    return item(disc(), [[disc(), disc()]], "a <s> disc", 7, np.random.default_rng(0), config, pixels)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_the_first_reference_is_cut_out_at_the_rate_asked_for_and_the_second_always(rate):
-    first, second = of_disc(segment_rate=rate)["references"]
+    first, second = of_disc(segment_rate=rate)["references"][0]
     inside = to_tensor(disc().mask)[0] > 0
     whole = to_tensor(disc().picture)
     for reference, cut_out in ((first, bool(rate)), (second, True)):
@@ -99,7 +99,7 @@ def test_the_first_reference_is_cut_out_at_the_rate_asked_for_and_the_second_alw
 def test_half_of_the_first_references_are_cut_out():
     config, rng = ReferenceConfig(resolution=4), np.random.default_rng(0)
     corners = [
-        item(disc(8), [disc(8), disc(8)], "", 0, rng, config, pixels)["references"][0, :, 0, 0].sum() for _ in range(200)
+        item(disc(8), [[disc(8), disc(8)]], "", 0, rng, config, pixels)["references"][0, 0, :, 0, 0].sum() for _ in range(200)
     ]
     assert 70 < sum(corner == 3 for corner in corners) < 130
 
@@ -109,7 +109,7 @@ def test_the_loss_weight_is_full_on_the_subject_and_less_outside():
     assert weight.shape == (1, 16, 16)
     assert weight[0, 8, 8] == 1
     assert weight[0, 0, 0] == 0.25
-    unmasked = item(View(flat(1)), [disc(), disc()], "", 0, np.random.default_rng(0), ReferenceConfig(resolution=16), pixels)[
+    unmasked = item(View(flat(1)), [[disc(), disc()]], "", 0, np.random.default_rng(0), ReferenceConfig(resolution=16), pixels)[
         "mask"
     ]
     assert torch.equal(unmasked, torch.ones(1, 16, 16))
@@ -124,8 +124,8 @@ def test_the_target_lies_between_minus_one_and_one():
 
 def test_references_are_moved_only_if_asked_for():
     plain, augmented = of_disc(segment_rate=1.0), of_disc(segment_rate=1.0, augment=True)
-    assert torch.equal(plain["references"][1], to_tensor(disc().cut_out))
-    assert not torch.equal(augmented["references"][1], plain["references"][1])
+    assert torch.equal(plain["references"][0, 1], to_tensor(disc().cut_out))
+    assert not torch.equal(augmented["references"][0, 1], plain["references"][0, 1])
     assert torch.equal(augmented["pixels"], plain["pixels"])
 
 
@@ -184,11 +184,11 @@ def test_a_caption_must_say_the_subjects_word():
 
 def test_a_batch_is_stacked():
     config, rng = ReferenceConfig(resolution=16), np.random.default_rng(0)
-    items = [item(disc(), [disc(8), disc(8)], f"{i} <s>", i, rng, config, pixels) for i in (5, 2**32 - 1, 9)]
+    items = [item(disc(), [[disc(8), disc(8)]], f"{i} <s>", i, rng, config, pixels) for i in (5, 2**32 - 1, 9)]
     batch = collate_references(items)
     assert batch["pixels"].shape == (3, 3, 16, 16)
     assert batch["mask"].shape == (3, 1, 16, 16)
-    assert batch["references"].shape == (3, 2, 3, 8, 8)
+    assert batch["references"].shape == (3, 1, 2, 3, 8, 8)
     assert batch["identity"].tolist() == [5, 2**32 - 1, 9]
     assert batch["prompt"] == ["5 <s>", f"{2**32 - 1} <s>", "9 <s>"]
     assert torch.equal(batch["references"][1], items[1]["references"])
@@ -236,7 +236,7 @@ def test_shapes_of_a_rendered_item():
     entry = rendered(resolution=32)[0]
     assert entry["pixels"].shape == (3, 32, 32)
     assert entry["mask"].shape == (1, 32, 32)
-    assert entry["references"].shape == (2, 3, 64, 64)
+    assert entry["references"].shape == (1, 2, 3, 64, 64)
 
 
 def test_the_second_rendered_reference_is_on_white_and_the_first_as_it_was_drawn(monkeypatch):
@@ -248,10 +248,10 @@ def test_the_second_rendered_reference_is_on_white_and_the_first_as_it_was_drawn
         entry = rendered(segment_rate=0.0)[position]
         outside = [to_tensor(mask)[0] == 0 for _, mask in found]
         first, second, target = (to_tensor(picture) for picture, _ in found)
-        assert torch.equal(entry["references"][0], first)
-        assert (entry["references"][1][:, outside[1]] == 1).all()
+        assert torch.equal(entry["references"][0, 0], first)
+        assert (entry["references"][0, 1][:, outside[1]] == 1).all()
         inside = to_tensor(found[1][1])[0] == 1
-        assert torch.equal(entry["references"][1][:, inside], second[:, inside])
+        assert torch.equal(entry["references"][0, 1][:, inside], second[:, inside])
         assert torch.equal(entry["pixels"], target * 2 - 1)
         assert torch.equal(entry["mask"][0] == 0.5, outside[2])
 
@@ -309,6 +309,42 @@ def test_validation_draws_held_out_drawings_that_no_benchmark_uses(scenes):
     assert len(shown) > 40
 
 
+def test_a_second_subject_has_its_word_and_references_of_its_own(scenes):
+    dataset = rendered(resolution=4, second_subject_rate=1.0, segment_rate=1.0, noun_dropout=0.0)
+    for position in range(20):
+        scenes.clear()
+        entry = dataset[position]
+        *views, target = scenes
+        assert entry["references"].shape[:2] == (2, 2)
+        assert [scene.subject for scene in views] == [target.subject] * 2 + [target.companion] * 2
+        assert f"<s> {target.subject.word}" in entry["prompt"]
+        assert f"next to a <s2> {target.companion.word}" in entry["prompt"]
+        assert target.count == 1
+        assert (entry["mask"] == 1).all()  # the whole picture counts
+        assert entry["identity"] == dataset.number[target.subject]
+
+
+def test_second_subjects_come_at_the_rate_asked_for():
+    dataset = rendered(resolution=4, second_subject_rate=0.3)
+    entries = [dataset[position] for position in range(200)]
+    second = [len(entry["references"]) == 2 for entry in entries]
+    assert 0.2 < np.mean(second) < 0.4
+    assert all(("<s2>" in entry["prompt"]) == two for entry, two in zip(entries, second, strict=True))
+
+
+def test_fewer_subjects_are_padded_in_a_batch():
+    dataset = rendered(resolution=4, second_subject_rate=0.5)
+    items = [dataset[position] for position in range(12)]
+    batch = collate_references(items)
+    assert batch["references"].shape[:3] == (12, 2, 2)
+    for i, entry in enumerate(items):
+        count = len(entry["references"])
+        assert batch["present"][i].tolist() == [True, count == 2]
+        assert torch.equal(batch["references"][i, :count], entry["references"])
+        assert not batch["references"][i, count:].any()
+    assert {len(entry["references"]) for entry in items} == {1, 2}
+
+
 def test_a_subject_is_never_its_own_companion(scenes, monkeypatch):
     dataset = rendered(resolution=4)
     dataset.pool = dataset.core = dataset.pool[:2]
@@ -354,7 +390,7 @@ def test_an_epoch_shows_every_subject_once_in_an_order_of_its_own(tmp_path):
     assert len({tuple(order) for order in orders}) > 1
     for entry in itertools.chain(*epochs):
         assert target_of(entry)[0] == 10 * entry["identity"]
-        assert {said(reference)[0] for reference in entry["references"]} == {10 * entry["identity"]}
+        assert {said(reference)[0] for reference in entry["references"][0]} == {10 * entry["identity"]}
         assert entry["prompt"] == f"a <s> toy{entry['identity']}"
 
 
@@ -371,7 +407,7 @@ def test_the_target_is_none_of_the_references(tmp_path):
     targets = set()
     for position in range(40):
         entry = dataset[position]
-        views = [said(reference)[1] for reference in entry["references"]]
+        views = [said(reference)[1] for reference in entry["references"][0]]
         target = target_of(entry)[1]
         targets.add(target)
         assert len({target, *views}) == 3
@@ -382,7 +418,7 @@ def test_two_pictures_are_enough(tmp_path):
     write_subject(tmp_path, "toy", 10, count=2)
     dataset = folders(ReferenceConfig(train_data_dir=str(tmp_path), resolution=8))
     entry = dataset[0]
-    views = [said(reference)[1] for reference in entry["references"]]
+    views = [said(reference)[1] for reference in entry["references"][0]]
     assert target_of(entry)[1] not in views[:1]
 
 
@@ -390,7 +426,7 @@ def test_references_of_folders_are_cut_out_on_white_by_their_masks(tmp_path):
     write_subject(tmp_path, "toy", 10, mask=True)
     config = ReferenceConfig(train_data_dir=str(tmp_path), resolution=8, segment_rate=0.0, unmasked_weight=0.25)
     entry = folders(config)[0]
-    first, second = entry["references"]
+    first, second = entry["references"][0]
     assert said(first)[0] == said(second[:, :, 4:])[0] == 10
     assert (second[:, :, :4] == 1).all()
     assert torch.equal(entry["mask"][0, 0], torch.tensor([0.25] * 4 + [1.0] * 4))
@@ -605,7 +641,7 @@ def test_rows_become_items_of_one_subject_each(hf, tmp_path, lists, streaming):
     assert shown(entries) == [*range(8), *range(8)]
     for entry in entries:
         subject, target = target_of(entry)
-        found = [said(reference) for reference in entry["references"]]
+        found = [said(reference) for reference in entry["references"][0]]
         assert {who for who, _ in found} == {subject}
         assert len({target, *(view for _, view in found)}) == 3
         assert entry["prompt"] == f"a <s> toy {subject}"
@@ -667,7 +703,7 @@ def test_two_processes_share_one_file_without_sharing_a_subject(hf, tmp_path, li
     first, second = (set(shown(part)) for part in entries)
     assert not first & second
     assert first | second == set(range(7))
-    views = {said(r) for part in entries for entry in part for r in entry["references"]}
+    views = {said(r) for part in entries for entry in part for r in entry["references"][0]}
     assert len({view for _, view in views}) == 4  # no row is lost to the other process
 
 
@@ -766,7 +802,7 @@ def test_an_imagefolder_has_a_folder_for_each_subject(hf, tmp_path, streaming):
     entries = take(6, streamed(imagefolder(tmp_path / "root", streaming=streaming)))
     assert shown(entries) == [0, 10, 20] * 2
     for entry in entries:
-        assert {said(reference)[0] for reference in entry["references"]} == {target_of(entry)[0]}
+        assert {said(reference)[0] for reference in entry["references"][0]} == {target_of(entry)[0]}
         assert entry["prompt"] == "a photo of <s>"
 
 

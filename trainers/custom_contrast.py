@@ -21,7 +21,7 @@ from customize.errors import UserError
 from customize.losses.contrastive import MaclForm, appearance_contrast, cosines, cross_modal_contrast, gathered
 from customize.subject import SubjectAdapter, multimodal
 from customize.trainers.diagnostics import appearance_correlation, gradient_ratios, view_retrieval, write_similarity
-from customize.trainers.subject_method import SubjectConfig, SubjectMethod
+from customize.trainers.subject_method import SubjectConfig, SubjectMethod, of_subjects
 from customize.trainers.validation import fixed_randomness
 
 
@@ -51,7 +51,8 @@ SIZES = ("words", "fusion", "location", "dim", "depth", "heads", "visual_queries
 
 @dataclass
 class Contrasted(Condition):
-    """A condition with what the contrasts compare: both views encoded, and the tower's embedding of the cut-out one."""
+    """A condition with what the contrasts compare: both views of each first subject encoded, and the tower's embedding of the
+    cut-out one."""
 
     views: tuple[Encoded, Encoded] | None = None
     looks: Tensor | None = None
@@ -83,27 +84,27 @@ class CustomContrast(SubjectMethod):
         return bool(self.config.cscl_weight or self.config.macl_weight)
 
     def condition(self, batch, t):
-        adapter, references = self.adapter, batch["references"]
-        count, both = len(references), self.uses_both()
+        adapter, present, both = self.adapter, batch["present"], self.uses_both()
         used = 2 if both or self.contrasts else 1
-        output = self.tower(references[:, :used].flatten(0, 1))
-        features = adapter.encoder.read(output).unflatten(0, (count, used))
-        views = [self.encode(features[:, i : i + 1], t) for i in range(2 if self.contrasts else 1 - both)]
-        encoded = self.encode(features, t) if both else views[0]
-        no_text, no_image = self.dropped(count)
-        ones = torch.ones(count, 1, device=features.device)
-        injected = adapter.injected(encoded, ones * ~no_image[:, None])
+        output = self.tower(batch["references"][present][:, :used].flatten(0, 1))
+        features, times = adapter.encoder.read(output).unflatten(0, (-1, used)), of_subjects(t, present)
+        views = [self.encode(features[:, i : i + 1], times) for i in range(2 if self.contrasts else 1 - both)]
+        encoded = (self.encode(features, times) if both else views[0]).spread(present)
+        no_text, no_image = self.dropped(len(present))
+        injected = adapter.injected(encoded, (present & ~no_image[:, None]).float())
         prompts = self.prompts_of(batch, no_text)
         if adapter.has_words:
             parts = self.backbone.tokenizers, self.backbone.text_encoders
-            texts = adapter.texts(self.backbone.encode_prompt, *parts, prompts, adapter.word_vectors(encoded, ones))
+            texts = adapter.texts(self.backbone.encode_prompt, *parts, prompts, adapter.word_vectors(encoded, present.float()))
             injected.contexts = texts["encoder_hidden_states"]
             text = {name: value[adapter.slots // 2] for name, value in texts.items()}
         else:
             text = self.backbone.encode_prompt(prompts)
         if not self.contrasts:
             return Contrasted(text, injected)
-        return Contrasted(text, injected, (views[0], views[1]), output.image_embeds.unflatten(0, (count, 2))[:, 1])
+        first = torch.arange(present.shape[1], device=present.device).expand_as(present)[present] == 0
+        compared = [view.each(lambda value: value[first]) for view in views]
+        return Contrasted(text, injected, (compared[0], compared[1]), output.image_embeds[1::2][first])
 
     def losses(self, step: Step):
         return super().losses(step) | (self.contrast(step) if self.contrasts else {})

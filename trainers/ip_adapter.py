@@ -8,7 +8,7 @@ from torch import Tensor
 from customize.backbone import Condition
 from customize.config import option
 from customize.subject import SubjectAdapter, image_prompt
-from customize.trainers.subject_method import SubjectConfig, SubjectMethod
+from customize.trainers.subject_method import SubjectConfig, SubjectMethod, of_subjects
 
 
 @dataclass
@@ -30,15 +30,14 @@ class IPAdapter(SubjectMethod):
 
     def condition(self, batch, t: Tensor) -> Condition:
         """A picture that is dropped becomes the blank one that the unconditional half is given at inference."""
-        encoder, references = self.adapter.encoder, batch["references"]
+        encoder, present = self.adapter.encoder, batch["present"]
         count = 2 if self.uses_both() else 1
-        views = references[:, :count].flatten(0, 1)
+        views = batch["references"][present][:, :count].flatten(0, 1)
         features = encoder.read(self.tower(views)).unflatten(0, (-1, count))
-        no_text, no_image = self.dropped(len(references))
+        no_text, no_image = self.dropped(len(present))
         if no_image.any():
             blank = encoder.blank(self.tower, views).unsqueeze(1)
-            features = torch.where(no_image.view(-1, 1, 1, 1), blank, features)
-        encoded = self.encode(features, t)
-        weight = torch.ones(len(references), 1, device=features.device)
+            features = torch.where(of_subjects(no_image, present).view(-1, 1, 1, 1), blank, features)
+        encoded = self.encode(features, of_subjects(t, present)).spread(present)
         text = self.backbone.encode_prompt(self.prompts_of(batch, no_text))
-        return Condition(text, self.adapter.injected(encoded, weight))
+        return Condition(text, self.adapter.injected(encoded, present.float()))

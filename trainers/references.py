@@ -1,8 +1,9 @@
 """What encoders learn from: many subjects, of each two reference views and one target picture with its caption.
 
 Three sources: rendered sticker scenes (embedded), a folder of folders, and any Hugging Face `datasets` source. Items hold
-`pixels` (3, H, W) in [-1, 1], the target; `references` (2, 3, h, w), normalised for the image tower, the second always cut
-out on white where a mask is known; `prompt`, with the subject's word before its noun; and `identity`, the subject's number.
+`pixels` (3, H, W) in [-1, 1], the target; `references` (subjects, 2, 3, h, w), normalised for the image tower, the second of
+each subject always cut out on white where a mask is known; `prompt`, with each subject's word before its noun; and
+`identity`, the first subject's number. Only rendered scenes have a second subject (`second_subject_rate`).
 """
 
 import itertools
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from customize.config import option
@@ -53,6 +55,7 @@ class ReferenceConfig:
     unmasked_weight: float = option(0.5, "loss weight of what lies outside the target's mask, 0 to 1, where one is known")
     augment: bool = option(False, "turn, shift, scale and mirror references on white (rendered scenes vary by themselves)")
     noun_dropout: float = option(0.5, "stickers: share of captions that do not name the class, so that pictures must tell")
+    second_subject_rate: float = option(0.0, "stickers: share of scenes with a second subject, <s2>, and references of it")
     world: str = option("", "stickers: an atlas folder of the whole world; empty: the drawings that ship")
     max_pixels: int = option(100_000_000, "pictures with more pixels are refused")
     strict: bool = option(False, "stop at an unreadable picture instead of skipping it with a warning")
@@ -77,16 +80,19 @@ class View:
 
 
 def item(
-    target: View, references: Sequence[View], prompt: str, identity: int, rng, config: ReferenceConfig, pixels: Pixels
+    target: View, subjects: Sequence[Sequence[View]], prompt: str, identity: int, rng, config: ReferenceConfig, pixels: Pixels
 ) -> dict:
-    first, second = references
-    shown = [first.cut_out if rng.random() < config.segment_rate else opaque(first.picture), second.cut_out]
+    """`subjects` holds two views of each."""
+    shown = []
+    for first, second in subjects:
+        shown += [first.cut_out if rng.random() < config.segment_rate else opaque(first.picture), second.cut_out]
     if config.augment:
         shown = [moved(picture, rng) for picture in shown]
     side = config.resolution, config.resolution
     picture = to_tensor(fit(opaque(target.picture), *side)) * 2 - 1
     weight = torch.ones(1, *side) if target.mask is None else mask_weight(target.mask, *side, config.unmasked_weight)
-    return {"pixels": picture, "mask": weight, "references": pixels(shown), "prompt": prompt, "identity": identity}
+    references = pixels(shown).unflatten(0, (-1, 2))
+    return {"pixels": picture, "mask": weight, "references": references, "prompt": prompt, "identity": identity}
 
 
 def moved(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -135,16 +141,25 @@ class Rendered(References):
         pool = self.core if rng.random() < 0.5 else self.pool
         drawing = pool[rng.integers(len(pool))]
         target = draw_factors(rng, self.world, [drawing], extras=0.25)
-        if target.companion is not None:  # drawn from the subject alone so far, which is no companion
+        second = rng.random() < self.config.second_subject_rate
+        if second or target.companion is not None:  # drawn from the subject alone so far, which is no companion
             other = drawing
             while other == drawing:
                 other = self.core[rng.integers(len(self.core))]
-            target = replace(target, companion=other)
+            target = replace(target, companion=other, count=1)
+        subjects = [drawing, other] if second else [drawing]
+        nouns = [
+            f"{word} {'sticker' if rng.random() < self.config.noun_dropout else subject.word}"
+            for word, subject in zip(WORDS, subjects, strict=False)
+        ]
         prefix = PREFIXES[rng.integers(len(PREFIXES))]
-        noun = "sticker" if rng.random() < self.config.noun_dropout else drawing.word
-        prompt = caption(target, f"{WORD} {noun}", prefix, style=rng.random() < 0.5, setting=rng.random() < 0.92)
-        views = [self.view(drawing, rng) for _ in range(2)]
-        return item(View(*draw_scene(target, self.world)), views, prompt, self.number[drawing], rng, self.config, self.pixels)
+        options = {"style": rng.random() < 0.5, "setting": rng.random() < 0.92}
+        prompt = caption(target, nouns[0], prefix, companion=nouns[1] if second else None, **options)
+        views = [[self.view(subject, rng) for _ in range(2)] for subject in subjects]
+        picture, mask = draw_scene(target, self.world)
+        # the mask is the first subject's: with a second one the whole picture counts
+        shown = View(picture, None if second else mask)
+        return item(shown, views, prompt, self.number[drawing], rng, self.config, self.pixels)
 
     def view(self, drawing: Drawing, rng: np.random.Generator) -> View:
         background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
@@ -166,7 +181,7 @@ class Folders(References):
         target, *references = (pictures[i] for i in drawn(rng, len(pictures)))
         views = [View(*read_picture(picture)) for picture in references]
         prompt = named(target.caption)
-        return item(View(*read_picture(target)), views, prompt, index, rng, self.config, self.pixels)
+        return item(View(*read_picture(target)), [views], prompt, index, rng, self.config, self.pixels)
 
 
 def drawn(rng: np.random.Generator, count: int) -> list[int]:
@@ -219,7 +234,7 @@ class Streamed(IterableDataset):
                 target, *references = (views[i] for i in drawn(rng, len(views)))
                 prompt = named(target.caption or self.config.instance_prompt.replace("{}", name))
                 number = zlib.crc32(name.encode())
-                yield item(target, references, prompt, number, rng, self.config, self.pixels)
+                yield item(target, [references], prompt, number, rng, self.config, self.pixels)
             if not found:
                 raise UserError("--dataset_name: no subject with two or more views was found in this dataset's rows.")
 
@@ -295,8 +310,13 @@ class Positions(Sampler[list[int]]):
 
 
 def collate_references(items: Sequence[dict]) -> dict:
-    """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `references` (B, 2, 3, h, w), `identity` (B,), `prompt` a list."""
-    batch: dict = {name: torch.stack([entry[name] for entry in items]) for name in ("pixels", "mask", "references")}
+    """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `references` (B, subjects, 2, 3, h, w), `present` (B, subjects), False
+    where a picture has fewer subjects than others, `identity` (B,), `prompt` a list."""
+    batch: dict = {name: torch.stack([entry[name] for entry in items]) for name in ("pixels", "mask")}
+    batch["references"] = pad_sequence([entry["references"] for entry in items], batch_first=True)
+    batch["present"] = pad_sequence(
+        [torch.ones(len(entry["references"]), dtype=torch.bool) for entry in items], batch_first=True
+    )
     batch["identity"] = torch.tensor([entry["identity"] for entry in items], dtype=torch.long)
     return batch | {"prompt": [entry["prompt"] for entry in items]}
 

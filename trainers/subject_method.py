@@ -87,7 +87,8 @@ class SubjectMethod(Method):
         found = []
         with torch.no_grad():
             for batch in batches:
-                other = batch | {"references": batch["references"].roll(1, 0)}
+                other = batch | {"references": batch["references"].clone()}
+                other["references"][:, 0] = batch["references"][:, 0].roll(1, 0)
                 losses = []
                 for shown in (batch, other):
                     with fixed_randomness(0):
@@ -124,3 +125,8 @@ class SubjectMethod(Method):
     def uses_both(self) -> bool:
         """Whether this batch is given both references; the first alone in evaluation."""
         return self.training and torch.rand(()).item() < self.config.multi_reference_rate
+
+
+def of_subjects(values: Tensor, present: Tensor) -> Tensor:
+    """What is said of each picture (rows,), for each of its subjects: `present` (rows, subjects) says which are there."""
+    return values[:, None].expand_as(present)[present]

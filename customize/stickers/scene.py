@@ -116,14 +116,21 @@ def draw_extra(rng: np.random.Generator, companions: list[Drawing]) -> dict:
     return {field: one_of(FACTORS[field])}
 
 
-def caption(scene: Scene, subject: str | None = None, prefix: str = "", style: bool = True, setting: bool = True) -> str:
-    """The sentence for a scene. `subject` replaces the noun and its style word ("<s> fox"); `style` and `setting` say
-    whether the studio and the background are mentioned."""
+def caption(
+    scene: Scene,
+    subject: str | None = None,
+    prefix: str = "",
+    style: bool = True,
+    setting: bool = True,
+    companion: str | None = None,
+) -> str:
+    """The sentence for a scene. `subject` replaces the noun and its style word ("<s> fox"), `companion` those of the drawing
+    beside it; `style` and `setting` say whether the studio and the background are mentioned."""
     noun = subject or (str(scene.subject) if style else scene.subject.word)
     article = COUNTS[scene.count] + "a"
     words = [prefix + article, scene.size, scene.tint, noun, scene.orientation, scene.border]
     if scene.companion is not None:
-        words.append(f"next to a {scene.companion if style else scene.companion.word}")
+        words.append(f"next to a {companion or (scene.companion if style else scene.companion.word)}")
     if setting:
         words.append(BACKGROUNDS[scene.background])
     return " ".join(w for w in (*words, scene.light, scene.weather, scene.frame) if w)

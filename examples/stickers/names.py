@@ -1,0 +1,147 @@
+"""Before an encoder: what drawings are called. `python examples/stickers/names.py custom_contrast|ip_adapter [--minutes 15]`
+
+The denoiser's loss alone teaches an encoder slowly on a CPU. Rendered scenes know their subjects' names, and the text tower
+knows looks by name (stage 2), so an encoder is first fitted to it, some fifty scenes a second on one core:
+
+* its visual tokens to the text tower's states for "a flat fox": the first, the noun's, the end's, and one for each patch;
+* S+ (custom_contrast): the states of "a <s> fox on the beach" to those of "a flat fox on the beach", at random times and slots,
+  and of "a <s> sticker on the beach" too, where only the picture can tell.
+
+This carries over to drawings without a name. The visual branches then start from the text's own values, as strong as suits
+the denoiser best. Writes .furnace/names-METHOD and goes on from it; so does training by `--pretrained_adapter`.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from customize.attention import text_layers
+from customize.backbone import Backbone, wrap
+from customize.config import parse
+from customize.loading import load_base
+from customize.stickers import Drawing
+from customize.stickers.scene import PREFIXES, caption, draw_factors
+from customize.subject import ADAPTER_FILES, WORDS, add_subject_words, save_adapter
+from customize.tokens import replaced_words
+from customize.trainers.__main__ import configs
+from customize.trainers.references import Rendered, collate_references
+from customize.trainers.registry import find_method
+from customize.trainers.subject_method import SubjectMethod
+from customize.trainers.validation import validation_loss
+from recipe import FURNACE
+from text_tower import FIRST_PATCH, LENGTH
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the visual branches' first values, in the text's own
+
+
+@torch.no_grad()
+def token_targets(backbone: Backbone, drawings: list[Drawing]) -> Tensor:
+    """What the visual tokens are fitted to, (drawings, 3 + patches, dim)."""
+    found = []
+    for start in range(0, len(drawings), 64):
+        prompts = [f"a {drawing}" for drawing in drawings[start : start + 64]]
+        states = backbone.encode_prompt(prompts)["encoder_hidden_states"]
+        ends = torch.tensor([len(ids) - 1 for ids in backbone.tokenizers[0](prompts).input_ids])
+        row = torch.arange(len(prompts))
+        words = torch.stack([states[:, 0], states[row, ends - 1], states[row, ends]], 1)
+        found.append(torch.cat([words, states[:, FIRST_PATCH:LENGTH]], 1))
+    return torch.cat(found)
+
+
+def batch(data: Rendered, rng: np.random.Generator, size: int):
+    """References, prompts with S+, the same prompts with the drawings' names, and the drawings' numbers."""
+    pictures, prompts, names, numbers = [], [], [], []
+    for _ in range(size):
+        drawing = data.pool[rng.integers(len(data.pool))]
+        scene = draw_factors(rng, data.world, [drawing], extras=0.1)
+        noun = "sticker" if rng.random() < 0.5 else drawing.word
+        prefix, setting = PREFIXES[rng.integers(len(PREFIXES))], rng.random() < 0.92
+        view = data.view(drawing, rng)
+        pictures.append(view.cut_out if rng.random() < 0.5 else view.picture)
+        prompts.append(caption(scene, f"{WORDS[0]} {noun}", prefix, setting=setting))
+        names.append(caption(scene, str(drawing), prefix, setting=setting))
+        numbers.append(data.number[drawing])
+    return data.pixels(pictures), prompts, names, numbers
+
+
+def word_loss(method: SubjectMethod, encoded, prompts: list[str], names: list[str]) -> Tensor:
+    """How far the text states are from those of the names, each prompt with the S+ of a random slot."""
+    adapter, backbone, count = method.adapter, method.backbone, len(prompts)
+    vectors = adapter.word_vectors(encoded, torch.ones(count, 1))[0]  # (slots, rows, 1, dim)
+    own = vectors[torch.randint(adapter.slots, (count,)), torch.arange(count)]
+    with replaced_words(backbone.tokenizers, backbone.text_encoders, [WORDS[0]], [own]):
+        states = backbone.encode_prompt(prompts)["encoder_hidden_states"]
+    with torch.no_grad():
+        target = backbone.encode_prompt(names)["encoder_hidden_states"]
+    return F.mse_loss(states, target)
+
+
+@torch.no_grad()
+def start_values(method: SubjectMethod, batches: list[dict]) -> None:
+    """Gives the visual branches the text's own values, at the strength of the lowest loss on held-out drawings."""
+    adapter, losses = method.adapter, {}
+
+    def use(strength: float):
+        for number, name in text_layers(method.backbone.denoiser).items():
+            adapter.branches[number].to_v_ip.weight.copy_(strength * method.backbone.denoiser.get_submodule(name).to_v.weight)
+
+    for strength in STRENGTHS:
+        use(strength)
+        losses[strength] = validation_loss(method, batches, repeats=4)
+    print("loss by strength of the visual branches:", {k: round(v, 4) for k, v in losses.items()}, flush=True)
+    use(min(losses, key=losses.__getitem__))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=["custom_contrast", "ip_adapter"])
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    output = FURNACE / f"names-{options.method}"
+    words = [f"examples/stickers/{options.method}.yaml", "--resolution", "64"]
+    words += ["--no_location"] if options.method == "custom_contrast" else []
+    words += ["--pretrained_adapter", str(output)] if any((output / name).exists() for name in ADAPTER_FILES) else []
+    backbone = wrap(load_base("stickers"), "stickers")
+    _, config, _, settings = parse(configs(find_method(options.method)), words)
+    method = find_method(options.method)(backbone, settings)
+    adapter, rng = method.adapter, np.random.default_rng()
+    add_subject_words(backbone.tokenizers)
+    data = Rendered(config, method.tower.pixels, 0)
+    targets = token_targets(backbone, data.pool)
+    print(f"variance of the tokens {targets.var(0).mean():.4f}", flush=True)
+    trained = [*adapter.encoder.parameters(), *adapter.starts.parameters()]
+    optimizer = torch.optim.AdamW(trained, options.lr, weight_decay=0.01, fused=True)
+    begin, step, log = time.time(), 0, []
+    while (passed := (time.time() - begin) / 60 / options.minutes) < 1:
+        pixels, prompts, names, numbers = batch(data, rng, options.batch_size)
+        features = adapter.encoder.read(method.tower(pixels)).unsqueeze(1)
+        encoded = method.encode(features, torch.rand(len(pixels)))
+        losses = {"tokens": F.mse_loss(encoded.visual, targets[numbers])}
+        if adapter.has_words:
+            losses["words"] = word_loss(method, encoded, prompts, names)
+        sum(losses.values()).backward()
+        optimizer.param_groups[0]["lr"] = options.lr * min(1.0, (step + 1) / 100) * min(1.0, 2 * (1 - passed))
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        log.append({name: loss.item() for name, loss in losses.items()})
+        if step % 50 == 0:
+            means = {name: round(float(np.mean([entry[name] for entry in log])), 4) for name in losses}
+            print(f"step {step} scenes {step * options.batch_size} {means}", flush=True)
+            log = []
+    held_out = Rendered(config, method.tower.pixels, 0, validation=True)
+    start_values(method, [collate_references([held_out[i] for i in range(32)])])
+    output.mkdir(parents=True, exist_ok=True)
+    print(save_adapter(adapter, output))
+
+
+if __name__ == "__main__":
+    main()
