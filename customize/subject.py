@@ -146,25 +146,27 @@ def save_adapter(adapter: SubjectAdapter, folder: Path, half: bool = False) -> P
     return path
 
 
-def load_adapter(path: Path, pipe: DiffusionPipeline) -> SubjectAdapter:
+def load_adapter(path: Path, pipe: DiffusionPipeline, tower: ImageTower) -> SubjectAdapter:
     """The adapter of a file, installed in a pipeline's denoiser: ours, or a released IP-Adapter (safetensors, or a .bin file,
-    which is read without unpickling code). UserError if it was made for another base model or is damaged."""
+    which is read without unpickling code). UserError if it was made for another base model or image tower, or is damaged."""
     state, about = read_file(path)
     if about is None:
-        return load_released(state, pipe, path)
+        return load_released(state, pipe, path, tower)
     config = MultimodalConfig(**about["config"])
     _, encoders = text_parts(pipe)
     dims = [encoder.get_input_embeddings().weight.shape[1] for encoder in encoders]
     fits = layer_widths(pipe.unet) == about["layers"] and config.visual_dim == pipe.unet.config.cross_attention_dim
     if not fits or (config.words and dims != config.text_dims):
         raise other_base(path)
+    if (config.image_dim, config.image_layers) != (tower.width, tower.depth):
+        raise other_tower(path)
     starts = [torch.zeros(dim) for dim in config.text_dims] if config.words else []
     adapter = SubjectAdapter(pipe.unet, MultimodalEncoder(config), starts, about["text_gate"])
     adapter.load_state_dict(state)
     return adapter.install(pipe.unet).eval().requires_grad_(False)
 
 
-def load_released(state: dict[str, Tensor], pipe: DiffusionPipeline, path: Path) -> SubjectAdapter:
+def load_released(state: dict[str, Tensor], pipe: DiffusionPipeline, path: Path, tower: ImageTower) -> SubjectAdapter:
     """A released IP-Adapter: `image_proj.*` and `ip_adapter.*`."""
     parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for name, value in state.items():
@@ -177,6 +179,8 @@ def load_released(state: dict[str, Tensor], pipe: DiffusionPipeline, path: Path)
     except (KeyError, RuntimeError) as error:  # of load_state_dict: it lists what is missing
         reason = " ".join(str(error).split())
         raise UserError(f"'{path}' is damaged or of another kind ({reason}); download it again.") from error
+    if encoder.image_dim != (tower.width if encoder.plus else tower.vision.config.projection_dim):
+        raise other_tower(path)
     adapter = SubjectAdapter(pipe.unet, encoder)
     own = {name: value.shape for name, value in adapter.branches.state_dict().items()}
     if own != {name: value.shape for name, value in parts["ip_adapter"].items()} or (
@@ -189,6 +193,10 @@ def load_released(state: dict[str, Tensor], pipe: DiffusionPipeline, path: Path)
 
 def other_base(path: Path) -> UserError:
     return UserError(f"'{path}' was trained for another base model: its cross-attention layers differ; load that base model.")
+
+
+def other_tower(path: Path) -> UserError:
+    return UserError(f"'{path}' reads another image tower than this one: name the one it was trained with (image_encoder).")
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict | None]:

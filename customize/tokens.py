@@ -1,7 +1,7 @@
 """Learned words: vectors that stand in for placeholder words in every text encoder."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
@@ -88,15 +88,27 @@ def replaced_words(tokenizers: Sequence, encoders: Sequence, words: list[str], v
     `vectors` holds (rows, words, dim) for each text encoder; gradients flow into them. The embedding tables stay as they are,
     and may be exchanged between two uses, as loading other learned words does.
     """
-    handles: list = []
-    try:
+    with ExitStack() as stack:
         for tokenizer, encoder, own in zip(tokenizers, encoders, vectors, strict=True):
+            stack.enter_context(_pooled_at_end(tokenizer, encoder))
             ids = torch.tensor(tokenizer.convert_tokens_to_ids(words))
-            handles += _replacing(_called_table(encoder), ids, own)
+            for handle in _replacing(_called_table(encoder), ids, own):
+                stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _pooled_at_end(tokenizer, encoder) -> Iterator[None]:
+    """Encoders whose configuration calls the end of a text 2, as XL's do, pool at the highest token id instead, which a word
+    beyond the table would be."""
+    mistaken = [module for module in encoder.modules() if getattr(module, "eos_token_id", None) == 2]
+    for module in mistaken:
+        module.eos_token_id = tokenizer.eos_token_id
+    try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in mistaken:
+            module.eos_token_id = 2
 
 
 def _replacing(table: nn.Embedding, ids: Tensor, vectors: Tensor) -> tuple:

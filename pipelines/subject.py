@@ -7,7 +7,7 @@ pipe("a <s> fox on the beach", subject_images=["a.png", "b.png"]).images[0]
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -78,7 +78,7 @@ class SubjectMixin(Stock):
         """
         file = stickers.ENCODER if str(name) == "stickers" else adapter_file(str(name))
         tower = image_encoder if isinstance(image_encoder, ImageTower) else self._find_tower(file, image_encoder)
-        self.adapter = load_adapter(file, self).to(self.unet.dtype)
+        self.adapter = load_adapter(file, self, tower).to(self.unet.dtype)
         self.register_modules(image_encoder=tower.vision, feature_extractor=tower.processor)
 
     def _find_tower(self, file: Path, name: str) -> ImageTower:
@@ -136,11 +136,12 @@ class SubjectMixin(Stock):
         "up", "up_blocks.1"). `subject_masks`: white where a subject may be, by word. `subject_cache` keeps keys and values
         between steps. UserError for references that do not fit the prompt.
         """
-        prompts = texts_of(args[0] if args else kwargs.get("prompt"))
+        kwargs = by_name(super().__call__, args, kwargs)
+        prompts = texts_of(kwargs.get("prompt"))
         self._refuse_words(texts_of(kwargs.get("negative_prompt")))
         if subject_images is None:
             self._refuse_words(prompts)
-            return super().__call__(*args, **kwargs)
+            return super().__call__(**kwargs)
         if self.adapter is None:
             raise UserError("subject_images needs a subject encoder: call load_subject_adapter first.")
         if prompts is None:
@@ -149,13 +150,13 @@ class SubjectMixin(Stock):
         for prompt, found in zip(prompts, subjects, strict=True):
             check_words(prompt, found, self.adapter.has_words)
         if not self.adapter.has_words:
-            args, kwargs = with_prompt(args, kwargs, [without_words(prompt) for prompt in prompts])
+            kwargs["prompt"] = [without_words(prompt) for prompt in prompts]
         regions = self._regions(subject_masks, len(prompts), kwargs)
         features, present, weight = packed(subjects)
         scales = layer_scales(subject_scale, list(text_layers(self.unet).values()))
         count = kwargs.get("num_images_per_prompt") or 1
         with self._drawing(Call(features, present, weight, scales, regions, subject_cache, count)):
-            return super().__call__(*args, **kwargs)
+            return super().__call__(**kwargs)
 
     def _encoded(self, entry: Any) -> Subjects:
         entry = entry if isinstance(entry, Mapping) else {WORDS[0]: entry}
@@ -319,8 +320,10 @@ def with_words(tokenizer: Any) -> Any:
     return _with_words(tokenizer, frozenset(tokenizer.get_added_vocab().items()))
 
 
-def with_prompt(args: tuple, kwargs: dict, prompts: list[str]) -> tuple[tuple, dict]:
-    return ((prompts, *args[1:]), kwargs) if args else (args, kwargs | {"prompt": prompts})
+def by_name(call: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What a call is given, all of it by name."""
+    found = inspect.signature(call).bind(*args, **kwargs).arguments
+    return found | found.pop("kwargs", {})
 
 
 def each_prompt(images: Any, count: int) -> list[Any]:
@@ -382,6 +385,10 @@ def packed(subjects: Sequence[Subjects]) -> tuple[Tensor, Tensor, Tensor]:
 def layer_scales(scale: float | Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
     """The scale of each layer; of several beginnings that fit a layer's name the longest counts. UserError for one that fits
     none."""
+    numbers = list(scale.values()) if isinstance(scale, Mapping) else [scale]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise UserError(f"subject_scale must be a number, or numbers by layer, not {number!r}.")
     if not isinstance(scale, Mapping):
         return dict.fromkeys(layers, float(scale))
     for prefix in scale:

@@ -17,6 +17,7 @@ from customize.subject import WORDS
 from customize.trainers.custom_contrast import CustomContrast
 from customize.trainers.ip_adapter import IPAdapter
 from customize.trainers.loop import train
+from customize.trainers.__main__ import run
 from customize.trainers.references import Folders, ReferenceConfig, collate_references, held_out_batch, read_folders
 from customize.trainers.settings import TrainConfig, make_accelerator
 from tiny import BASES, tiny
@@ -159,6 +160,12 @@ def test_without_a_tower_the_flag_is_named(tower):
 def test_contrast_without_words_is_refused(tower):
     with pytest.raises(UserError, match="--no_words"):
         build("sd15", "custom_contrast", tower, words=False)
+
+
+def test_prompts_to_draw_need_pictures_of_the_subject(tmp_path):
+    words = ["--pretrained_model_name_or_path", "stickers", "--output_dir", str(tmp_path), "--validation_prompt", "a <s> dog"]
+    with pytest.raises(UserError, match="--validation_images"):
+        run(["custom_contrast", *words])
 
 
 def batch_of(method, subjects: Path) -> dict:

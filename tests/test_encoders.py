@@ -200,7 +200,7 @@ def test_face_adapters_are_refused(face, tmp_path):
         "ip_adapter.1.to_k_ip.weight": torch.ones(8, 16)
     }
     with pytest.raises(UserError, match="face"):
-        load_adapter(write(state, tmp_path / "face.safetensors"), tiny("sd15"))
+        load_adapter(write(state, tmp_path / "face.safetensors"), tiny("sd15"), eye())
 
 
 @pytest.mark.parametrize("plus", [False, True])
@@ -471,7 +471,7 @@ def test_a_multimodal_adapter_comes_back_from_its_file(base, options, tmp_path):
     file = save_adapter(adapter, tmp_path)
     assert file == tmp_path / FILE
     pipe = tiny(base)
-    found = load_adapter(file, pipe)
+    found = load_adapter(file, pipe, eye())
     same_adapter(found, adapter)
     assert found.encoder.config == adapter.encoder.config
     assert found.text_gate == options.get("text_gate", "none")
@@ -483,7 +483,7 @@ def test_a_multimodal_adapter_comes_back_from_its_file(base, options, tmp_path):
 @pytest.mark.parametrize("plus", [False, True])
 def test_an_image_prompt_adapter_comes_back_from_its_file(plus, tmp_path):
     adapter = woken(image_prompt(tiny("sd15"), eye(), plus, **(PLUS if plus else {})))
-    found = load_adapter(save_adapter(adapter, tmp_path), tiny("sd15"))
+    found = load_adapter(save_adapter(adapter, tmp_path), tiny("sd15"), eye())
     same_adapter(found, adapter)
     assert found.encoder.plus is plus
 
@@ -496,7 +496,7 @@ def test_half_precision_files(kind, tmp_path):
     file = save_adapter(woken(adapter), tmp_path, half=True)
     assert {value.dtype for value in load_file(file).values()} == {torch.float16}
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
-    found = load_adapter(file, tiny("sd15")).state_dict()
+    found = load_adapter(file, tiny("sd15"), eye()).state_dict()
     for name, value in adapter.state_dict().items():
         assert torch.equal(found[name], value.half().float()), name
 
@@ -520,7 +520,7 @@ def test_another_base_model_is_refused_and_the_file_named(kind, tmp_path):
         adapter = image_prompt(pipe, eye(), kind == "plus", **(PLUS if kind == "plus" else {}))
     file = save_adapter(adapter, tmp_path)
     with pytest.raises(UserError, match=rf"{file}.*another base model"):
-        load_adapter(file, tiny("sdxl"))
+        load_adapter(file, tiny("sdxl"), eye())
 
 
 def test_other_layers_than_those_of_the_base_model_are_refused(tmp_path):
@@ -530,7 +530,7 @@ def test_other_layers_than_those_of_the_base_model_are_refused(tmp_path):
     wider = state | {"ip_adapter.3.to_k_ip.weight": torch.ones(24, 16)}
     for i, changed in enumerate((fewer, more, wider)):
         with pytest.raises(UserError, match=f"{i}.safetensors.*another base model"):
-            load_adapter(write(changed, tmp_path / f"{i}.safetensors"), tiny("sd15"))
+            load_adapter(write(changed, tmp_path / f"{i}.safetensors"), tiny("sd15"), eye())
 
 
 @pytest.mark.parametrize("refused", ["sdxl", "other_layers", "damaged"])
@@ -549,19 +549,40 @@ def test_a_refused_file_leaves_the_adapter_that_is_loaded_in_place(refused, tmp_
     assert np.array_equal(drawn(pipe, subject_images=noise(0)), expected)
 
 
+@pytest.mark.parametrize("kind", ["multimodal", "plain", "plus"])
+def test_another_image_tower_is_refused_and_the_adapter_in_place_stays(kind, tmp_path):
+    """Towers of other widths, and for ours, which reads several layers, of another depth."""
+    pipe = tiny("sd15")
+    if kind == "multimodal":
+        file = save_adapter(multimodal(pipe, eye(), "toy", **SIZES), tmp_path)
+    else:
+        file = save_adapter(image_prompt(pipe, eye(), kind == "plus", **(PLUS if kind == "plus" else {})), tmp_path)
+    loaded = ours("sd15", write(released("sd15", False), tmp_path / "good.safetensors"))
+    expected = drawn(loaded, subject_images=noise(0))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    others = {"plain": [{"projection_dim": 24}], "plus": [{"hidden_size": 48}]}
+    for other in others.get(kind, [{"hidden_size": 48}, {"num_hidden_layers": 5}]):
+        vision = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(**({"image_size": 32, "patch_size": 8, "projection_dim": 16} | sizes | other))
+        )
+        with pytest.raises(UserError, match=rf"{file}' reads another image tower"):
+            loaded.load_subject_adapter(file, ImageTower(vision, HALVES, HALVES))
+    assert np.array_equal(drawn(loaded, subject_images=noise(0)), expected)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_a_damaged_file_is_refused_and_named(suffix, tmp_path):
     file = write(released("sd15", False), tmp_path / f"adapter{suffix}")
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UserError, match=str(file)):
-        load_adapter(file, tiny("sd15"))
+        load_adapter(file, tiny("sd15"), eye())
 
 
 def test_a_damaged_file_of_ours_is_refused_and_named(tmp_path):
     file = save_adapter(adapted("sd15")[1], tmp_path)
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UserError, match=str(file)):
-        load_adapter(file, tiny("sd15"))
+        load_adapter(file, tiny("sd15"), eye())
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
@@ -572,7 +593,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     file = tmp_path / "adapter.bin"
     torch.save({"image_proj": {"proj.weight": Code()}, "ip_adapter": {}}, file)
     with pytest.raises(UserError, match=str(file)):
-        load_adapter(file, tiny("sd15"))
+        load_adapter(file, tiny("sd15"), eye())
     assert not (tmp_path / "ran").exists()
 
 
@@ -588,7 +609,7 @@ def test_a_file_of_something_else_is_refused_and_named(name, tmp_path):
     file = tmp_path / name
     (torch.save if file.suffix == ".bin" else save_file)(FOREIGN[name], file)
     with pytest.raises(UserError, match=str(file)):
-        load_adapter(file, tiny("sd15"))
+        load_adapter(file, tiny("sd15"), eye())
 
 
 @pytest.mark.parametrize("missing", ["image_proj.norm.bias", "ip_adapter.3.to_v_ip.weight"])
@@ -596,7 +617,7 @@ def test_a_released_file_with_a_part_missing_is_refused(missing, tmp_path):
     state = released("sd15", False)
     del state[missing]
     with pytest.raises(UserError):
-        load_adapter(write(state, tmp_path / "adapter.safetensors"), tiny("sd15"))
+        load_adapter(write(state, tmp_path / "adapter.safetensors"), tiny("sd15"), eye())
 
 
 # the image tower

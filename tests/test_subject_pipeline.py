@@ -640,6 +640,27 @@ def test_a_scale_for_no_layer_is_refused_and_the_layers_named(sd15):
         draw(sd15, DOG, subject_images=A, subject_scale={"down": 1.0, "left": 0.5})
 
 
+@pytest.mark.parametrize("scale", ["much", None, True, [0.5], {"down": "much"}])
+def test_a_scale_that_is_no_number_is_refused(sd15, scale):
+    with pytest.raises(UserError, match="subject_scale must be a number"):
+        draw(sd15, DOG, subject_images=A, subject_scale=scale)
+
+
+@BASES
+def test_sizes_may_be_given_by_their_place_in_the_call(base):
+    """Masks need the picture's size, however it is given."""
+    pipe, mask = woken(base), Image.new("L", (8, 8))
+    mask.paste(255, (0, 0, 4, 8))
+    second = () if base == "sd15" else (None,)  # XL's prompt_2
+    options = {"subject_images": A, "subject_masks": mask, "num_inference_steps": 2, "output_type": "np"}
+    found = [
+        pipe(*given, **named, **options, generator=torch.Generator().manual_seed(0)).images
+        for given, named in (((DOG, *second, 48, 32), {}), ((DOG,), {"height": 48, "width": 32}))
+    ]
+    assert found[0].shape == (1, 48, 32, 3)
+    assert np.array_equal(*found)
+
+
 @pytest.mark.parametrize(
     ("masks", "message"),
     [({"<t>": OPEN}, "subject_masks: '<t>' is no subject's word"), (3, "not int"), ("nowhere.png", "cannot be read")],

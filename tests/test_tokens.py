@@ -1,11 +1,14 @@
 """Learned words: the vectors by hand, and tables that stay as they were."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from customize.backbone import wrap
 from customize.errors import UserError
-from customize.tokens import ConceptTokens, add_words, load_words, pieces
+from customize.tokens import ConceptTokens, add_words, load_words, pieces, replaced_words
 from tiny import BASES, tiny, tokenizer
 
 FIRST = len(tokenizer())  # the id of the first new word
@@ -167,3 +170,17 @@ def test_an_empty_initializer_is_refused():
 def test_pieces():
     assert pieces("<toy>", 1) == ["<toy>"]
     assert pieces("<toy>", 3) == ["<toy>", "<toy>_1", "<toy>_2"]
+
+
+def test_text_is_pooled_at_its_end_though_a_word_has_a_higher_id():
+    """Encoders whose configuration calls the end 2, as XL's second one does, pool at the highest id by themselves."""
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    encoder = CLIPTextModel(CLIPTextConfig(**sizes, max_position_embeddings=6, eos_token_id=2)).eval()
+    tokenizer = SimpleNamespace(eos_token_id=7, convert_tokens_to_ids=lambda words: [9 for _ in words])
+    ids = torch.tensor([[1, 3, 9, 4, 7, 7]])  # the word is 9, the end 7 stands at place 4
+    with torch.no_grad(), replaced_words([tokenizer], [encoder], ["<s>"], [torch.ones(1, 1, 8)]):
+        output = encoder(ids)
+    assert torch.equal(output.pooler_output[0], output.last_hidden_state[0, 4])
+    with torch.no_grad():
+        assert torch.equal(encoder(ids.clamp(max=6)).pooler_output[0], encoder(ids.clamp(max=6)).last_hidden_state[0, 2])

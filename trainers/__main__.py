@@ -79,6 +79,8 @@ def launch(name: str, model: ModelConfig, data: DataConfig | ReferenceConfig, se
 def launch_encoder(name: str, model: ModelConfig, data: ReferenceConfig, settings: TrainConfig, options) -> Path:
     """The same for a method that trains a subject encoder, from many subjects."""
     check_settings(model, data, settings)
+    if settings.validation_prompt and not options.validation_images:
+        raise UserError("--validation_prompt: name pictures of the subject to draw with --validation_images.")
     accelerator = make_accelerator(settings)
     backbone = load_backbone(model, data, accelerator)
     method = find_method(name)(backbone, options).to(accelerator.device)

@@ -62,7 +62,7 @@ class SubjectMethod(Method):
         path = adapter_file(name)
         state, about = read_file(path)
         if about is None:
-            return load_adapter(path, self.backbone.pipe).train().requires_grad_(True)
+            return load_adapter(path, self.backbone.pipe, self.tower).train().requires_grad_(True)
         adapter = self.make_adapter()
         own = {key: value.shape for key, value in adapter.state_dict().items()}
         if differing := [key for key, value in state.items() if own.get(key) != value.shape]:

@@ -39,6 +39,12 @@ class ImagePrompt(nn.Module):
         return isinstance(self.image_proj, Resampler)
 
     @property
+    def image_dim(self) -> int:
+        """Width of the features that it reads."""
+        first = self.image_proj.proj_in if isinstance(self.image_proj, Resampler) else self.image_proj.proj
+        return first.in_features
+
+    @property
     def visual_dim(self) -> int:
         last = self.image_proj.norm_out if isinstance(self.image_proj, Resampler) else self.image_proj.norm
         return last.normalized_shape[0]
