@@ -14,10 +14,10 @@ from customize.encoders import load_tower
 from customize.errors import UserError
 from customize.pipelines.subject import with_subjects
 from customize.subject import WORDS
+from customize.trainers.__main__ import run
 from customize.trainers.custom_contrast import CustomContrast
 from customize.trainers.ip_adapter import IPAdapter
 from customize.trainers.loop import train
-from customize.trainers.__main__ import run
 from customize.trainers.references import Folders, ReferenceConfig, collate_references, held_out_batch, read_folders
 from customize.trainers.settings import TrainConfig, make_accelerator
 from tiny import BASES, tiny

@@ -310,8 +310,8 @@ class Positions(Sampler[list[int]]):
 
 
 def collate_references(items: Sequence[dict]) -> dict:
-    """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `references` (B, subjects, 2, 3, h, w), `present` (B, subjects), False
-    where a picture has fewer subjects than others, `identity` (B,), `prompt` a list."""
+    """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `references` (B, subjects, 2, 3, h, w), `present` (B, subjects),
+    False where a picture has fewer subjects than others, `identity` (B,), `prompt` a list."""
     batch: dict = {name: torch.stack([entry[name] for entry in items]) for name in ("pixels", "mask")}
     batch["references"] = pad_sequence([entry["references"] for entry in items], batch_first=True)
     batch["present"] = pad_sequence(

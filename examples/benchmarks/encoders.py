@@ -27,8 +27,11 @@ FOLDER = Path("runs/encoders")
 CONTRAST = "--cscl_weight {cscl} --macl_weight {macl}"
 NEXT = "--pretrained_adapter {folder}/start --learning_rate 5e-4"
 VARIANTS = {  # method, and flags beyond those of its YAML file
-    "ip_start": ("ip_adapter", ""),
-    "start": ("custom_contrast", "--pretrained_adapter .furnace/words --cscl_weight 0 --macl_weight 0 --no_location"),
+    "ip_start": ("ip_adapter", "--pretrained_adapter .furnace/names-ip_adapter"),
+    "start": (
+        "custom_contrast",
+        "--pretrained_adapter .furnace/names-custom_contrast --cscl_weight 0 --macl_weight 0 --no_location",
+    ),
     "ip_adapter": ("ip_adapter", "--pretrained_adapter {folder}/ip_start --learning_rate 5e-4"),
     "words": ("custom_contrast", f"{NEXT} --cscl_weight 0 --macl_weight 0 --no_location"),
     "cscl": ("custom_contrast", f"{NEXT} --cscl_weight {{cscl}} --macl_weight 0 --no_location"),
