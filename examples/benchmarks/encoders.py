@@ -5,8 +5,9 @@
     python examples/benchmarks/encoders.py table
     python examples/benchmarks/encoders.py sheet    (docs/encoder.png, of the encoder that ships)
 
-All variants of CustomContrast go on from one encoder that was trained without contrast and location (`start`), IP-Adapter from
-one of its own kind (`ip_start`), with as many pictures each.
+Both kinds of encoder are fitted to the drawings' names first (examples/stickers/names.py). All variants of CustomContrast
+then go on from one encoder that was trained without contrast and location (`start`), IP-Adapter from one of its own kind
+(`ip_start`), with as many pictures each.
 """
 
 import argparse
@@ -38,8 +39,8 @@ VARIANTS = {  # method, and flags beyond those of its YAML file
     "macl": ("custom_contrast", f"{NEXT} --cscl_weight 0 --macl_weight {{macl}} --no_location"),
     "full": ("custom_contrast", f"{NEXT} {CONTRAST}"),
     "no_location": ("custom_contrast", f"{NEXT} {CONTRAST} --no_location"),
+    "full_ratio": ("custom_contrast", f"{NEXT} {CONTRAST} --macl_form ratio"),
     "full_weight": ("custom_contrast", f"{NEXT} {CONTRAST} --macl_form weight"),
-    "full_soft": ("custom_contrast", f"{NEXT} {CONTRAST} --macl_form soft"),
     "full_product": ("custom_contrast", f"{NEXT} {CONTRAST} --macl_form product"),
     "full_plain": ("custom_contrast", f"{NEXT} {CONTRAST} --macl_form plain"),
 }
@@ -119,10 +120,10 @@ def main():
     parser.add_argument("action", choices=["train", "table", "sheet"])
     parser.add_argument("variants", nargs="*", help=f"for train: {', '.join(VARIANTS)}")
     parser.add_argument("--group", choices=["known", "unknown"], help="only these subjects")
-    parser.add_argument("--start_steps", type=int, default=450)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--cscl_weight", type=float, default=0.05)
-    parser.add_argument("--macl_weight", type=float, default=0.05)
+    parser.add_argument("--start_steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--cscl_weight", type=float, default=0.005)
+    parser.add_argument("--macl_weight", type=float, default=0.005)
     options = parser.parse_args()
     if options.action == "table":
         return table(options)
