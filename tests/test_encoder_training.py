@@ -18,8 +18,9 @@ from customize.trainers.__main__ import run
 from customize.trainers.custom_contrast import CustomContrast
 from customize.trainers.ip_adapter import IPAdapter
 from customize.trainers.loop import train
-from customize.trainers.references import Folders, ReferenceConfig, collate_references, held_out_batch, read_folders
+from customize.trainers.references import ReferenceConfig, collate_references, held_out_batch
 from customize.trainers.settings import TrainConfig, make_accelerator
+from customize.trainers.sources import Folders, read_folders
 from tiny import BASES, tiny
 
 SMALL = {"dim": 16, "depth": 1, "heads": 2, "visual_queries": 3}

@@ -16,27 +16,20 @@ from customize.data import to_tensor
 from customize.errors import UserError
 from customize.stickers import Scene, World
 from customize.stickers.bench import bench_subjects
-from customize.trainers import references
+from customize.trainers import sources
 from customize.trainers.loop import make_loader
-from customize.trainers.references import (
+from customize.trainers.references import Positions, ReferenceConfig, View, collate_references, drawn, item, moved, named
+from customize.trainers.settings import TrainConfig
+from customize.trainers.sources import (
     Folders,
-    Positions,
-    ReferenceConfig,
     Rendered,
     Streamed,
-    View,
-    collate_references,
-    drawn,
-    item,
-    moved,
-    named,
     read_folders,
     read_references,
     read_rows,
     shuffled,
     split_rows,
 )
-from customize.trainers.settings import TrainConfig
 
 WHITE = (255, 255, 255)
 
@@ -214,7 +207,7 @@ def scenes(monkeypatch):
         found.append(scene)
         return Image.new("RGB", (4, 4)), Image.new("L", (4, 4))
 
-    monkeypatch.setattr(references, "draw_scene", draw)
+    monkeypatch.setattr(sources, "draw_scene", draw)
     return found
 
 
@@ -241,8 +234,8 @@ def test_shapes_of_a_rendered_item():
 
 def test_the_second_rendered_reference_is_on_white_and_the_first_as_it_was_drawn(monkeypatch):
     found = []
-    draw = references.draw_scene
-    monkeypatch.setattr(references, "draw_scene", lambda *scene: found.append(draw(*scene)) or found[-1])
+    draw = sources.draw_scene
+    monkeypatch.setattr(sources, "draw_scene", lambda *scene: found.append(draw(*scene)) or found[-1])
     for position in range(3):
         found.clear()
         entry = rendered(segment_rate=0.0)[position]
@@ -348,7 +341,7 @@ def test_fewer_subjects_are_padded_in_a_batch():
 def test_a_subject_is_never_its_own_companion(scenes, monkeypatch):
     dataset = rendered(resolution=4)
     dataset.pool = dataset.core = dataset.pool[:2]
-    monkeypatch.setattr(references, "draw_factors", lambda rng, world, subjects, **_: Scene(subjects[0], companion=subjects[0]))
+    monkeypatch.setattr(sources, "draw_factors", lambda rng, world, subjects, **_: Scene(subjects[0], companion=subjects[0]))
     for position in range(20):
         dataset[position]
     together = [scene for scene in scenes if scene.companion]

@@ -21,11 +21,12 @@ from customize.trainers.prepare import (
     held_out_batches,
     read_pictures,
 )
-from customize.trainers.references import ReferenceConfig, read_references
+from customize.trainers.references import ReferenceConfig
 from customize.trainers.registry import find_method
 from customize.trainers.selection import make_scorer
 from customize.trainers.settings import TrainConfig, make_accelerator
 from customize.trainers.setup import ModelConfig, check_settings, load_backbone
+from customize.trainers.sources import read_references
 from customize.trainers.validation import fixed_randomness
 
 

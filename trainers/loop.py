@@ -24,9 +24,10 @@ from customize.batches import Batches
 from customize.data import collate, to_device
 from customize.errors import UserError
 from customize.trainers.method import Method
-from customize.trainers.references import Positions, References, Streamed, collate_references
+from customize.trainers.references import Positions, References, collate_references
 from customize.trainers.selection import Scorer
 from customize.trainers.settings import TrainConfig, make_optimizer
+from customize.trainers.sources import Streamed
 from customize.trainers.state import latest_checkpoint, load_state, save_state
 from customize.trainers.validation import fixed_randomness, sample, sheet, validation_loss
 

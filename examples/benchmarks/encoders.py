@@ -2,7 +2,7 @@
 
     python examples/benchmarks/encoders.py train start ip_start    (in as many processes as there are cores)
     python examples/benchmarks/encoders.py train words cscl ...
-    python examples/benchmarks/encoders.py table
+    python examples/benchmarks/encoders.py table [words cscl dreambooth_no_prior ...] [--group known] [--quick]
     python examples/benchmarks/encoders.py sheet    (docs/encoder.png, of the encoder that ships)
 
 Both kinds of encoder are fitted to the drawings' names first (examples/stickers/names.py). All variants of CustomContrast
@@ -20,7 +20,7 @@ from PIL import Image
 from customize.app.bench.stickers import StickerBench
 from customize.metrics import confidence_interval
 from customize.pipelines import load_subject_pipeline
-from customize.stickers import World, draw_scene
+from customize.stickers import Drawing, World, draw_scene
 from customize.stickers.bench import bench_subjects, reference_scenes
 from customize.trainers.__main__ import run
 
@@ -62,13 +62,24 @@ def train(name: str, options) -> None:
 SHOWN = ("identity", "likeness", "class", "control", "clip_i_masked", "background_leak", "pose_leak")
 
 
+class EverySubject(StickerBench):
+    """All twenty drawings of known classes, or all ten of unknown ones, under the quick subset's eight prompts."""
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        unknown = self.group == "unknown"
+        return [drawing for drawing in bench_subjects() if World().is_unknown(drawing.word) == unknown]
+
+
 def table(options) -> None:
     """Scores by group of subjects, differences to `words` subject by subject, and what the last validation said of Z."""
     found = [file.parent.name for file in sorted(FOLDER.glob("*/run.json"))]
-    names = ["words", *(name for name in found if name not in (*STARTS, "words"))]
+    names = options.variants or [name for name in found if name not in STARTS]
+    bench_of = StickerBench if options.quick else EverySubject
     for group in [options.group] if options.group else ["known", "unknown"]:
-        methods = ["base", "real", *(str(FOLDER / name) for name in names)]
-        bench = StickerBench(folder=FOLDER / f"bench-{group}", methods=methods, repeats=1, quick=True, group=group)
+        methods = ["base", "real", *(str(FOLDER / name) if name in VARIANTS else name for name in names)]
+        folder = FOLDER / f"bench-{group}{'-quick' if options.quick else ''}"
+        bench = bench_of(folder=folder, methods=methods, repeats=1, quick=True, group=group, steps=150)
         rows = {Path(method["name"]).name: method["subjects"] for method in bench.run()["methods"]}
         print(f"\n{group} classes: mean (95 % bootstrap over subjects)\n\n| | {' | '.join(SHOWN)} | seconds a picture |")
         print("|---" * (len(SHOWN) + 2) + "|")
@@ -76,13 +87,15 @@ def table(options) -> None:
             cells = [interval([subject["scores"][metric] for subject in subjects]) for metric in SHOWN]
             seconds = [subject["cost"].get("seconds a picture", 0.0) for subject in subjects]
             print(f"| {name} | {' | '.join(cells)} | {sum(seconds) / len(seconds):.2f} |")
-        print(f"\n{group} classes: difference to words\n\n| | identity | likeness | control |\n|---|---|---|---|")
-        for name in names:
-            cells = [difference(rows[name], rows["words"], metric) for metric in ("identity", "likeness", "control")]
-            print(f"| {name} | {' | '.join(cells)} |")
+        if "words" in rows:
+            print(f"\n{group} classes: difference to words\n\n| | identity | likeness | control |\n|---|---|---|---|")
+            for name in names:
+                cells = [difference(rows[name], rows["words"], metric) for metric in ("identity", "likeness", "control")]
+                print(f"| {name} | {' | '.join(cells)} |")
     for name in names:
-        last = json.loads((FOLDER / name / "validation.jsonl").read_text().splitlines()[-1])
-        print(name, {key: round(value, 3) for key, value in last.items()})
+        if (log := FOLDER / name / "validation.jsonl").exists():
+            last = json.loads(log.read_text().splitlines()[-1])
+            print(name, {key: round(value, 3) for key, value in last.items()})
 
 
 def interval(values: list[float | None]) -> str:
@@ -118,8 +131,9 @@ def sheet(name: str, output: Path, size: int = 128) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["train", "table", "sheet"])
-    parser.add_argument("variants", nargs="*", help=f"for train: {', '.join(VARIANTS)}")
-    parser.add_argument("--group", choices=["known", "unknown"], help="only these subjects")
+    parser.add_argument("variants", nargs="*", help=f"{', '.join(VARIANTS)}; for table also methods of StickerBench")
+    parser.add_argument("--group", choices=["known", "unknown"], help="table: only these subjects")
+    parser.add_argument("--quick", action="store_true", help="table: the first six subjects of a group instead of all")
     parser.add_argument("--start_steps", type=int, default=900)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--cscl_weight", type=float, default=0.005)

@@ -28,8 +28,9 @@ from customize.stickers.scene import PREFIXES, caption, draw_factors
 from customize.subject import ADAPTER_FILES, WORDS, add_subject_words, save_adapter
 from customize.tokens import replaced_words
 from customize.trainers.__main__ import configs
-from customize.trainers.references import Rendered, collate_references
+from customize.trainers.references import collate_references
 from customize.trainers.registry import find_method
+from customize.trainers.sources import Rendered
 from customize.trainers.subject_method import SubjectMethod
 from customize.trainers.validation import validation_loss
 from recipe import FURNACE

@@ -1,0 +1,135 @@
+"""What a call with subjects is given: read, checked, and packed into tensors with a row for each prompt."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from customize.attention import Injected
+from customize.encoders.encoded import Encoded
+from customize.errors import UserError, nearest
+from customize.subject import WORDS, add_subject_words
+
+Reference = Image.Image | str | Path
+Subjects = dict[str, Tensor]  # features (references, tokens, features) by word
+
+
+@dataclass
+class Call:
+    """What one call draws: a row for each prompt, a column for each of the first `WORDS`."""
+
+    features: Tensor  # (rows, subjects, references, tokens, features)
+    present: Tensor  # (rows, subjects, references)
+    weight: Tensor  # (rows, subjects)
+    scales: dict[str, float]
+    regions: Tensor | None
+    cached: bool
+    images: int = 1  # of each prompt
+    contexts: dict[int, Tensor] = field(default_factory=dict)  # by time bin: (slots, rows, length, dim)
+    encoded: dict[int, Encoded] = field(default_factory=dict)  # by time bin
+    injected: dict[tuple[int, bool], Injected] = field(default_factory=dict)
+    blank: Tensor | None = None  # features (1, 1, tokens, features) that the unconditional half is given, of adapters that do
+
+
+def texts_of(prompt: str | list[str] | None) -> list[str] | None:
+    return [prompt] if isinstance(prompt, str) else prompt
+
+
+@lru_cache(maxsize=8)
+def _with_words(tokenizer: Any, added: frozenset) -> Any:
+    copied = copy.deepcopy(tokenizer)
+    add_subject_words([copied])
+    return copied
+
+
+def with_words(tokenizer: Any) -> Any:
+    """A copy that knows the subjects' words. The pipeline's own never does: other words may be loaded into it at any time."""
+    return _with_words(tokenizer, frozenset(tokenizer.get_added_vocab().items()))
+
+
+def by_name(call: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What a call is given, all of it by name."""
+    found = inspect.signature(call).bind(*args, **kwargs).arguments
+    return found | found.pop("kwargs", {})
+
+
+def each_prompt(images: Any, count: int) -> list[Any]:
+    """The subjects of each prompt: those given for all of them, or one entry a prompt."""
+    listed = isinstance(images, Sequence) and not isinstance(images, str)
+    if listed and images and all(isinstance(e, Mapping | Sequence | Tensor) and not isinstance(e, str) for e in images):
+        if len(images) != count:
+            raise UserError(f"subject_images has {len(images)} entries for {count} prompts: give one for each, or one for all.")
+        return list(images)
+    return [images] * count
+
+
+def opened(image: Any) -> Image.Image:
+    """A picture, or the file of one; UserError if it is neither."""
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, str | Path):
+        raise UserError(f"a reference must be a picture or the path of one, not {type(image).__name__}.")
+    try:
+        with Image.open(image) as file:
+            file.load()
+            return file
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise UserError(f"the reference '{image}' cannot be read as a picture; give a PNG, JPEG or WebP file.") from error
+
+
+def check_words(prompt: str, subjects: Subjects, has_words: bool) -> None:
+    """UserError unless the prompt says the word of every subject, and has a subject for every word."""
+    for word in subjects:
+        if word not in WORDS:
+            raise UserError(
+                f"subject_images: '{word}' is no subject's word; those are {', '.join(WORDS)}.{nearest(word, WORDS)}"
+            )
+        if has_words and word not in prompt:
+            raise UserError(
+                f"the prompt '{prompt}' does not say {word}: write it before the subject's noun, as in 'a {word} dog'."
+            )
+    for word in WORDS:
+        if has_words and word in prompt and word not in subjects:
+            raise UserError(f"the prompt '{prompt}' says {word}, but there are no subject_images of it.")
+
+
+def packed(subjects: Sequence[Subjects]) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (rows, subjects, references, tokens, features), which references are present, and which subjects, as weights."""
+    columns = 1 + max(WORDS.index(word) for found in subjects for word in found)
+    most = max(len(own) for found in subjects for own in found.values())
+    any_one = next(iter(subjects[0].values()))
+    features = any_one.new_zeros(len(subjects), columns, most, *any_one.shape[1:])
+    present = torch.zeros(features.shape[:3], dtype=torch.bool, device=features.device)
+    present[:, :, 0] = True  # an encoder must have something to read
+    weight = features.new_zeros(features.shape[:2])
+    for row, found in enumerate(subjects):
+        for word, own in found.items():
+            column = WORDS.index(word)
+            features[row, column, : len(own)], present[row, column, : len(own)], weight[row, column] = own, True, 1.0
+    return features, present, weight
+
+
+def layer_scales(scale: float | Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
+    """The scale of each layer; of several beginnings that fit a layer's name the longest counts. UserError for one that fits
+    none."""
+    numbers = list(scale.values()) if isinstance(scale, Mapping) else [scale]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise UserError(f"subject_scale must be a number, or numbers by layer, not {number!r}.")
+    if not isinstance(scale, Mapping):
+        return dict.fromkeys(layers, float(scale))
+    for prefix in scale:
+        if not any(layer.startswith(prefix) for layer in layers):
+            raise UserError(f"subject_scale: no layer's name begins with '{prefix}'; they are {', '.join(layers)}.")
+    scales = {}
+    for layer in layers:
+        fitting = [prefix for prefix in scale if layer.startswith(prefix)]
+        scales[layer] = float(scale[max(fitting, key=len)]) if fitting else 1.0
+    return scales

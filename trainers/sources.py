@@ -1,0 +1,236 @@
+"""The three sources that encoders learn from: rendered sticker scenes, a folder of folders, a Hugging Face dataset."""
+
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, IterableDataset
+
+from customize.errors import UserError
+from customize.pictures import Picture, find_pictures, read_picture
+from customize.stickers import BACKGROUNDS, Drawing, Scene, World, draw_scene
+from customize.stickers.bench import bench_subjects
+from customize.stickers.scene import PREFIXES, caption, draw_factors, draw_pose
+from customize.subject import WORDS
+from customize.trainers.references import (
+    Pixels,
+    ReferenceConfig,
+    References,
+    View,
+    drawn,
+    held_out_batch,
+    item,
+    named,
+)
+
+
+class Rendered(References):
+    """Sticker scenes, endless: item i is the same at every run with one seed. Held-out drawings are never among them, except
+    for `validation`, which draws on those that no benchmark uses."""
+
+    def __init__(self, config: ReferenceConfig, pixels: Pixels, seed: int, validation: bool = False):
+        self.config, self.pixels, self.seed = config, pixels, (seed, int(validation))
+        self.world = World(Path(config.world)) if config.world else World()
+        self.pool = self.world.drawings()
+        self.core = self.world.drawings(core=True)
+        if validation:
+            self.pool = self.core = [d for d in self.world.drawings(held_out=True) if d not in bench_subjects()]
+        self.number = {drawing: i for i, drawing in enumerate(self.pool)}
+
+    def __getitem__(self, position: int) -> dict:
+        rng = np.random.default_rng([*self.seed, position])
+        pool = self.core if rng.random() < 0.5 else self.pool
+        drawing = pool[rng.integers(len(pool))]
+        target = draw_factors(rng, self.world, [drawing], extras=0.25)
+        second = rng.random() < self.config.second_subject_rate
+        if second or target.companion is not None:  # drawn from the subject alone so far, which is no companion
+            other = drawing
+            while other == drawing:
+                other = self.core[rng.integers(len(self.core))]
+            target = replace(target, companion=other, count=1)
+        subjects = [drawing, other] if second else [drawing]
+        nouns = [
+            f"{word} {'sticker' if rng.random() < self.config.noun_dropout else subject.word}"
+            for word, subject in zip(WORDS, subjects, strict=False)
+        ]
+        prefix = PREFIXES[rng.integers(len(PREFIXES))]
+        options = {"style": rng.random() < 0.5, "setting": rng.random() < 0.92}
+        prompt = caption(target, nouns[0], prefix, companion=nouns[1] if second else None, **options)
+        views = [[self.view(subject, rng) for _ in range(2)] for subject in subjects]
+        picture, mask = draw_scene(target, self.world)
+        # the mask is the first subject's: with a second one the whole picture counts
+        shown = View(picture, None if second else mask)
+        return item(shown, views, prompt, self.number[drawing], rng, self.config, self.pixels)
+
+    def view(self, drawing: Drawing, rng: np.random.Generator) -> View:
+        background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+        scene = Scene(drawing, background, pose=draw_pose(rng), seed=int(rng.integers(2**31)))
+        return View(*draw_scene(scene, self.world))
+
+
+class Folders(References):
+    """A folder of pictures for each subject; an epoch shows every subject once, in an order that the seed decides."""
+
+    def __init__(self, config: ReferenceConfig, subjects: Sequence[tuple[str, Sequence[Picture]]], pixels: Pixels, seed: int):
+        self.config, self.subjects, self.pixels, self.seed = config, subjects, pixels, seed
+
+    def __getitem__(self, position: int) -> dict:
+        epoch, place = divmod(position, len(self.subjects))
+        index = int(np.random.default_rng([self.seed, epoch]).permutation(len(self.subjects))[place])
+        rng = np.random.default_rng([self.seed, epoch, place])
+        _, pictures = self.subjects[index]
+        target, *references = (pictures[i] for i in drawn(rng, len(pictures)))
+        views = [View(*read_picture(picture)) for picture in references]
+        prompt = named(target.caption)
+        return item(View(*read_picture(target)), [views], prompt, index, rng, self.config, self.pixels)
+
+
+def read_folders(config: ReferenceConfig) -> list[tuple[str, list[Picture]]]:
+    """Subjects by name with their pictures; UserError for a folder without subjects, or a subject with one picture only."""
+    root = Path(config.train_data_dir)
+    if not root.is_dir():
+        raise UserError(f"There is no folder '{root}'; correct --train_data_dir.")
+    subjects: list[tuple[str, list[Picture]]] = []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        prompt = config.instance_prompt.replace("{}", folder.name)
+        pictures = find_pictures(folder, prompt, len(subjects), False, config.strict, config.max_pixels)
+        if len(pictures) < 2:
+            raise UserError(f"'{folder}' holds one picture: an encoder learns from two or more views of every subject.")
+        for picture in pictures:
+            named(picture.caption)
+        subjects.append((folder.name, pictures))
+    if not subjects:
+        raise UserError(f"--train_data_dir '{root}' must hold a folder of pictures for each subject.")
+    return subjects
+
+
+class Streamed(IterableDataset):
+    """Rows of a Hugging Face dataset, endless. Process `rank` of `world` takes each `world`-th subject: rows or files could not
+    be shared out, as the views of a subject must stay together."""
+
+    def __init__(self, config: ReferenceConfig, rows, pixels: Pixels, seed: int, rank: int = 0, world: int = 1):
+        self.config, self.rows, self.pixels, self.seed, self.rank, self.world = config, rows, pixels, seed, rank, world
+        self.skip = 0
+
+    def after(self, items: int) -> "Streamed":
+        """Begins after so many items, which are read and passed over."""
+        self.skip = items
+        return self
+
+    def __iter__(self) -> Iterator[dict]:
+        yield from itertools.islice(self.items(), self.skip, None)
+
+    def items(self) -> Iterator[dict]:
+        for epoch in itertools.count():
+            rng, found = np.random.default_rng([self.seed, self.rank, epoch]), False
+            own = itertools.islice(self.subjects(), self.rank, None, self.world)
+            for name, views in shuffled(own, self.config.shuffle_buffer, rng):
+                found = True
+                target, *references = (views[i] for i in drawn(rng, len(views)))
+                prompt = named(target.caption or self.config.instance_prompt.replace("{}", name))
+                number = zlib.crc32(name.encode())
+                yield item(target, [references], prompt, number, rng, self.config, self.pixels)
+            if not found:
+                raise UserError("--dataset_name: no subject with two or more views was found in this dataset's rows.")
+
+    def subjects(self) -> Iterator[tuple[str, list[View]]]:
+        """Each subject's name and views: a row's list of pictures, or the rows that follow each other with one name."""
+        image, text, subject = self.config.image_column, self.config.caption_column, self.config.subject_column
+        if subject:
+            called = called_by(self.rows, subject)
+            for name, rows in itertools.groupby(self.rows, key=lambda row: row[subject]):
+                yield called(name), [View(row[image], None, row.get(text) or "") for row in rows]
+            return
+        for i, row in enumerate(self.rows):
+            captions = row.get(text) or ""
+            captions = captions if isinstance(captions, list) else [captions] * len(row[image])
+            yield str(i), [View(picture, None, said) for picture, said in zip(row[image], captions, strict=True)]
+
+
+def called_by(rows, subject: str) -> Callable[[Any], str]:
+    """What the values of the subject column stand for: an imagefolder's labels are the names of its folders."""
+    label = (getattr(rows, "features", None) or {}).get(subject)
+    return getattr(label, "int2str", str)
+
+
+def shuffled(subjects: Iterable, size: int, rng: np.random.Generator) -> Iterator:
+    """Those with two or more views, shuffled in a buffer of `size`."""
+    buffer: list = []
+    for subject in subjects:
+        if len(subject[1]) < 2:
+            continue
+        buffer.append(subject)
+        if len(buffer) > size:
+            yield buffer.pop(int(rng.integers(len(buffer))))
+    for i in rng.permutation(len(buffer)) if size else range(len(buffer)):
+        yield buffer[i]
+
+
+def read_rows(config: ReferenceConfig):
+    """The rows of `dataset_name`; UserError where the library, the dataset or a column is missing."""
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError:
+        raise UserError("--dataset_name needs the datasets library: pip install 'customize[datasets]'.") from None
+    options = {"data_files": config.data_files} if config.data_files else {}
+    try:
+        rows = load_dataset(
+            config.dataset_name, config.dataset_config_name or None, split="train", streaming=config.streaming, **options
+        )
+    except Exception as error:  # the library raises errors of its own, of the hub's and of the file formats
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--dataset_name '{config.dataset_name}' could not be read ({reason}).") from error
+    first_row = next(iter(rows), None)
+    if first_row is None:
+        raise UserError(f"--dataset_name '{config.dataset_name}' has no rows.")
+    columns = rows.column_names or list(first_row)
+    for flag in ("image_column", "subject_column"):
+        if (name := getattr(config, flag)) and name not in columns:
+            raise UserError(f"--{flag}: the dataset has no column '{name}', only {', '.join(columns)}.")
+    if not config.subject_column and not isinstance(first_row[config.image_column], list):
+        raise UserError("--subject_column: name the column that says which subject a row shows, or give lists of pictures.")
+    return rows
+
+
+def split_rows(rows, subject: str, count: int) -> tuple[list[dict], Any]:
+    """The rows of the first `count` subjects, and the others."""
+    taken: list[dict] = []
+    names: list = []
+    called = called_by(rows, subject)
+    for i, row in enumerate(rows) if count else ():
+        name = row[subject] if subject else i
+        if name not in names[-1:]:
+            if len(names) == count:
+                break
+            names.append(name)
+        taken.append(row | {subject: called(name)} if subject else row)
+    return taken, rows.skip(len(taken)) if taken else rows
+
+
+def read_references(model, config: ReferenceConfig, settings, pixels: Pixels, accelerator) -> tuple[Dataset, list[dict]]:
+    """The training set, and one batch of `holdout` subjects that it does not show, if any are held out.
+
+    UserError if no source is named on a base model other than stickers, or two are.
+    """
+    if config.train_data_dir and config.dataset_name:
+        raise UserError("Name the subjects with --train_data_dir or with --dataset_name, not with both.")
+    seed, count, device = settings.seed, config.holdout, accelerator.device
+    if config.train_data_dir:
+        subjects = read_folders(config)
+        if not 0 <= count < len(subjects):
+            raise UserError(f"--holdout {count} leaves no subject for training; there are {len(subjects)}.")
+        kept = np.random.default_rng(seed).permutation(len(subjects)).tolist()
+        held, train = (Folders(config, [subjects[i] for i in part], pixels, seed) for part in (kept[:count], kept[count:]))
+        return train, held_out_batch(held, count, device)
+    if config.dataset_name:
+        held_rows, rows = split_rows(read_rows(config), config.subject_column, count)
+        kept_rows = list(itertools.islice(Streamed(config, held_rows, pixels, seed), count)) if count else []
+        streamed = Streamed(config, rows, pixels, seed, accelerator.process_index, accelerator.num_processes)
+        return streamed, held_out_batch(kept_rows, len(kept_rows), device)
+    if model.pretrained_model_name_or_path != "stickers":
+        raise UserError("Name the subjects to learn from: --train_data_dir (a folder for each) or --dataset_name.")
+    return Rendered(config, pixels, seed), held_out_batch(Rendered(config, pixels, seed, validation=True), count, device)
