@@ -224,10 +224,11 @@ class SubjectMixin(Stock):
         time = torch.zeros(1, device=injected.visual.device)
         own = self.adapter.encoder(call.blank, torch.ones(1, 1, dtype=torch.bool, device=time.device), time).visual
         blank = own.repeat(1, -(-tokens // own.shape[1]), 1)[:, :tokens].expand(rows, subjects, -1, -1)
-        mask = torch.arange(tokens, device=time.device) < own.shape[1]
-        mask = mask.expand(rows, subjects, -1)
-        there = injected.mask if injected.mask is not None else torch.ones_like(mask)
-        injected.visual, injected.mask = torch.cat([blank, injected.visual]), torch.cat([mask, there])
+        injected.visual = torch.cat([blank, injected.visual])
+        if injected.mask is not None or own.shape[1] < tokens:
+            mask = (torch.arange(tokens, device=time.device) < own.shape[1]).expand(rows, subjects, -1)
+            there = injected.mask if injected.mask is not None else torch.ones_like(mask)
+            injected.mask = torch.cat([mask, there])
         injected.weight = injected.weight.repeat(2, 1)
         injected.regions = None if injected.regions is None else injected.regions.repeat(2, 1, 1, 1)
 

@@ -212,6 +212,7 @@ def test_padding_references_of_an_image_prompt_are_masked(plus):
     assert features.shape == ((2, 2, 17, 32) if plus else (2, 2, 1, 16))
     found = encoder(features, torch.tensor([[True, False], [True, True]]), torch.zeros(2))
     assert found.mask.tolist() == [[True] * tokens + [False] * tokens, [True] * 2 * tokens]
+    assert encoder(features, torch.ones(2, 2, dtype=torch.bool), torch.zeros(2)).mask is None  # nothing is padding
     for row in range(2):  # each reference on its own, one after the other
         for i in range(2):
             alone = encoder(features[row : row + 1, i : i + 1], torch.ones(1, 1, dtype=torch.bool), torch.zeros(1)).visual

@@ -33,7 +33,7 @@ class CustomContrastConfig(SubjectConfig):
     macl_form: MaclForm = option("soft", "how real similarity scales that contrast")
     macl_temperature: float = option(0.1, "its temperature")
     contrast_warmup: float = option(0.1, "share of the steps over which both weights rise from 0")
-    queue_size: int = option(0, "samples of earlier batches that serve as negatives too, for small batches")
+    queue_size: int = option(0, "samples of earlier batches that serve as negatives too, for small batches; empty on resuming")
     words: bool = option(True, "S+, a pseudo-word for every layer; without it only visual tokens")
     fusion: bool = option(True, "refine visual tokens by S+")
     location: bool = option(True, "a location map for every layer")
