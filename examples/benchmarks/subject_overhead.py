@@ -51,7 +51,8 @@ def main():
     for each in (plain, pipe):
         each.set_progress_bar_config(disable=True)
     for repeat in range(options.repeats + 1):
-        for name, (each, prompt, given) in cases.items():
+        for name in list(cases)[:: 1 if repeat % 2 else -1]:  # none is always the first
+            each, prompt, given = cases[name]
             seconds, first = steps_of(each, prompt, options.steps, **given)
             if repeat:  # the first round warms up
                 found[name] += seconds
