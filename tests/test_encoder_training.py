@@ -219,6 +219,7 @@ def two_subjects(method, subjects: Path) -> dict:
     batch["references"] = torch.cat([batch["references"], batch["references"].roll(-1, 0)], 1)
     batch["present"] = torch.tensor([[True, True], [True, False], [True, False], [True, True]])
     batch["references"][1:3, 1] = 0
+    batch["regions"] = torch.ones(4, 2, *batch["pixels"].shape[-2:])
     batch["prompt"] = [f"{prompt} and a <s2> cup" if i in (0, 3) else prompt for i, prompt in enumerate(batch["prompt"])]
     return batch
 
@@ -232,7 +233,7 @@ def test_pictures_with_fewer_subjects_are_conditioned_as_alone(name, tower, subj
     method = woken(build("sd15", name, tower)).eval()
     batch, t = two_subjects(method, subjects), torch.tensor([0.1, 0.6, 0.6, 0.9])
     alone = drawn_rows(batch, slice(1, 3))
-    alone |= {part: alone[part][:, :1] for part in ("references", "present")}
+    alone |= {part: alone[part][:, :1] for part in ("references", "present", "regions")}
     noisy = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         together = method.condition(batch, t)
@@ -265,6 +266,28 @@ def test_two_subjects_are_trained_on_as_the_pipeline_draws_them(tower, subjects)
     drawn = seen[int(0.6 * 4)]
     for part in ("visual", "contexts", "place", "weight"):
         assert torch.allclose(getattr(trained_on, part), getattr(drawn, part), atol=1e-5), part
+
+
+@pytest.mark.parametrize("name", ["custom_contrast", "ip_adapter"])
+def test_a_subject_is_seen_only_in_the_region_that_is_told(name, tower, subjects):
+    """A region of nothing is as if there were no such subject; half a region lets the subject in there alone."""
+    method = woken(build("sd15", name, tower)).eval()
+    method.adapter.starts.requires_grad_(False)
+    batch = two_subjects(method, subjects)
+    side = batch["pixels"].shape[-1]
+    half = batch["regions"].clone()
+    half[:, 1, :, : side // 2] = 0
+    with torch.no_grad():
+        found = [
+            method.condition(batch | {"regions": regions}, torch.full((4,), 0.5)).injected
+            for regions in (batch["regions"], half)
+        ]
+    latent = side // method.backbone.pipe.vae_scale_factor
+    assert found[0].regions.shape == (4, 2, latent, latent)
+    assert (found[0].regions == 1).all()
+    assert (found[1].regions[:, 1, :, : latent // 2] == 0).all()
+    assert (found[1].regions[:, 1, :, latent // 2 :] == 1).all()
+    assert (found[1].regions[:, 0] == 1).all()
 
 
 @pytest.mark.parametrize("name", ["custom_contrast", "ip_adapter"])

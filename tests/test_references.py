@@ -317,6 +317,31 @@ def test_a_second_subject_has_its_word_and_references_of_its_own(scenes):
         assert entry["identity"] == dataset.number[target.subject]
 
 
+def test_halves_are_those_in_which_the_subjects_stand(monkeypatch):
+    """The region of the first subject holds most of its own mask, and the second's the rest of the picture."""
+    masks, draw = [], sources.draw_scene
+    monkeypatch.setattr(sources, "draw_scene", lambda *scene: masks.append(draw(*scene)[1]) or draw(*scene))
+    dataset = rendered(resolution=64, second_subject_rate=1.0, region_rate=1.0)
+    sides = set()
+    for position in range(12):
+        entry = dataset[position]
+        first, second = entry["regions"]
+        assert entry["regions"].shape == (2, 64, 64)
+        assert torch.equal(first + second, torch.ones(64, 64))
+        mask = to_tensor(masks[-1])[0]  # the target is drawn last
+        assert (mask * first).sum() > (mask * second).sum()
+        sides.add(float(first[0, 0]))
+    assert sides == {0.0, 1.0}
+
+
+def test_regions_are_told_at_the_rate_asked_for():
+    dataset = rendered(resolution=4, second_subject_rate=0.6, region_rate=0.5)
+    entries = [dataset[position] for position in range(200)]
+    assert all((entry["regions"] == 1).all() for entry in entries if len(entry["references"]) == 1)
+    told = [not (entry["regions"] == 1).all() for entry in entries if len(entry["references"]) == 2]
+    assert 0.35 < np.mean(told) < 0.65
+
+
 def test_second_subjects_come_at_the_rate_asked_for():
     dataset = rendered(resolution=4, second_subject_rate=0.3)
     entries = [dataset[position] for position in range(200)]

@@ -91,7 +91,7 @@ class CustomContrast(SubjectMethod):
         views = [self.encode(features[:, i : i + 1], times) for i in range(2 if self.contrasts else 1 - both)]
         encoded = (self.encode(features, times) if both else views[0]).spread(present)
         no_text, no_image = self.dropped(len(present))
-        injected = adapter.injected(encoded, (present & ~no_image[:, None]).float())
+        injected = adapter.injected(encoded, (present & ~no_image[:, None]).float(), regions=self.regions_of(batch))
         prompts = self.prompts_of(batch, no_text)
         if adapter.has_words:
             parts = self.backbone.tokenizers, self.backbone.text_encoders

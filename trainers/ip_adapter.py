@@ -40,4 +40,4 @@ class IPAdapter(SubjectMethod):
             features = torch.where(of_subjects(no_image, present).view(-1, 1, 1, 1), blank, features)
         encoded = self.encode(features, of_subjects(t, present)).spread(present)
         text = self.backbone.encode_prompt(self.prompts_of(batch, no_text))
-        return Condition(text, self.adapter.injected(encoded, present.float()))
+        return Condition(text, self.adapter.injected(encoded, present.float(), regions=self.regions_of(batch)))

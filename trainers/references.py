@@ -3,7 +3,8 @@
 Three sources: rendered sticker scenes (embedded), a folder of folders, and any Hugging Face `datasets` source. Items hold
 `pixels` (3, H, W) in [-1, 1], the target; `references` (subjects, 2, 3, h, w), normalised for the image tower, the second of
 each subject always cut out on white where a mask is known; `prompt`, with each subject's word before its noun; and
-`identity`, the first subject's number. Only rendered scenes have a second subject (`second_subject_rate`).
+`identity`, the first subject's number; and `regions` (subjects, H, W), where each may be: 1 everywhere, if that is not told.
+Only rendered scenes have a second subject (`second_subject_rate`), and are told regions (`region_rate`).
 """
 
 import itertools
@@ -49,6 +50,7 @@ class ReferenceConfig:
     augment: bool = option(False, "turn, shift, scale and mirror references on white (rendered scenes vary by themselves)")
     noun_dropout: float = option(0.5, "stickers: share of captions that do not name the class, so that pictures must tell")
     second_subject_rate: float = option(0.0, "stickers: share of scenes with a second subject, <s2>, and references of it")
+    region_rate: float = option(0.5, "stickers: share of those scenes that are told in which half each subject stands")
     world: str = option("", "stickers: an atlas folder of the whole world; empty: the drawings that ship")
     max_pixels: int = option(100_000_000, "pictures with more pixels are refused")
     strict: bool = option(False, "stop at an unreadable picture instead of skipping it with a warning")
@@ -73,9 +75,16 @@ class View:
 
 
 def item(
-    target: View, subjects: Sequence[Sequence[View]], prompt: str, identity: int, rng, config: ReferenceConfig, pixels: Pixels
+    target: View,
+    subjects: Sequence[Sequence[View]],
+    prompt: str,
+    identity: int,
+    rng,
+    config: ReferenceConfig,
+    pixels: Pixels,
+    regions: torch.Tensor | None = None,
 ) -> dict:
-    """`subjects` holds two views of each."""
+    """`subjects` holds two views of each; `regions` (subjects, H, W) says where each may be."""
     shown = []
     for first, second in subjects:
         shown += [first.cut_out if rng.random() < config.segment_rate else opaque(first.picture), second.cut_out]
@@ -85,7 +94,9 @@ def item(
     picture = to_tensor(fit(opaque(target.picture), *side)) * 2 - 1
     weight = torch.ones(1, *side) if target.mask is None else mask_weight(target.mask, *side, config.unmasked_weight)
     references = pixels(shown).unflatten(0, (-1, 2))
-    return {"pixels": picture, "mask": weight, "references": references, "prompt": prompt, "identity": identity}
+    regions = torch.ones(len(subjects), *side) if regions is None else regions
+    about = {"prompt": prompt, "identity": identity, "regions": regions}
+    return {"pixels": picture, "mask": weight, "references": references} | about
 
 
 def moved(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -136,9 +147,10 @@ class Positions(Sampler[list[int]]):
 
 def collate_references(items: Sequence[dict]) -> dict:
     """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `references` (B, subjects, 2, 3, h, w), `present` (B, subjects),
-    False where a picture has fewer subjects than others, `identity` (B,), `prompt` a list."""
+    False where a picture has fewer subjects than others, `regions` (B, subjects, H, W), `identity` (B,), `prompt` a list."""
     batch: dict = {name: torch.stack([entry[name] for entry in items]) for name in ("pixels", "mask")}
-    batch["references"] = pad_sequence([entry["references"] for entry in items], batch_first=True)
+    for name in ("references", "regions"):
+        batch[name] = pad_sequence([entry[name] for entry in items], batch_first=True)
     batch["present"] = pad_sequence(
         [torch.ones(len(entry["references"]), dtype=torch.bool) for entry in items], batch_first=True
     )

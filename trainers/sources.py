@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from customize.errors import UserError
@@ -62,14 +64,26 @@ class Rendered(References):
         prompt = caption(target, nouns[0], prefix, companion=nouns[1] if second else None, **options)
         views = [[self.view(subject, rng) for _ in range(2)] for subject in subjects]
         picture, mask = draw_scene(target, self.world)
-        # the mask is the first subject's: with a second one the whole picture counts
-        shown = View(picture, None if second else mask)
-        return item(shown, views, prompt, self.number[drawing], rng, self.config, self.pixels)
+        number = self.number[drawing]
+        if not second:
+            return item(View(picture, mask), views, prompt, number, rng, self.config, self.pixels)
+        # the mask is the first subject's: here the whole picture counts
+        regions = halves(mask, self.config.resolution) if rng.random() < self.config.region_rate else None
+        return item(View(picture), views, prompt, number, rng, self.config, self.pixels, regions)
 
     def view(self, drawing: Drawing, rng: np.random.Generator) -> View:
         background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
         scene = Scene(drawing, background, pose=draw_pose(rng), seed=int(rng.integers(2**31)))
         return View(*draw_scene(scene, self.world))
+
+
+def halves(mask: Image.Image, side: int) -> torch.Tensor:
+    """Regions (2, side, side) of two subjects: the half in which most of the first one's mask lies, and the other."""
+    columns = np.asarray(mask, np.float32).sum(0)
+    middle = len(columns) // 2
+    left = torch.arange(side) < side / 2
+    first = left if columns[:middle].sum() > columns[middle:].sum() else ~left
+    return torch.stack([first, ~first]).float()[:, None].repeat(1, side, 1)
 
 
 class Folders(References):

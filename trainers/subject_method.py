@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from customize.attention import text_layers
@@ -117,6 +118,11 @@ class SubjectMethod(Method):
     def encode(self, features: Tensor, t: Tensor) -> Encoded:
         """Features (batch, references, tokens, features), none of them padding."""
         return self.adapter.encoder(features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device), t)
+
+    def regions_of(self, batch: dict) -> Tensor:
+        """Where each subject may be, (batch, subjects, height, width) at latent size."""
+        height, width = (side // self.backbone.pipe.vae_scale_factor for side in batch["regions"].shape[-2:])
+        return F.interpolate(batch["regions"], (height, width), mode="area")
 
     def prompts_of(self, batch: dict, no_text: Tensor) -> list[str]:
         prompts = batch["prompt"] if self.adapter.has_words else [without_words(prompt) for prompt in batch["prompt"]]
