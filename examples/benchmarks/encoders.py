@@ -90,10 +90,12 @@ def table(options) -> None:
         if "words" in rows:
             print(f"\n{group} classes: difference to words\n\n| | identity | likeness | control |\n|---|---|---|---|")
             for name in names:
-                cells = [difference(rows[name], rows["words"], metric) for metric in ("identity", "likeness", "control")]
+                cells = [
+                    difference(rows[Path(name).name], rows["words"], metric) for metric in ("identity", "likeness", "control")
+                ]
                 print(f"| {name} | {' | '.join(cells)} |")
     for name in names:
-        if (log := FOLDER / name / "validation.jsonl").exists():
+        if (log := FOLDER / Path(name).name / "validation.jsonl").exists():
             last = json.loads(log.read_text().splitlines()[-1])
             print(name, {key: round(value, 3) for key, value in last.items()})
 
