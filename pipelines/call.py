@@ -57,7 +57,8 @@ def with_words(tokenizer: Any) -> Any:
 def by_name(call: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
     """What a call is given, all of it by name."""
     found = inspect.signature(call).bind(*args, **kwargs).arguments
-    return found | found.pop("kwargs", {})
+    others = found.pop("kwargs", {})  # what the call itself takes as **kwargs
+    return found | others
 
 
 def each_prompt(images: Any, count: int) -> list[Any]:

@@ -147,9 +147,11 @@ class Positions(Sampler[list[int]]):
 
 def collate_references(items: Sequence[dict]) -> dict:
     """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `references` (B, subjects, 2, 3, h, w), `present` (B, subjects),
-    False where a picture has fewer subjects than others, `regions` (B, subjects, H, W), `identity` (B,), `prompt` a list."""
+    False where a picture has fewer subjects than others, `identity` (B,), `prompt` a list, and `regions`
+    (B, subjects, H, W) if any picture has several subjects: only then are they told."""
     batch: dict = {name: torch.stack([entry[name] for entry in items]) for name in ("pixels", "mask")}
-    for name in ("references", "regions"):
+    several = any(len(entry["references"]) > 1 for entry in items)
+    for name in ("references", "regions") if several else ("references",):
         batch[name] = pad_sequence([entry[name] for entry in items], batch_first=True)
     batch["present"] = pad_sequence(
         [torch.ones(len(entry["references"]), dtype=torch.bool) for entry in items], batch_first=True

@@ -119,8 +119,10 @@ class SubjectMethod(Method):
         """Features (batch, references, tokens, features), none of them padding."""
         return self.adapter.encoder(features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device), t)
 
-    def regions_of(self, batch: dict) -> Tensor:
-        """Where each subject may be, (batch, subjects, height, width) at latent size."""
+    def regions_of(self, batch: dict) -> Tensor | None:
+        """Where each subject may be, (batch, subjects, height, width) at latent size; None where the batch does not say."""
+        if "regions" not in batch:
+            return None
         height, width = (side // self.backbone.pipe.vae_scale_factor for side in batch["regions"].shape[-2:])
         return F.interpolate(batch["regions"], (height, width), mode="area")
 
