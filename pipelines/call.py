@@ -27,7 +27,6 @@ class Call:
 
     features: Tensor  # (rows, subjects, references, tokens, features)
     present: Tensor  # (rows, subjects, references)
-    weight: Tensor  # (rows, subjects)
     scales: dict[str, float]
     regions: Tensor | None
     cached: bool
@@ -36,6 +35,15 @@ class Call:
     encoded: dict[int, Encoded] = field(default_factory=dict)  # by time bin
     injected: dict[tuple[int, bool], Injected] = field(default_factory=dict)
     blank: Tensor | None = None  # features (1, 1, tokens, features) that the unconditional half is given, of adapters that do
+
+    @property
+    def there(self) -> Tensor:
+        """Which subjects each row has, (rows, subjects)."""
+        return self.present.any(-1)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.there.to(self.features.dtype)
 
 
 def texts_of(prompt: str | list[str] | None) -> list[str] | None:
@@ -101,20 +109,18 @@ def check_words(prompt: str, subjects: Subjects, has_words: bool) -> None:
             raise UserError(f"the prompt '{prompt}' says {word}, but there are no subject_images of it.")
 
 
-def packed(subjects: Sequence[Subjects]) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (rows, subjects, references, tokens, features), which references are present, and which subjects, as weights."""
+def packed(subjects: Sequence[Subjects]) -> tuple[Tensor, Tensor]:
+    """Features (rows, subjects, references, tokens, features), and which references are present."""
     columns = 1 + max(WORDS.index(word) for found in subjects for word in found)
     most = max(len(own) for found in subjects for own in found.values())
     any_one = next(iter(subjects[0].values()))
     features = any_one.new_zeros(len(subjects), columns, most, *any_one.shape[1:])
     present = torch.zeros(features.shape[:3], dtype=torch.bool, device=features.device)
-    present[:, :, 0] = True  # an encoder must have something to read
-    weight = features.new_zeros(features.shape[:2])
     for row, found in enumerate(subjects):
         for word, own in found.items():
             column = WORDS.index(word)
-            features[row, column, : len(own)], present[row, column, : len(own)], weight[row, column] = own, True, 1.0
-    return features, present, weight
+            features[row, column, : len(own)], present[row, column, : len(own)] = own, True
+    return features, present
 
 
 def layer_scales(scale: float | Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:

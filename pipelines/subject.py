@@ -133,10 +133,10 @@ class SubjectMixin(Stock):
         if not self.adapter.has_words:
             kwargs["prompt"] = [without_words(prompt) for prompt in prompts]
         regions = self._regions(subject_masks, len(prompts), kwargs)
-        features, present, weight = packed(subjects)
+        features, present = packed(subjects)
         scales = layer_scales(subject_scale, list(text_layers(self.unet).values()))
         count = kwargs.get("num_images_per_prompt") or 1
-        with self._drawing(Call(features, present, weight, scales, regions, subject_cache, count)):
+        with self._drawing(Call(features, present, scales, regions, subject_cache, count)):
             return super().__call__(**kwargs)
 
     def _encoded(self, entry: Any) -> Subjects:
@@ -198,16 +198,16 @@ class SubjectMixin(Stock):
         if not isinstance(encoder, ImagePrompt):
             t = torch.as_tensor(t).flatten()[:1].float() / self.scheduler.config.num_train_timesteps
             bins = int(encoder.bin_of(t))
-        guided = len(sample) > len(call.weight) * call.images
+        guided = len(sample) > len(call.there) * call.images
         if (bins, guided) not in call.injected:
             call.injected[bins, guided] = self._injected(call, bins, guided)
         arguments = {**(named.get("cross_attention_kwargs") or {}), "ip_hidden_states": call.injected[bins, guided]}
         return inputs, named | {"cross_attention_kwargs": arguments}
 
     def _injected(self, call: Call, bins: int, guided: bool) -> Injected:
-        encoded, weight, contexts, regions = self._encode(call, bins), call.weight, call.contexts.get(bins), call.regions
-        regions = None if regions is None else regions[:, : weight.shape[1]]
-        injected = self.adapter.injected(encoded, weight, contexts, regions=regions, scales=call.scales)
+        encoded, contexts = self._encode(call, bins), call.contexts.get(bins)
+        regions = None if call.regions is None else call.regions[:, : call.there.shape[1]]
+        injected = self.adapter.injected(encoded, call.weight, contexts, regions=regions, scales=call.scales)
         for name in ("visual", "weight", "mask", "place", "regions"):
             if (value := getattr(injected, name)) is not None:
                 setattr(injected, name, value.repeat_interleave(call.images, 0))
@@ -236,11 +236,11 @@ class SubjectMixin(Stock):
         """All subjects of the call at one time, (rows * subjects, ...)."""
         if bins not in call.encoded:
             encoder = self.adapter.encoder
-            features, present = call.features.flatten(0, 1), call.present.flatten(0, 1)
+            features = call.features[call.there]
             t = torch.zeros(len(features), device=features.device)
             if not isinstance(encoder, ImagePrompt):
                 t = encoder.middle_of(t + bins)
-            call.encoded[bins] = encoder(features, present, t)
+            call.encoded[bins] = encoder(features, call.present[call.there], t).spread(call.there)
         return call.encoded[bins]
 
     def encode_prompt(self, *args, **kwargs):
@@ -256,7 +256,7 @@ class SubjectMixin(Stock):
             texts = self.adapter.texts(lambda some: self._encode_text(some, bound), tokenizers, encoders, prompts, vectors)
             call.contexts[bins] = texts["encoder_hidden_states"]
         middle = [own[self.adapter.slots // 2] for own in vectors]
-        with replaced_words(tokenizers, encoders, list(WORDS[: call.weight.shape[1]]), middle):
+        with replaced_words(tokenizers, encoders, list(WORDS[: call.there.shape[1]]), middle):
             return super().encode_prompt(*args, **kwargs)
 
     def _encode_text(self, prompts: list[str], bound: dict) -> dict[str, Tensor]:

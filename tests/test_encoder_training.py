@@ -182,35 +182,37 @@ def woken(method):
     return method
 
 
+def injected_by_the_pipeline(method, prompts: list[str], given: list[dict]):
+    """What a pipeline's call with the method's adapter and these features of subjects injects at time 0.6."""
+    pipe = with_subjects(method.backbone.pipe)
+    pipe.adapter = method.adapter
+    pipe.set_progress_bar_config(disable=True)
+    pipe.register_modules(image_encoder=method.tower.vision, feature_extractor=method.tower.processor)
+    seen, made = {}, pipe._injected
+    pipe._injected = lambda call, bins, guided: seen.setdefault(bins, made(call, bins, guided))
+    pipe(prompts, subject_images=given, height=32, width=32, num_inference_steps=5)
+    return seen[int(0.6 * 4)]
+
+
+def features_of(method, batch: dict) -> torch.Tensor:
+    """Features of all references, (pictures, subjects, references, tokens, features)."""
+    read = method.adapter.encoder.read(method.tower(batch["references"].flatten(0, 2)))
+    return read.unflatten(0, batch["references"].shape[:3])
+
+
 @pytest.mark.parametrize("both", [False, True])
 def test_training_conditions_as_the_pipeline_does(both, tower, subjects):
-    """The first half of a batch's condition is what a pipeline's call computes for the same pictures at the same time."""
+    """A batch's condition is what a pipeline's call computes for the same pictures at the same time."""
     method = woken(build("sd15", "custom_contrast", tower, multi_reference_rate=float(both))).eval()
     batch = batch_of(method, subjects)
     if both:
         method.uses_both = lambda: True
     with torch.no_grad():
         trained_on = method.condition(batch, torch.full((4,), 0.6)).injected
-        pipe = with_subjects(method.backbone.pipe)
-        pipe.adapter = method.adapter
-        features = method.adapter.encoder.read(method.tower(batch["references"].flatten(0, 2))).unflatten(0, (4, 2))
-        seen = {}
-        pipe.set_progress_bar_config(disable=True)
-        pipe.register_modules(image_encoder=method.tower.vision, feature_extractor=method.tower.processor)
-
-        made = pipe._injected
-
-        def remember(call, bins, guided):
-            seen[bins] = made(call, bins, guided)
-            return seen[bins]
-
-        pipe._injected = remember
-        given = [features[i, : 1 + both] for i in range(4)]
-        pipe(batch["prompt"], subject_images=[{WORDS[0]: one} for one in given], height=32, width=32, num_inference_steps=5)
-    drawn = seen[int(0.6 * 4)]
-    assert torch.allclose(trained_on.visual, drawn.visual, atol=1e-5)
-    assert torch.allclose(trained_on.contexts, drawn.contexts, atol=1e-5)
-    assert torch.allclose(trained_on.place, drawn.place, atol=1e-5)
+        given = [{WORDS[0]: own[0, : 1 + both]} for own in features_of(method, batch)]
+        drawn = injected_by_the_pipeline(method, batch["prompt"], given)
+    for part in ("visual", "contexts", "place"):
+        assert torch.allclose(getattr(trained_on, part), getattr(drawn, part), atol=1e-5), part
 
 
 def two_subjects(method, subjects: Path) -> dict:
@@ -250,22 +252,20 @@ def test_pictures_with_fewer_subjects_are_conditioned_as_alone(name, tower, subj
 
 
 def test_two_subjects_are_trained_on_as_the_pipeline_draws_them(tower, subjects):
+    """Of pictures with two subjects and with one, in one batch: nothing is encoded where no subject is."""
     method = woken(build("sd15", "custom_contrast", tower)).eval()
-    batch = drawn_rows(two_subjects(method, subjects), slice(0, 1))
+    batch = two_subjects(method, subjects)
     with torch.no_grad():
-        trained_on = method.condition(batch, torch.full((1,), 0.6)).injected
-        pipe = with_subjects(method.backbone.pipe)
-        pipe.adapter = method.adapter
-        pipe.set_progress_bar_config(disable=True)
-        pipe.register_modules(image_encoder=method.tower.vision, feature_extractor=method.tower.processor)
-        features = method.adapter.encoder.read(method.tower(batch["references"][0, :, 0])).unsqueeze(1)
-        seen, made = {}, pipe._injected
-        pipe._injected = lambda call, bins, guided: seen.setdefault(bins, made(call, bins, guided))
-        given = dict(zip(WORDS, features, strict=False))
-        pipe(batch["prompt"], subject_images=[given], height=32, width=32, num_inference_steps=5)
-    drawn = seen[int(0.6 * 4)]
+        trained_on = method.condition(batch, torch.full((4,), 0.6)).injected
+        features = features_of(method, batch)[:, :, :1]
+        given = [
+            {word: own for word, own, here in zip(WORDS, *row, strict=False) if here}
+            for row in zip(features, batch["present"], strict=True)
+        ]
+        drawn = injected_by_the_pipeline(method, batch["prompt"], given)
     for part in ("visual", "contexts", "place", "weight"):
         assert torch.allclose(getattr(trained_on, part), getattr(drawn, part), atol=1e-5), part
+    assert not drawn.visual[1:3, 1].any()
 
 
 @pytest.mark.parametrize("name", ["custom_contrast", "ip_adapter"])

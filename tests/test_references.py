@@ -203,7 +203,7 @@ def scenes(monkeypatch):
     """The scenes that are drawn, in their order; they are drawn as tiny blank pictures."""
     found = []
 
-    def draw(scene, world):
+    def draw(scene, world, mask_companion=False):
         found.append(scene)
         return Image.new("RGB", (4, 4)), Image.new("L", (4, 4))
 
@@ -235,7 +235,7 @@ def test_shapes_of_a_rendered_item():
 def test_the_second_rendered_reference_is_on_white_and_the_first_as_it_was_drawn(monkeypatch):
     found = []
     draw = sources.draw_scene
-    monkeypatch.setattr(sources, "draw_scene", lambda *scene: found.append(draw(*scene)) or found[-1])
+    monkeypatch.setattr(sources, "draw_scene", lambda *scene, **_: found.append(draw(*scene)) or found[-1])
     for position in range(3):
         found.clear()
         entry = rendered(segment_rate=0.0)[position]
@@ -303,7 +303,7 @@ def test_validation_draws_held_out_drawings_that_no_benchmark_uses(scenes):
 
 
 def test_a_second_subject_has_its_word_and_references_of_its_own(scenes):
-    dataset = rendered(resolution=4, second_subject_rate=1.0, segment_rate=1.0, noun_dropout=0.0)
+    dataset = rendered(resolution=4, second_subject_rate=1.0, region_rate=0.0, segment_rate=1.0, noun_dropout=0.0)
     for position in range(20):
         scenes.clear()
         entry = dataset[position]
@@ -313,14 +313,18 @@ def test_a_second_subject_has_its_word_and_references_of_its_own(scenes):
         assert f"<s> {target.subject.word}" in entry["prompt"]
         assert f"next to a <s2> {target.companion.word}" in entry["prompt"]
         assert target.count == 1
-        assert (entry["mask"] == 1).all()  # the whole picture counts
         assert entry["identity"] == dataset.number[target.subject]
 
 
 def test_halves_are_those_in_which_the_subjects_stand(monkeypatch):
     """The region of the first subject holds most of its own mask, and the second's the rest of the picture."""
     masks, draw = [], sources.draw_scene
-    monkeypatch.setattr(sources, "draw_scene", lambda *scene: masks.append(draw(*scene)[1]) or draw(*scene))
+
+    def remembered(*scene, **options):
+        masks.append(draw(*scene)[1])
+        return draw(*scene, **options)
+
+    monkeypatch.setattr(sources, "draw_scene", remembered)
     dataset = rendered(resolution=64, second_subject_rate=1.0, region_rate=1.0)
     sides = set()
     for position in range(12):
@@ -332,6 +336,15 @@ def test_halves_are_those_in_which_the_subjects_stand(monkeypatch):
         assert (mask * first).sum() > (mask * second).sum()
         sides.add(float(first[0, 0]))
     assert sides == {0.0, 1.0}
+
+
+def test_both_subjects_count_as_much():
+    """The loss weight of a scene of two subjects is that of its whole where either is, and less elsewhere."""
+    entry = rendered(resolution=64, second_subject_rate=1.0, region_rate=1.0, unmasked_weight=0.25)[0]
+    for half in entry["regions"]:
+        inside = entry["mask"][0][half == 1]
+        assert 0.05 < (inside == 1).float().mean() < 0.9
+        assert inside.min() == 0.25
 
 
 def test_regions_are_told_at_the_rate_asked_for():

@@ -87,6 +87,15 @@ def test_mask_leaves_out_the_companion():
     assert columns.max() - columns.min() < 45
 
 
+def test_mask_covers_the_companion_where_that_is_asked_for():
+    scene = Scene(FOX, companion=Drawing("pizza", "flat"))
+    beside, both = (np.asarray(draw_scene(scene, WORLD, mask_companion=asked)[1]) > 127 for asked in (False, True))
+    assert (both >= beside).all()
+    columns = np.where((both & ~beside).any(0))[0]
+    assert columns.max() - columns.min() > 15
+    assert both.mean() < 0.6
+
+
 def test_held_out_lists():
     """60 drawings whose class another studio still teaches, 30 classes that nobody teaches; none is offered by default."""
     held_out = WORLD.drawings(held_out=True)

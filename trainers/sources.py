@@ -63,13 +63,10 @@ class Rendered(References):
         options = {"style": rng.random() < 0.5, "setting": rng.random() < 0.92}
         prompt = caption(target, nouns[0], prefix, companion=nouns[1] if second else None, **options)
         views = [[self.view(subject, rng) for _ in range(2)] for subject in subjects]
-        picture, mask = draw_scene(target, self.world)
-        number = self.number[drawing]
-        if not second:
-            return item(View(picture, mask), views, prompt, number, rng, self.config, self.pixels)
-        # the mask is the first subject's: here the whole picture counts
-        regions = halves(mask, self.config.resolution) if rng.random() < self.config.region_rate else None
-        return item(View(picture), views, prompt, number, rng, self.config, self.pixels, regions)
+        shown = View(*draw_scene(target, self.world, mask_companion=second))
+        told = second and rng.random() < self.config.region_rate
+        regions = halves(draw_scene(target, self.world)[1], self.config.resolution) if told else None
+        return item(shown, views, prompt, self.number[drawing], rng, self.config, self.pixels, regions)
 
     def view(self, drawing: Drawing, rng: np.random.Generator) -> View:
         background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]

@@ -141,8 +141,9 @@ def draw_caption(rng: np.random.Generator, scene: Scene) -> str:
     return caption(scene, None, PREFIXES[rng.integers(len(PREFIXES))], rng.random() < 0.6, rng.random() < 0.92)
 
 
-def draw_scene(scene: Scene, world: World, size: int = 64) -> tuple[Image.Image, Image.Image]:
-    """The picture (RGB) and the subject's mask (L, 255 where the subject covers the background), squares of `size` pixels."""
+def draw_scene(scene: Scene, world: World, size: int = 64, mask_companion: bool = False) -> tuple[Image.Image, Image.Image]:
+    """The picture (RGB) and the subject's mask (L, 255 where the subject covers the background), squares of `size` pixels;
+    with `mask_companion` it also covers the companion."""
     rng = np.random.default_rng(scene.seed)
     picture = draw_background(scene.background, rng, size)
     mask = Image.new("L", (size, size))
@@ -155,7 +156,7 @@ def draw_scene(scene: Scene, world: World, size: int = 64) -> tuple[Image.Image,
             picture.paste((0, 0, 0), (0, 0), _shadow(layer, scene.pose.shadow, size))
         picture.paste(layer, (0, 0), layer)
         alpha = layer.getchannel("A")
-        mask.paste(255 if is_subject else 0, (0, 0), alpha)
+        mask.paste(255 if is_subject or mask_companion else 0, (0, 0), alpha)
     return _finished(picture, scene, rng, size), mask
 
 
