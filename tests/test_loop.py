@@ -21,12 +21,13 @@ from customize.backbone import wrap
 from customize.data import Concept, DataConfig, SubjectDataset
 from customize.errors import UserError
 from customize.pictures import find_pictures
-from customize.trainers import loop, state
+from customize.trainers import loop, session, state, validation
 from customize.trainers.__main__ import run
 from customize.trainers.dreambooth import DreamBooth
-from customize.trainers.loop import Session, accumulate_gradients, interruption, train
+from customize.trainers.loop import accumulate_gradients, interruption, train
 from customize.trainers.prepare import held_out_batches
-from customize.trainers.settings import TrainConfig, make_accelerator
+from customize.trainers.session import Session
+from customize.trainers.settings import TrainConfig, make_accelerator, make_optimizer
 from customize.trainers.textual_inversion import TextualInversion
 from customize.trainers.validation import sample, validation_loss
 from tiny import BASES, tiny
@@ -69,7 +70,7 @@ def go(pictures, folder, case="dreambooth", data=None, held_out=None, base="sd15
 @pytest.fixture
 def quick_pictures(monkeypatch):
     """Validation pictures in two steps."""
-    monkeypatch.setattr(loop, "sample", partial(sample, steps=2))
+    monkeypatch.setattr(validation, "sample", partial(sample, steps=2))
 
 
 def same_tensors(first, second) -> bool:
@@ -208,16 +209,17 @@ def test_resuming_from_a_damaged_file(pictures, tmp_path, stopped):
 # a process that dies
 
 AT_STEP = """
-import os, signal, sys
-from customize.trainers import loop
+import importlib, os, signal, sys
 from customize.app.cli import main
-original, where, number = getattr(loop, sys.argv[1]), sys.argv[1], [0]
+module, _, function = sys.argv[1].partition(".")
+owner = importlib.import_module(f"customize.trainers.{module}")
+original, number = getattr(owner, function), [0]
 def counted(*arguments, **options):
     number[0] += 1
     if number[0] == int(sys.argv[2]):
         os.kill(os.getpid(), getattr(signal, sys.argv[3]))
     return original(*arguments, **options)
-setattr(loop, where, counted)
+setattr(owner, function, counted)
 sys.exit(main(sys.argv[4:]))
 """
 
@@ -248,14 +250,14 @@ def words(base_folder, pictures):
 
 
 def die(function, call, with_signal, words, folder):
-    """Runs the command line in a process that gets the signal at the given call of a function of the loop."""
+    """Runs the command line in a process that gets the signal at the given call of a trainer's function."""
     command = [sys.executable, "-c", AT_STEP, function, str(call), with_signal, "train", *words, "--output_dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, cwd=folder.parent, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
-    ("function", "call", "kept"), [("accumulate_gradients", 8, "checkpoint-6"), ("save_state", 2, "checkpoint-3")]
+    ("function", "call", "kept"), [("loop.accumulate_gradients", 8, "checkpoint-6"), ("session.save_state", 2, "checkpoint-3")]
 )
 def test_a_killed_process_is_resumed_to_the_same_bits(function, call, kept, words, tmp_path):
     """Killed within a step, and while it writes its second checkpoint."""
@@ -270,7 +272,7 @@ def test_a_killed_process_is_resumed_to_the_same_bits(function, call, kept, word
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(words, tmp_path):
-    process = die("accumulate_gradients", 5, "SIGINT", words, tmp_path / "stopped")
+    process = die("loop.accumulate_gradients", 5, "SIGINT", words, tmp_path / "stopped")
     assert process.returncode == 2, process.stderr
     [said] = [line for line in process.stderr.splitlines() if line.startswith("error: ")]  # on a line of its own
     assert f"--resume_from_checkpoint latest --output_dir {tmp_path / 'stopped'}" in said
@@ -386,7 +388,7 @@ def test_the_limit_counts_numbers_not_letters(pictures, tmp_path):
 def test_early_stopping_and_the_best(pictures, tmp_path, monkeypatch):
     """Losses 3, 2, 2.5, 2.6 at steps 2, 4, 6, 8: step 4 is the best, and two validations later it is over."""
     losses = iter([3.0, 2.0, 2.5, 2.6, 0.0])
-    monkeypatch.setattr(loop, "validation_loss", lambda *arguments, **options: next(losses))
+    monkeypatch.setattr(validation, "validation_loss", lambda *arguments, **options: next(losses))
     limits = {"validation_steps": 2, "early_stopping_patience": 2, "checkpointing_steps": 4, "max_train_steps": 20}
     _, step = go(pictures, tmp_path / "run", held_out=True, checkpoints_total_limit=0, **limits)
     best, file = tmp_path / "run" / "best", FILES["dreambooth"]
@@ -429,7 +431,7 @@ def test_the_best_by_score(pictures, tmp_path, quick_pictures):
 def test_the_best_of_an_averaged_run_is_the_average(pictures, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        loop, "validation_loss", lambda method, *a, **o: seen.append(method.tokens.vectors[0].detach().clone()) or 1.0
+        validation, "validation_loss", lambda method, *a, **o: seen.append(method.tokens.vectors[0].detach().clone()) or 1.0
     )
     method, _ = go(pictures, tmp_path, "textual_inversion", held_out=True, use_ema=True, max_train_steps=3)
     saved = load_file(tmp_path / "best" / "learned_embeds.safetensors")["<toy>"]
@@ -509,7 +511,7 @@ def test_the_average_by_hand(decay, pictures, tmp_path):
 @pytest.mark.parametrize("base", BASES)
 def test_gradient_checkpointing_gives_the_same_gradients(base, pictures, tmp_path, monkeypatch):
     """With plain gradient descent at rate 1, what moves is the gradient."""
-    monkeypatch.setattr(loop, "make_optimizer", lambda method, *_: torch.optim.SGD(method.parameter_groups(1.0)))
+    monkeypatch.setattr(session, "make_optimizer", lambda method, *_: torch.optim.SGD(method.parameter_groups(1.0)))
     found, forwards = [], []
     for on in (False, True):
         method, dataset = build(pictures, base=base)
@@ -568,7 +570,7 @@ def test_two_runs_of_one_process_may_differ_in_precision(tmp_path):
 def test_scale_lr_multiplies(pictures, tmp_path):
     method, _ = build(pictures)
     config = settings(tmp_path, learning_rate=1e-3, scale_lr=True, train_batch_size=3, gradient_accumulation_steps=4)
-    assert [group["lr"] for group in loop.make_optimizer(method, config, 2).param_groups] == pytest.approx([24e-3] * 2)
+    assert [group["lr"] for group in make_optimizer(method, config, 2).param_groups] == pytest.approx([24e-3] * 2)
 
 
 def test_an_unknown_schedule_is_a_user_error():

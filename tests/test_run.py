@@ -385,7 +385,7 @@ def test_validation_pictures_are_what_the_run_draws(start, bases, base):
 
 def test_early_stopping_ends_a_run(start, monkeypatch):
     losses = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr("customize.trainers.loop.validation_loss", lambda *a, **k: next(losses))
+    monkeypatch.setattr("customize.trainers.validation.validation_loss", lambda *a, **k: next(losses))
     folder = start(max_train_steps=9, validation_steps=1, early_stopping_patience=2, holdout=1)
     assert read_info(folder)["step"] == 3
     assert read_info(folder / "best")["step"] == 1

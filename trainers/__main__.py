@@ -27,7 +27,7 @@ from customize.trainers.selection import make_scorer
 from customize.trainers.settings import TrainConfig, make_accelerator
 from customize.trainers.setup import ModelConfig, check_settings, load_backbone
 from customize.trainers.sources import read_references
-from customize.trainers.validation import fixed_randomness
+from customize.trainers.state import fixed_randomness
 
 
 def configs(method: type[Method]) -> list[type]:

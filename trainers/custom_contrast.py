@@ -21,8 +21,8 @@ from customize.errors import UserError
 from customize.losses.contrastive import MaclForm, appearance_contrast, cosines, cross_modal_contrast, gathered
 from customize.subject import SubjectAdapter, multimodal
 from customize.trainers.diagnostics import appearance_correlation, gradient_ratios, view_retrieval, write_similarity
+from customize.trainers.state import fixed_randomness
 from customize.trainers.subject_method import SubjectConfig, SubjectMethod, of_subjects
-from customize.trainers.validation import fixed_randomness
 
 
 @dataclass

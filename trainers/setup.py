@@ -12,7 +12,7 @@ from customize.backbone import Backbone, wrap
 from customize.data import check_resolution
 from customize.errors import UserError
 from customize.loading import load_base
-from customize.trainers.loop import drop_old_checkpoints
+from customize.trainers.session import drop_old_checkpoints
 from customize.trainers.settings import TrainConfig
 from customize.trainers.state import latest_checkpoint
 

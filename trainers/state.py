@@ -1,6 +1,8 @@
-"""Resume state: one safetensors file with all that a run needs to go on as if it had never stopped."""
+"""Resume state: one safetensors file with all that a run needs to go on as if it had never stopped; and its generators."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -45,6 +47,15 @@ def set_random_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def fixed_randomness(seed: int) -> Iterator[None]:
+    """Draws inside are the same every time, and training's generators do not notice them."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
 
 
 def save_state(folder: Path, accelerator, step: int, trained: dict[str, Tensor], **parts) -> None:

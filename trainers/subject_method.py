@@ -15,7 +15,7 @@ from customize.pipelines.subject import with_subjects
 from customize.subject import SubjectAdapter, adapter_file, load_adapter, read_file, without_words
 from customize.trainers.method import Method, MethodConfig
 from customize.trainers.references import ReferenceConfig
-from customize.trainers.validation import fixed_randomness
+from customize.trainers.state import fixed_randomness
 
 
 @dataclass

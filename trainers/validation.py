@@ -1,21 +1,67 @@
-"""Looking at a method while it trains: a loss that can be compared between steps, and pictures."""
+"""Looking at a method while it trains: a loss that can be compared between steps, pictures, and which step was the best."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 
 import torch
+from accelerate.utils import broadcast_object_list
 from PIL import Image
+from tqdm import tqdm
 
 from customize.trainers.method import Method
+from customize.trainers.session import Session
+from customize.trainers.state import fixed_randomness
 
 
-@contextmanager
-def fixed_randomness(seed: int) -> Iterator[None]:
-    """Draws inside are the same every time, and training's generators do not notice them."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
+def validate(session: Session, bar: tqdm) -> None:
+    """Logs the validation loss, draws and rates the validation prompts, and writes best/ if it is the best step so far."""
+    config, accelerator, best, step = session.config, session.accelerator, session.parts["best"], session.step
+    with session.averaged(), accelerator.autocast():
+        found = {}
+        if session.held_out:
+            found["validation_loss"] = validation_loss(session.method, session.held_out, config.seed)
+            found |= diagnosis(session)
+        if config.validation_prompt:
+            found |= draw_validation(session)
+    if not found:
+        return
+    accelerator.log(found, step)
+    if accelerator.is_main_process:
+        session.output.mkdir(parents=True, exist_ok=True)
+        with open(session.output / "validation.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **found}) + "\n")
+    decisive = -found["score"] if "score" in found else found["validation_loss"]
+    best.add(decisive)
+    values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items() if "slot" not in name)
+    bar.write(f"step {step}: {values}{' (best)' if best.since == 0 else ''}")
+    if best.since == 0:
+        session.write(session.output / "best")
+
+
+def diagnosis(session: Session) -> dict[str, float]:
+    """What the method says of itself, in evaluation mode and without touching training's generators."""
+    method = session.method
+    method.eval()
+    with fixed_randomness(session.config.seed):
+        found = method.diagnose(session.held_out, session.output / "samples", session.step)
+    method.train()
+    return found
+
+
+def draw_validation(session: Session) -> dict[str, float]:
+    """Draws the validation prompts on the first process, writes their sheet, and gives every process their score, if any."""
+    config = session.config
+    found: list[dict[str, float]] = [{}]
+    if session.accelerator.is_main_process:
+        resolution = session.method.backbone.resolution
+        drawn = sample(session.method, config.validation_prompt, config.num_validation_images, resolution, config.seed)
+        folder = session.output / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet(drawn).save(folder / f"step-{session.step:06d}.png")
+        if session.scorer:
+            with torch.autocast(session.accelerator.device.type, enabled=False):  # scores do not depend on training's precision
+                rated = session.scorer(drawn)
+            found = [rated | {"score": rated["identity"] * rated["control"]}]
+    return broadcast_object_list(found)[0]
 
 
 @torch.no_grad()

@@ -1,0 +1,158 @@
+"""A run in progress: what it trains, how it starts or resumes, and what it writes."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+from customize import checkpoint
+from customize.attention import use_xformers
+from customize.errors import UserError
+from customize.trainers.method import Method
+from customize.trainers.selection import Scorer
+from customize.trainers.settings import TrainConfig, make_optimizer
+from customize.trainers.state import latest_checkpoint, load_state, save_state
+
+
+class Best:
+    """The lowest validation loss (or negative score) so far, and how many validations ago it was."""
+
+    def __init__(self):
+        self.loss, self.since = float("inf"), 0
+
+    def add(self, loss: float) -> None:
+        self.loss, self.since = (loss, 0) if loss < self.loss else (self.loss, self.since + 1)
+
+    def state_dict(self):
+        return {"loss": self.loss, "since": self.since}
+
+    def load_state_dict(self, state):
+        self.loss, self.since = state["loss"], state["since"]
+
+
+@dataclass
+class Session:
+    """A run in progress."""
+
+    method: Method
+    config: TrainConfig
+    accelerator: Accelerator
+    info: dict
+    held_out: list[dict]
+    scorer: Scorer | None
+    trained: dict[str, torch.nn.Parameter]
+    wrapped: torch.nn.Module  # the method as accelerate calls it
+    parts: dict  # optimizer, schedule, ema, scaler and best: what resuming restores besides `trained`
+    step: int = 0
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, what is trained holds its running average, if there is one."""
+        if (ema := self.parts["ema"]) is None:
+            yield
+            return
+        ema.store(self.trained.values())
+        ema.copy_to(self.trained.values())
+        try:
+            yield
+        finally:
+            ema.restore(self.trained.values())
+
+    def write(self, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                info = self.info | {"step": self.step}
+                method = self.method
+                checkpoint.save(folder, method.backbone, method.tokens, info, self.config.export_kohya, method.adapter)
+
+    def write_checkpoint(self) -> None:
+        """Writes checkpoint-STEP, from which the run can be resumed, unless the last update spoilt the weights."""
+        if not all(value.isfinite().all() for value in self.trained.values()):
+            raise UserError(not_finite(self.step, self.output))
+        target, main = self.output / f"checkpoint-{self.step}", self.accelerator.is_main_process
+        with checkpoint.atomic_folder(target) if main else nullcontext(target) as folder:
+            self.write(folder)
+            save_state(folder, self.accelerator, self.step, self.trained, **self.parts)
+        if main and self.config.checkpoints_total_limit:
+            drop_old_checkpoints(self.output, self.config.checkpoints_total_limit)
+
+
+def begin(
+    method: Method, config: TrainConfig, accelerator: Accelerator, held_out: list[dict], scorer: Scorer | None, info: dict
+) -> Session:
+    """Makes optimizer, schedule and average, and restores them if the run is resumed."""
+    method.train()
+    if config.gradient_checkpointing:
+        method.backbone.denoiser.enable_gradient_checkpointing()
+    if config.enable_xformers_memory_efficient_attention:
+        enable_xformers(method)
+    optimizer = make_optimizer(method, config, accelerator.num_processes)
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+    trained = method.trainable()
+    ema = EMAModel(list(trained.values()), decay=config.ema_decay) if config.use_ema else None
+    wrapped, optimizer = accelerator.prepare(method, optimizer)
+    parts = {"optimizer": optimizer, "schedule": schedule, "ema": ema, "scaler": accelerator.scaler, "best": Best()}
+    session = Session(method, config, accelerator, info, held_out, scorer, trained, wrapped, parts)
+    session.step = resume(session)
+    if ema:
+        ema.to(accelerator.device)
+    if config.report_to:
+        accelerator.init_trackers("customize", config={k: str(v) for k, v in asdict(config).items()})
+    return session
+
+
+def enable_xformers(method: Method) -> None:
+    try:
+        use_xformers(method.backbone.denoiser)
+    except (ImportError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        remedy = "pip install 'customize[xformers]' on a machine with a GPU, or leave the flag out"
+        raise UserError(f"--enable_xformers_memory_efficient_attention: {reason}: {remedy}.") from error
+
+
+def resume(session: Session) -> int:
+    """Restores the checkpoint that `resume_from_checkpoint` names; returns its step, 0 for a fresh start."""
+    config = session.config
+    if not config.resume_from_checkpoint:
+        return 0
+    folder: Path | None = Path(config.resume_from_checkpoint)
+    if config.resume_from_checkpoint == "latest":
+        folder = latest_checkpoint(session.output)
+    if folder is None:
+        raise UserError(
+            f"--resume_from_checkpoint latest: '{session.output}' holds no checkpoint; leave the flag out to start anew."
+        )
+    return load_state(folder, session.accelerator, session.trained, **session.parts)
+
+
+def not_finite(step: int, output: Path) -> str:
+    kept = latest_checkpoint(output)
+    good = f"'{kept}' is the last good checkpoint" if kept else "no checkpoint was written yet"
+    return (
+        f"the loss is not finite at step {step}; {good}. Lower --learning_rate, or use --mixed_precision bf16 instead of fp16."
+    )
+
+
+def drop_old_checkpoints(output: Path, keep: int) -> None:
+    """Removes all but the last `keep` checkpoints."""
+    found = [p for p in output.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    found.sort(key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)
+    for folder in found[keep:]:
+        shutil.rmtree(folder, ignore_errors=True)
