@@ -61,6 +61,12 @@ RECIPES = {
 GROUPS = {"known": "known class", "unknown": "unknown class"}
 
 
+def drawings_of(group: str) -> list[Drawing]:
+    """The benchmark's drawings of `known` or of `unknown` classes."""
+    world = World()
+    return [drawing for drawing in bench_subjects() if world.is_unknown(drawing.word) == (group == "unknown")]
+
+
 def find_recipe(name: str) -> Recipe:
     """The recipe of a name, or that of the folder of an encoder's run; UserError for others."""
     if name in RECIPES:
@@ -133,8 +139,7 @@ class StickerBench(Bench):
         """Twenty held-out drawings of known classes and ten of unknown ones; `quick`: the first six of them."""
         if self.group == "all":
             return bench_subjects(self.quick)
-        world, unknown = World(), self.group == "unknown"
-        chosen = [drawing for drawing in bench_subjects() if world.is_unknown(drawing.word) == unknown]
+        chosen = drawings_of(self.group)
         return chosen[: len(bench_subjects(quick=True))] if self.quick else chosen
 
     def drawing(self):

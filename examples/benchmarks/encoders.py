@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from customize.app.bench.stickers import StickerBench
+from customize.app.bench.stickers import StickerBench, drawings_of
 from customize.metrics import confidence_interval
 from customize.pipelines import load_subject_pipeline
 from customize.stickers import Drawing, World, draw_scene
@@ -67,8 +67,7 @@ class MoreSubjects(StickerBench):
 
     @property
     def drawings(self) -> list[Drawing]:
-        unknown = self.group == "unknown"
-        return [drawing for drawing in bench_subjects() if World().is_unknown(drawing.word) == unknown][: 6 if unknown else 12]
+        return drawings_of(self.group)[: 6 if self.group == "unknown" else 12]
 
 
 def table(options) -> None:

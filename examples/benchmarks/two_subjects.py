@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from customize.app.bench.stickers import drawings_of
 from customize.pictures import save_picture
 from customize.pipelines import load_subject_pipeline
 from customize.stickers import Drawing, Scene, World, draw_scene
-from customize.stickers.bench import bench_subjects, reference_scenes
+from customize.stickers.bench import reference_scenes
 from customize.stickers.judge import judge
 from customize.stickers.scene import Pose
 
@@ -30,9 +31,7 @@ PAIRS = 50
 
 def pairs() -> list[tuple[Drawing, Drawing]]:
     """Of known classes and different studios, so that swapped looks can be told; the same at every run."""
-    world = World()
-    known = [drawing for drawing in bench_subjects() if not world.is_unknown(drawing.word)]
-    found = [(a, b) for a, b in itertools.permutations(known, 2) if a.studio != b.studio]
+    found = [(a, b) for a, b in itertools.permutations(drawings_of("known"), 2) if a.studio != b.studio]
     return [found[i] for i in np.random.default_rng(0).permutation(len(found))[:PAIRS]]
 
 
