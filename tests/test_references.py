@@ -692,6 +692,28 @@ def test_each_view_of_a_list_may_have_a_caption_of_its_own(hf, tmp_path, streami
         assert entry["prompt"] == f"view {target_of(entry)[1]} of <s>"
 
 
+@LISTS
+@STREAMING
+def test_masks_of_rows_cut_the_references_out(hf, tmp_path, lists, streaming):
+    """The right half of every picture is the subject's; the second row's masks are missing."""
+    half = Image.fromarray(np.array([[0] * 4 + [255] * 4] * 8, np.uint8))
+    views, masks = [flat(3, j) for j in range(3)], [half] * 3
+    image = hf.Sequence(hf.Image()) if lists else hf.Image()
+    rows = {"image": [views, views], "cut": [masks, None]} if lists else {"image": views * 2, "cut": [*masks, *[None] * 3]}
+    features = {"image": image, "cut": image}
+    if not lists:
+        rows["who"], features["who"] = ["a"] * 3 + ["b"] * 3, hf.Value("string")
+    (tmp_path / "rows").mkdir()
+    hf.Dataset.from_dict(rows, features=hf.Features(features)).to_parquet(str(tmp_path / "rows" / "0.parquet"))
+    config = parquet(tmp_path / "rows", lists, mask_column="cut", segment_rate=1.0, unmasked_weight=0.25, streaming=streaming)
+    masked, whole = take(2, streamed(config))
+    assert (masked["references"][0, :, :, :, :4] == 1).all()
+    assert (masked["references"][0, :, :, :, 4:] != 1).any()
+    assert torch.equal(masked["mask"][0, 0], torch.tensor([0.25] * 4 + [1.0] * 4))
+    assert (whole["mask"] == 1).all()
+    assert not (whole["references"][0, :, :, :, :4] == 1).all()
+
+
 def test_rows_without_captions_get_the_prompt_with_their_subjects_name(hf, tmp_path):
     config = parquet(write_rows(hf, tmp_path / "rows", lists=False), False, caption_column="none")
     config.instance_prompt = "a <s> called {}"

@@ -38,6 +38,7 @@ class ReferenceConfig:
     dataset_config_name: str = option("", "configuration of that dataset")
     data_files: str = option("", "files of that dataset, a path or pattern")
     image_column: str = option("image", "column of pictures: a list of views in each row, or one view with --subject_column")
+    mask_column: str = option("", "column of masks, white where the subject is; a list where pictures are lists")
     caption_column: str = option("text", "column of captions")
     subject_column: str = option("", "column that names the subject; rows of one subject must follow each other")
     streaming: bool = option(True, "read the dataset while training, without downloading it whole")

@@ -150,16 +150,25 @@ class Streamed(IterableDataset):
 
     def subjects(self) -> Iterator[tuple[str, list[View]]]:
         """Each subject's name and views: a row's list of pictures, or the rows that follow each other with one name."""
-        image, text, subject = self.config.image_column, self.config.caption_column, self.config.subject_column
-        if subject:
-            called = called_by(self.rows, subject)
-            for name, rows in itertools.groupby(self.rows, key=lambda row: row[subject]):
-                yield called(name), [View(row[image], None, row.get(text) or "") for row in rows]
+        config = self.config
+        if config.subject_column:
+            called = called_by(self.rows, config.subject_column)
+            for name, rows in itertools.groupby(self.rows, key=lambda row: row[config.subject_column]):
+                yield called(name), [view_of(*self.parts(row)) for row in rows]
             return
         for i, row in enumerate(self.rows):
-            captions = row.get(text) or ""
-            captions = captions if isinstance(captions, list) else [captions] * len(row[image])
-            yield str(i), [View(picture, None, said) for picture, said in zip(row[image], captions, strict=True)]
+            pictures, masks, captions = self.parts(row)
+            masks = masks or [None] * len(pictures)
+            captions = captions if isinstance(captions, list) else [captions] * len(pictures)
+            yield str(i), [view_of(*parts) for parts in zip(pictures, masks, captions, strict=True)]
+
+    def parts(self, row: dict) -> tuple[Any, Any, Any]:
+        """A row's picture, mask and caption, or lists of them."""
+        return row[self.config.image_column], row.get(self.config.mask_column), row.get(self.config.caption_column) or ""
+
+
+def view_of(picture: Image.Image, mask: Image.Image | None, caption: str | None) -> View:
+    return View(picture, None if mask is None else mask.convert("L").resize(picture.size), caption or "")
 
 
 def called_by(rows, subject: str) -> Callable[[Any], str]:
@@ -199,7 +208,7 @@ def read_rows(config: ReferenceConfig):
     if first_row is None:
         raise UserError(f"--dataset_name '{config.dataset_name}' has no rows.")
     columns = rows.column_names or list(first_row)
-    for flag in ("image_column", "subject_column"):
+    for flag in ("image_column", "mask_column", "subject_column"):
         if (name := getattr(config, flag)) and name not in columns:
             raise UserError(f"--{flag}: the dataset has no column '{name}', only {', '.join(columns)}.")
     if not config.subject_column and not isinstance(first_row[config.image_column], list):
