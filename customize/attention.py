@@ -14,6 +14,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
+from customize.errors import UserError
+
 TextGate = Literal["none", "same", "complement"]
 OPEN = 2.0  # a location's logit at the start, where the map is 1
 
@@ -132,12 +134,17 @@ class CrossAttention:
         else:
             added = torch.zeros_like(text[-rows:])
         if maps is not None and self.text_gate != "none":
-            there = (subjects.weight != 0).view(rows, count, 1, 1)
-            gates = gate(maps if self.text_gate == "same" else -maps)
-            kept = text[-rows:] * (1 + torch.where(there, gates - 1, 0.0).sum(1))
+            kept = text[-rows:] * self.text_gates(maps, (subjects.weight != 0).view(rows, count, 1, 1))
         else:
             kept = text[-rows:]
         return torch.cat([text[: len(text) - rows], kept + added])
+
+    def text_gates(self, maps: Tensor, there: Tensor) -> Tensor:
+        """What the text branch is multiplied by (rows, pixels, 1): `same` keeps text where any of the subjects that are `there`
+        (rows, subjects, 1, 1) is, `complement` where none is; 1 without a subject."""
+        if self.text_gate == "complement":
+            return torch.where(there, gate(-maps), 1.0).prod(1)
+        return torch.where(there.any(1), torch.where(there, gate(maps), 0.0).amax(1), 1.0)
 
     def keys_values(self, attn, subjects: Injected, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values (rows * subjects, tokens, heads, dim), from the cache if they were made before."""
@@ -195,7 +202,17 @@ def install(denoiser: UNet2DConditionModel, branches: nn.ModuleDict, text_gate: 
     for number, name in text_layers(denoiser).items():
         slot = slots.index(name.partition(".transformer_blocks")[0])
         processors[f"{name}.processor"] = CrossAttention(name, branches[number], slot, text_gate)
+    for name, before in denoiser.attn_processors.items():  # a backend that was chosen before counts on
+        processors[name]._attention_backend = getattr(before, "_attention_backend", None)
     denoiser.set_attn_processor(processors)
+
+
+def is_installed(denoiser: UNet2DConditionModel, branches: nn.ModuleDict) -> bool:
+    """Whether these branches are those that the denoiser's text layers have; UserError if their processors are not ours."""
+    found = [denoiser.attn_processors[f"{name}.processor"] for name in text_layers(denoiser).values()]
+    if foreign := [type(processor).__name__ for processor in found if not isinstance(processor, CrossAttention)]:
+        raise UserError(f"the denoiser has {foreign[0]} instead of a subject encoder's processors: load the encoder again.")
+    return all(processor.branch is branch for processor, branch in zip(found, branches.values(), strict=True))
 
 
 def use_xformers(denoiser) -> None:

@@ -140,10 +140,16 @@ def _decode(path: Path, upright: bool = True, background: str = "white", max_pix
         raise _Unreadable(f"{path} cannot be read as a picture ({error}); replace or remove it.") from error
 
 
+def eight_bit(image: Image.Image) -> Image.Image:
+    """Pictures of more than 8 bits as gray ones of 8, which PIL would clip them to; they hold [0, 1] or 0..65535."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image).astype(np.float64) / (1 if image.mode == "F" else 65535)
+    return Image.fromarray((np.nan_to_num(levels).clip(0, 1) * 255).round().astype(np.uint8))
+
+
 def _to_rgb(image: Image.Image, background: str) -> Decoded:
-    if image.mode == "F" or image.mode.startswith("I"):  # PIL would clip these to 0..255; they hold [0, 1] and 0..65535
-        levels = np.asarray(image).astype(np.float64) / (1 if image.mode == "F" else 65535)
-        image = Image.fromarray((np.nan_to_num(levels).clip(0, 1) * 255).round().astype(np.uint8))
+    image = eight_bit(image)
     if not image.has_transparency_data:
         return image.convert("RGB"), None
     image = image.convert("RGBA")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from customize.attention import Injected
 from customize.encoders.encoded import Encoded
 from customize.errors import UserError, nearest
+from customize.pictures import eight_bit
 from customize.subject import WORDS, add_subject_words
 
 Reference = Image.Image | str | Path
@@ -32,6 +33,7 @@ class Call:
     cached: bool
     images: int = 1  # of each prompt
     contexts: dict[int, Tensor] = field(default_factory=dict)  # by time bin: (slots, rows, length, dim)
+    pooled: dict[int, Tensor] = field(default_factory=dict)  # by time bin, of XL: (rows, dim)
     encoded: dict[int, Encoded] = field(default_factory=dict)  # by time bin
     injected: dict[tuple[int, bool], Injected] = field(default_factory=dict)
     blank: Tensor | None = None  # features (1, 1, tokens, features) that the unconditional half is given, of adapters that do
@@ -80,15 +82,14 @@ def each_prompt(images: Any, count: int) -> list[Any]:
 
 
 def opened(image: Any) -> Image.Image:
-    """A picture, or the file of one; UserError if it is neither."""
+    """A picture, or the file of one, upright and of 8 bits; UserError if it is neither."""
     if isinstance(image, Image.Image):
-        return image
+        return eight_bit(ImageOps.exif_transpose(image))
     if not isinstance(image, str | Path):
         raise UserError(f"a reference must be a picture or the path of one, not {type(image).__name__}.")
     try:
         with Image.open(image) as file:
-            file.load()
-            return file
+            return eight_bit(ImageOps.exif_transpose(file))
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise UserError(f"the reference '{image}' cannot be read as a picture; give a PNG, JPEG or WebP file.") from error
 

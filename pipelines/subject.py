@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize import stickers
-from customize.attention import Injected, text_layers, use_xformers
+from customize.attention import Injected, is_installed, text_layers, use_xformers
 from customize.checkpoint import load_pipeline, read_info
 from customize.encoders import ImagePrompt, ImageTower, load_tower
 from customize.encoders.encoded import Encoded
@@ -55,11 +55,14 @@ class SubjectMixin(Stock):
         """Loads a subject encoder: a run folder, a file of ours or of a released IP-Adapter, or `stickers`.
 
         `image_encoder` (folder, hub id, OWNER/NAME/FOLDER or a tower) is read from the run, or else must be given. Raises
-        UserError if there is no encoder, or it was made for another base model.
+        UserError if there is no encoder, it was made for another base model, or the pipeline is offloaded already.
         """
+        if any(hasattr(part, "_hf_hook") for part in self.components.values()):
+            raise UserError("load the subject encoder before offloading: its image tower must be offloaded with the others.")
         file = stickers.ENCODER if str(name) == "stickers" else adapter_file(str(name))
         tower = image_encoder if isinstance(image_encoder, ImageTower) else self._find_tower(file, image_encoder)
         self.adapter = load_adapter(file, self, tower).to(self.unet.dtype)
+        tower.vision.to(self.unet.device, self.unet.dtype)
         self.register_modules(image_encoder=tower.vision, feature_extractor=tower.processor)
 
     def _find_tower(self, file: Path, name: str) -> ImageTower:
@@ -130,8 +133,11 @@ class SubjectMixin(Stock):
         subjects = [self._encoded(entry) for entry in each_prompt(subject_images, len(prompts))]
         for prompt, found in zip(prompts, subjects, strict=True):
             check_words(prompt, found, self.adapter.has_words)
-        if not self.adapter.has_words:
-            kwargs["prompt"] = [without_words(prompt) for prompt in prompts]
+        if not self.adapter.has_words:  # a text stays a text, as its negative prompt is one
+            given = kwargs["prompt"]
+            kwargs["prompt"] = without_words(given) if isinstance(given, str) else [without_words(prompt) for prompt in given]
+        if not is_installed(self.unet, self.adapter.branches):  # but those of another pipeline with the same denoiser
+            self.adapter.install(self.unet)
         regions = self._regions(subject_masks, len(prompts), kwargs)
         features, present = packed(subjects)
         scales = layer_scales(subject_scale, list(text_layers(self.unet).values()))
@@ -144,9 +150,13 @@ class SubjectMixin(Stock):
         if not entry:
             raise UserError("subject_images is empty: give 1 to 4 pictures of the subject.")
         found = {word: own if isinstance(own, Tensor) else self.encode_references(own) for word, own in entry.items()}
+        return {word: self._as_adapter(own) for word, own in found.items()}
+
+    def _as_adapter(self, features: Tensor) -> Tensor:
+        """Features where the adapter is, in its precision."""
         self._place_adapter()
         some = next(self.adapter.parameters())
-        return {word: own.to(some.device, some.dtype) for word, own in found.items()}
+        return features.to(some.device, some.dtype)
 
     def _refuse_words(self, prompts: list[str] | None) -> None:
         used = [word for word in WORDS if any(word in prompt for prompt in prompts or ())]
@@ -177,7 +187,7 @@ class SubjectMixin(Stock):
             side = self.image_encoder.config.image_size
             tower: Any = tower_of(self)
             nothing = torch.zeros(1, 3, side, side, device=self._execution_device, dtype=self.unet.dtype)
-            call.blank = self.adapter.encoder.blank(tower, nothing).unsqueeze(0)
+            call.blank = self._as_adapter(self.adapter.encoder.blank(tower, nothing).unsqueeze(0))
         handle = self.unet.register_forward_pre_hook(self._inject, with_kwargs=True)
         try:
             self._subjects = call
@@ -201,8 +211,14 @@ class SubjectMixin(Stock):
         guided = len(sample) > len(call.there) * call.images
         if (bins, guided) not in call.injected:
             call.injected[bins, guided] = self._injected(call, bins, guided)
-        arguments = {**(named.get("cross_attention_kwargs") or {}), "ip_hidden_states": call.injected[bins, guided]}
-        return inputs, named | {"cross_attention_kwargs": arguments}
+        named = dict(named)
+        given = named.get("cross_attention_kwargs") or {}
+        named["cross_attention_kwargs"] = {**given, "ip_hidden_states": call.injected[bins, guided]}
+        if bins in call.pooled:
+            added, own = named["added_cond_kwargs"], call.pooled[bins].repeat_interleave(call.images, 0)
+            before = added["text_embeds"][: len(sample) - len(own)]
+            named["added_cond_kwargs"] = {**added, "text_embeds": torch.cat([before, own])}
+        return inputs, named
 
     def _injected(self, call: Call, bins: int, guided: bool) -> Injected:
         encoded, contexts = self._encode(call, bins), call.contexts.get(bins)
@@ -255,20 +271,23 @@ class SubjectMixin(Stock):
             vectors = self.adapter.word_vectors(self._encode(call, bins), call.weight)
             texts = self.adapter.texts(lambda some: self._encode_text(some, bound), tokenizers, encoders, prompts, vectors)
             call.contexts[bins] = texts["encoder_hidden_states"]
-        middle = [own[self.adapter.slots // 2] for own in vectors]
-        with replaced_words(tokenizers, encoders, list(WORDS[: call.there.shape[1]]), middle):
+            if "text_embeds" in texts:
+                call.pooled[bins] = texts["text_embeds"][self.adapter.slots // 2]
+        # of what follows only the unconditional half counts: steps are given the texts of their time
+        any_of_them = [own[self.adapter.slots // 2] for own in vectors]
+        with replaced_words(tokenizers, encoders, list(WORDS[: call.there.shape[1]]), any_of_them):
             return super().encode_prompt(*args, **kwargs)
 
     def _encode_text(self, prompts: list[str], bound: dict) -> dict[str, Tensor]:
-        """The denoiser's text states of prompts, under the options of the call."""
+        """The denoiser's text states of prompts, under the options of the call; of XL also the pooled ones."""
         options = {name: bound[name] for name in ("clip_skip", "lora_scale") if name in bound}
         if bound.get("prompt_2"):
             second = [bound["prompt_2"]] if isinstance(bound["prompt_2"], str) else bound["prompt_2"]
             options["prompt_2"] = second * (len(prompts) // len(second))
-        found = super().encode_prompt(
+        states, _, *pooled = super().encode_prompt(
             prompts, device=bound.get("device"), num_images_per_prompt=1, do_classifier_free_guidance=False, **options
         )
-        return {"encoder_hidden_states": found[0]}
+        return {"encoder_hidden_states": states} | ({"text_embeds": pooled[0]} if pooled else {})
 
     def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
         """Refused with a warning while an adapter is loaded: diffusers would replace its processors, and so the subject."""

@@ -166,7 +166,7 @@ def layer_by_hand(attn, branch, hidden, text, injected: Injected, scale: float, 
     for row in range(len(hidden)):
         out = attention_by_hand(query[row], key[row], value[row], attn.heads, [True] * text.shape[1])
         own = row - (len(hidden) - len(injected.visual))
-        factor, added = torch.ones(len(out), 1), torch.zeros_like(out)
+        openings, added = [], torch.zeros_like(out)
         for subject in range(injected.visual.shape[1]) if own >= 0 else ():
             weight = injected.weight[own, subject]
             tokens = injected.visual[own, subject]
@@ -177,13 +177,15 @@ def layer_by_hand(attn, branch, hidden, text, injected: Injected, scale: float, 
                 logit = branch.location(hidden[row : row + 1], injected.place[own, subject][None])[0]
                 spread = opening(logit)
                 if weight and text_gate != "none":
-                    factor += opening(logit if text_gate == "same" else -logit) - 1
+                    openings.append(opening(logit if text_gate == "same" else -logit))
             if injected.regions is not None:
                 region = injected.regions[own, subject]  # 8 x 8, for 4 x 4 pixels
                 means = [region[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean() for y in range(4) for x in range(4)]
                 spread = spread * torch.stack(means)[:, None]
             added += weight * scale * spread * seen
-        rows.append(out * factor + added)
+        if openings:  # text is kept where one of the subjects is, or where none is
+            out = out * (torch.stack(openings).max(0).values if text_gate == "same" else torch.stack(openings).prod(0))
+        rows.append(out + added)
     return attn.to_out[0](torch.stack(rows))
 
 

@@ -215,6 +215,25 @@ def test_training_conditions_as_the_pipeline_does(both, tower, subjects):
         assert torch.allclose(getattr(trained_on, part), getattr(drawn, part), atol=1e-5), part
 
 
+def test_the_pooled_text_of_every_time_is_that_of_training(tower, subjects):
+    method = woken(build("sdxl", "custom_contrast", tower)).eval()
+    batch, seen = batch_of(method, subjects), {}
+
+    def remember(unet, args, named, output):
+        seen[int(named["timestep"] if "timestep" in named else args[1])] = named["added_cond_kwargs"]["text_embeds"]
+
+    with torch.no_grad():
+        given = [{WORDS[0]: own[0, :1]} for own in features_of(method, batch)]
+        handle = method.backbone.denoiser.register_forward_hook(remember, with_kwargs=True)
+        injected_by_the_pipeline(method, batch["prompt"], given)
+        handle.remove()
+        for t, drawn in seen.items():
+            trained_on = method.condition(batch, torch.full((4,), t / 1000)).text["text_embeds"]
+            assert torch.allclose(drawn[-4:], trained_on, atol=1e-5)
+            assert not torch.allclose(drawn[:4], trained_on, atol=1e-3)
+    assert len(seen) == 5
+
+
 def two_subjects(method, subjects: Path) -> dict:
     """Four pictures: the first and the last show a second subject too, that of the next picture."""
     batch = batch_of(method, subjects)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.models.attention_processor import SlicedAttnProcessor
+from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -232,6 +232,15 @@ def test_a_negative_prompt_counts_beside_subjects(sd15):
     assert apart(plain, negative) > 1e-4
 
 
+@BASES
+@pytest.mark.parametrize("kind", [multimodal, "plain"])
+def test_a_text_and_a_negative_text(base, kind):
+    """Stock Stable Diffusion takes both as texts, or both as lists."""
+    pipe = woken(base, kind)
+    found = draw(pipe, DOG, negative_prompt="blurry", subject_images=[A])
+    assert apart(found, draw(pipe, [DOG], negative_prompt=["blurry"], subject_images=[A])) < 1e-6
+
+
 def test_without_guidance_subjects_count_too(sd15):
     first, second = (draw(sd15, DOG, subject_images=images, guidance_scale=1.0) for images in (A, C))
     assert apart(first, second) > 1e-3
@@ -297,6 +306,23 @@ def test_paths_stand_in_for_pictures(sd15, dog, tmp_path):
     alone = draw(sd15, DOG, subject_images=A)
     assert np.array_equal(draw(sd15, DOG, subject_images=paths[0]), alone)
     assert np.array_equal(draw(sd15, DOG, subject_images=str(paths[0])), alone)
+
+
+def test_references_are_turned_upright(sd15, tmp_path):
+    """As a photo of a telephone held upright, which lies on its side and says so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    A.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    features = sd15.encode_references(A)
+    for given in (tmp_path / "a.png", Image.open(tmp_path / "a.png")):
+        assert torch.equal(sd15.encode_references(given), features)
+
+
+def test_references_of_16_bits_are_those_of_8(sd15):
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    deep = Image.fromarray(gray.astype(np.uint16) * 257)
+    assert deep.mode.startswith("I")
+    assert torch.equal(sd15.encode_references(deep), sd15.encode_references(Image.fromarray(gray)))
 
 
 def test_the_prompt_may_be_given_by_name(sd15, dog):
@@ -499,6 +525,40 @@ def test_attention_slicing_is_stock_without_an_adapter():
     assert all(isinstance(processor, SlicedAttnProcessor) for processor in pipe.unet.attn_processors.values())
 
 
+def test_two_pipelines_of_one_denoiser_draw_each_its_own(sd15, dog, tmp_path):
+    """The processors are those of the adapter that was loaded last, until another pipeline draws."""
+    first = quiet(stock("sd15"))
+    first.load_subject_adapter(save_adapter(sd15.adapter, tmp_path), tower())
+    second = type(first)(**first.components, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+    second.load_subject_adapter(save_adapter(woken("sd15", "plus").adapter, tmp_path), tower())
+    other = draw(second, DOG, subject_images=[A, B])
+    assert apart(other, dog) > 1e-3
+    assert np.array_equal(draw(first, DOG, subject_images=[A, B]), dog)
+    assert np.array_equal(draw(second, DOG, subject_images=[A, B]), other)
+
+
+def test_processors_of_others_are_refused():
+    pipe = woken("sd15")
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    with pytest.raises(UserError, match=r"AttnProcessor2_0 instead of a subject encoder.*load the encoder again"):
+        draw(pipe, DOG, subject_images=[A])
+
+
+def test_a_chosen_attention_backend_outlives_the_loading_of_an_adapter(tmp_path):
+    pipe = woken("sd15")
+    pipe.unet.set_attention_backend("native")
+    pipe.load_subject_adapter(save_adapter(pipe.adapter, tmp_path), tower())
+    assert {processor._attention_backend for processor in pipe.unet.attn_processors.values()} == {"native"}
+
+
+def test_an_encoder_must_be_loaded_before_offloading(sd15, tmp_path):
+    pipe = quiet(stock("sd15"))
+    pipe.unet._hf_hook = "what accelerate puts there"
+    with pytest.raises(UserError, match="before offloading"):
+        pipe.load_subject_adapter(save_adapter(sd15.adapter, tmp_path), tower())
+
+
 @BASES
 def test_an_unloaded_adapter_leaves_the_stock_pipeline(base, tmp_path):
     pipe = quiet(stock(base))
@@ -539,7 +599,7 @@ def test_the_pipeline_may_be_moved_to_half_precision_once_all_is_loaded(sd15, do
 def test_an_adapter_is_loaded_into_a_pipeline_of_half_precision(base, kind, tmp_path):
     whole = woken(base, kind)
     pipe = quiet(stock(base)).to(torch.bfloat16)
-    pipe.load_subject_adapter(save_adapter(whole.adapter, tmp_path), tower().to(torch.bfloat16))
+    pipe.load_subject_adapter(save_adapter(whole.adapter, tmp_path), tower())  # of float32
     found = draw(pipe, [DOG, CAT], subject_images=[[A, B], [C]])
     assert apart(found, draw(whole, [DOG, CAT], subject_images=[[A, B], [C]])) < 0.1
 
