@@ -81,6 +81,7 @@ def generate(words: list[str]) -> None:
     check_run(run)
     check_request(prompts, config)
     subjects = subject_files(config.subject_images)
+    check_subjects(run, config)
     folder, pipe = output_folder(run, config.output), load(run, config)
     for prompt in prompts:
         seeds = range(config.seed, config.seed + config.num_images_per_prompt)
@@ -193,6 +194,19 @@ def subject_files(words: Sequence[str]) -> dict[str, list[str]]:
             raise UserError(f"--subject_images: there is no file '{file}'.")
         found.setdefault(named, []).append(file)
     return found
+
+
+def check_subjects(run: str, config: GenerateConfig) -> None:
+    """UserError where a subject encoder is to draw, but no subject is shown."""
+    if config.subject_images:
+        return
+    for flag in ("subject_adapter", "image_encoder"):
+        if getattr(config, flag):
+            raise UserError(f"--{flag} needs --subject_images, pictures of what the prompt calls <s>.")
+    from customize.subject import ADAPTER_FILES
+
+    if any(Path(run, name).is_file() for name in ADAPTER_FILES):
+        raise UserError(f"'{run}' is a subject encoder: name pictures of what the prompt calls <s> with --subject_images.")
 
 
 def draw(pipe: Any, prompt: str, seeds: Sequence[int], config: GenerateConfig, subjects: dict | None = None) -> list[Any]:

@@ -14,6 +14,7 @@ from customize.loading import load_base
 from customize.lora import TEXT_ATTENTION, LoraFields, add_lora
 from customize.tokens import WordsSD3Pipeline
 from customize.trainers.method import Method, MethodConfig
+from customize.trainers.setup import decode_whole
 from customize.trainers.validation import sample
 from tiny import BASES, tiny
 
@@ -61,6 +62,16 @@ def test_clean_inverts_add_noise(base):
     backbone, t, latents = backbone_of(base), times_of(base), noise(3, 4, 8, 8)
     noisy, target = backbone.add_noise(latents, noise(3, 4, 8, 8, seed=1), t)
     assert torch.allclose(backbone.clean(noisy, t, target), latents, atol=1e-4)
+
+
+def test_pictures_drawn_under_autocast_are_decoded_in_full():
+    vae, latents = tiny("sdxl").vae, noise(1, 4, 8, 8)
+    with torch.no_grad():
+        whole = vae.decode(latents).sample
+        decode_whole(vae)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(vae.decode(latents).sample, whole)
+            assert vae.decode(latents.bfloat16(), return_dict=False)[0].dtype == torch.float32
 
 
 def velocity_backbone():

@@ -11,6 +11,7 @@ from PIL import Image
 from customize.app import cli
 from customize.app.cli import main
 from customize.errors import UserError
+from customize.subject import ADAPTER_FILES
 from customize.trainers.registry import METHODS, find_method
 
 
@@ -182,6 +183,13 @@ def test_long_and_empty_slugs():
     assert cli.slug("?!") == "image"
 
 
+@pytest.mark.parametrize("file", ADAPTER_FILES)
+def test_an_encoder_is_not_drawn_with_without_pictures(file, pipe, tmp_path, capsys):
+    (tmp_path / file).touch()
+    assert main(["generate", str(tmp_path), "a <s> fox"]) == 2
+    assert "is a subject encoder" in capsys.readouterr().err
+
+
 def test_subject_images_go_to_the_words_they_name(pipe, tmp_path):
     for name in ("a.png", "b.png", "c.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
@@ -196,6 +204,8 @@ def test_subject_images_go_to_the_words_they_name(pipe, tmp_path):
     ("words", "parts"),
     [
         (["generate", "stickers", "a <s> cat", "--subject_images", "no.png"], ["--subject_images", "'no.png'"]),
+        (["generate", "stickers", "a <s> cat", "--subject_adapter", "runs/e"], ["--subject_adapter", "--subject_images"]),
+        (["generate", "stickers", "a <s> cat", "--image_encoder", "a/b"], ["--image_encoder", "--subject_images"]),
         (["generate"], ['RUN "PROMPT"', "not ''"]),
         (["generate", "stickers"], ['RUN "PROMPT"', "'stickers'"]),
         (["generate", "stickers", " "], ['"PROMPT" is empty']),

@@ -13,12 +13,12 @@ from customize.backbone import wrap
 from customize.encoders import load_tower
 from customize.errors import UserError
 from customize.pipelines.subject import with_subjects
-from customize.subject import WORDS
+from customize.subject import WORDS, save_adapter
 from customize.trainers.__main__ import run
 from customize.trainers.custom_contrast import CustomContrast
 from customize.trainers.ip_adapter import IPAdapter
 from customize.trainers.loop import train
-from customize.trainers.references import ReferenceConfig, collate_references, held_out_batch
+from customize.trainers.references import ReferenceConfig, collate_references, held_out_batches
 from customize.trainers.settings import TrainConfig, make_accelerator
 from customize.trainers.sources import Folders, read_folders
 from tiny import BASES, tiny
@@ -83,7 +83,7 @@ def dataset(subjects: Path, method) -> Folders:
 def trained(method, subjects: Path, folder: Path, steps: int = 4, **settings):
     config = TrainConfig(output_dir=str(folder), train_batch_size=3, max_train_steps=steps, learning_rate=1e-2, **settings)
     data = dataset(subjects, method)
-    held = held_out_batch(data, 3, torch.device("cpu"))
+    held = held_out_batches(data, 3, 3, torch.device("cpu"))
     about = {"base_model": method.backbone.name, "method": "x", "config": {"image_encoder": method.config.image_encoder}}
     train(method, data, config, make_accelerator(config), held, about)
     return method.eval()
@@ -163,10 +163,47 @@ def test_contrast_without_words_is_refused(tower):
         build("sd15", "custom_contrast", tower, words=False)
 
 
-def test_prompts_to_draw_need_pictures_of_the_subject(tmp_path):
-    words = ["--pretrained_model_name_or_path", "stickers", "--output_dir", str(tmp_path), "--validation_prompt", "a <s> dog"]
-    with pytest.raises(UserError, match="--validation_images"):
-        run(["custom_contrast", *words])
+def test_a_released_ip_adapter_has_no_words_to_go_on_from(tower, tmp_path):
+    save_adapter(build("sd15", "ip_adapter", tower).adapter, tmp_path)
+    with pytest.raises(UserError, match=r"--pretrained_adapter.*no S\+.*train ip_adapter"):
+        build("sd15", "custom_contrast", tower, pretrained_adapter=str(tmp_path))
+
+
+def test_one_sample_has_nothing_to_be_contrasted_with(tower, subjects):
+    method = build("sd15", "custom_contrast", tower).train()
+    alone = drawn_rows(batch_of(method, subjects), slice(0, 1))
+    with pytest.raises(UserError, match=r"--train_batch_size 1.*--queue_size"):
+        method(alone)
+    method.config.queue_size = 8
+    assert method(alone)["macl"] == 0
+    assert method(drawn_rows(batch_of(method, subjects), slice(1, 2))).keys() == {"denoise", "cscl", "macl"}
+
+
+WRONG = {
+    "no pictures": (["--validation_prompt", "a <s> dog"], "--validation_images"),
+    "no such picture": (["--validation_prompt", "a <s> dog", "--validation_images", "nowhere.png"], "nowhere.png"),
+    "too many": (["--validation_prompt", "a <s> dog", "--validation_images", *["a.png"] * 5], "1 to 4"),
+    "no word": (["--validation_prompt", "a dog", "--validation_images", "a.png"], "does not say <s>"),
+    "score": (["--validation_prompt", "a <s> dog", "--validation_images", "a.png", "--validation_metric", "score"], "score"),
+    "no folder": (["--train_data_dir", "nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_a_run_cannot_begin_with_is_refused_before_anything_is_lost(case, tmp_path, monkeypatch):
+    """An earlier run in the folder is replaced only once all that the new one needs was found."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("a.png")
+    for file in ("best/run.json", "checkpoint-3/run.json", "validation.jsonl"):
+        (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / file).write_text("{}")
+    flags, message = WRONG[case]
+    words = ["custom_contrast", "--dim", "24", "--depth", "1", "--heads", "2", "--output_dir", "run", *flags]
+    with pytest.raises(UserError, match=message):
+        run([*words, "--overwrite_output_dir"])
+    with pytest.raises(UserError, match="earlier run"):
+        run(["custom_contrast", "--output_dir", "run"])
+    assert all((tmp_path / "run" / file).exists() for file in ("best/run.json", "checkpoint-3/run.json", "validation.jsonl"))
 
 
 def batch_of(method, subjects: Path) -> dict:
@@ -232,6 +269,42 @@ def test_the_pooled_text_of_every_time_is_that_of_training(tower, subjects):
             assert torch.allclose(drawn[-4:], trained_on, atol=1e-5)
             assert not torch.allclose(drawn[:4], trained_on, atol=1e-3)
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize("name", ["custom_contrast", "ip_adapter"])
+def test_a_reference_that_is_the_target_is_not_shown(name, tower, subjects):
+    """Where a subject has two pictures, the second reference serves the contrast alone."""
+    method = woken(build("sd15", name, tower)).eval()
+    batch = batch_of(method, subjects)
+    batch["shows_target"] = torch.tensor([False, True, True, False])
+    with torch.no_grad():
+        found = []
+        for both in (True, False):
+            method.uses_both = lambda both=both: both
+            torch.manual_seed(0)
+            condition = method.condition(batch, torch.full((4,), 0.5))
+            found.append(method.backbone.denoise(torch.ones(4, 4, 16, 16), torch.full((4,), 500), condition))
+    assert torch.allclose(found[0][1:3], found[1][1:3], atol=1e-5)
+    assert not torch.allclose(found[0][::3], found[1][::3], atol=1e-3)
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+def test_gradients_are_the_same_where_text_is_encoded_anew(base, tower, subjects):
+    found, calls = [], []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        method = woken(build(base, "custom_contrast", tower)).train()
+        if recomputed:
+            method.enable_gradient_checkpointing()
+        count = []
+        method.backbone.text_encoders[0].register_forward_pre_hook(lambda *_, count=count: count.append(None))
+        torch.manual_seed(1)
+        sum(method(batch_of(method, subjects)).values()).backward()
+        found.append({name: p.grad for name, p in method.named_parameters() if p.grad is not None})
+        calls.append(len(count))
+    assert calls == [1, 2]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
 
 
 def two_subjects(method, subjects: Path) -> dict:

@@ -453,6 +453,16 @@ def test_two_pictures_are_enough(tmp_path):
     assert target_of(entry)[1] not in views[:1]
 
 
+@pytest.mark.parametrize(("count", "twice"), [(2, True), (3, False)])
+def test_of_two_pictures_the_second_reference_is_the_target(count, twice, tmp_path):
+    write_subject(tmp_path, "toy", 10, count=count)
+    dataset = folders(ReferenceConfig(train_data_dir=str(tmp_path), resolution=8))
+    batch = collate_references([dataset[i] for i in range(3)])
+    assert batch["shows_target"].tolist() == [twice] * 3
+    for i in range(3):
+        assert (target_of(dataset[i]) == said(dataset[i]["references"][0, 1])) == twice
+
+
 def test_references_of_folders_are_cut_out_on_white_by_their_masks(tmp_path):
     write_subject(tmp_path, "toy", 10, mask=True)
     config = ReferenceConfig(train_data_dir=str(tmp_path), resolution=8, segment_rate=0.0, unmasked_weight=0.25)
@@ -517,8 +527,8 @@ def test_an_unreadable_picture_is_skipped_or_refused(tmp_path):
 # the source that is named
 
 
-def read(config: ReferenceConfig, base: str = "a/b", seed: int = 0, rank: int = 0, world: int = 1, made=pixels):
-    model, settings = SimpleNamespace(pretrained_model_name_or_path=base), SimpleNamespace(seed=seed)
+def read(config: ReferenceConfig, base: str = "a/b", seed: int = 0, rank: int = 0, world: int = 1, made=pixels, size: int = 8):
+    model, settings = SimpleNamespace(pretrained_model_name_or_path=base), SimpleNamespace(seed=seed, train_batch_size=size)
     place = SimpleNamespace(device=torch.device("cpu"), process_index=rank, num_processes=world)
     return read_references(model, config, settings, made, place)
 
@@ -530,6 +540,15 @@ def test_held_out_folders_are_not_trained_on(tmp_path):
     assert len(batch["pixels"]) == len(held) == len(set(batch["identity"].tolist())) == 2
     assert len(trained) == 3
     assert held | trained == {f"a <s> toy{i}" for i in range(5)}
+
+
+@pytest.mark.parametrize(("count", "size", "sizes"), [(3, 8, [3]), (7, 3, [3, 2, 2]), (4, 1, [2, 2]), (1, 1, [1]), (0, 4, [])])
+def test_held_out_subjects_come_in_batches_that_fit(count, size, sizes):
+    """As large as those of training, but of two or more, as subjects are compared."""
+    _, held_out = read(ReferenceConfig(resolution=8, holdout=count), base="stickers", size=size)
+    assert [len(batch["prompt"]) for batch in held_out] == sizes
+    prompts = [prompt for batch in held_out for prompt in batch["prompt"]]
+    assert prompts == [rendered(validation=True, resolution=8)[i]["prompt"] for i in range(count)]
 
 
 def test_the_seed_says_which_folders_are_held_out(tmp_path):
@@ -712,6 +731,48 @@ def test_masks_of_rows_cut_the_references_out(hf, tmp_path, lists, streaming):
     assert torch.equal(masked["mask"][0, 0], torch.tensor([0.25] * 4 + [1.0] * 4))
     assert (whole["mask"] == 1).all()
     assert not (whole["references"][0, :, :, :, :4] == 1).all()
+
+
+def spoilt(hf, folder):
+    """Eight subjects, of which the third has a picture that is none, and the fifth a large one."""
+    folder.mkdir()
+    pictures = [[{"bytes": encoded(flat(i, j)), "path": None} for j in range(3)] for i in range(8)]
+    pictures[2] = [{"bytes": b"nothing", "path": None}] * 3
+    pictures[4] = [{"bytes": encoded(flat(4, j, (40, 40))), "path": None} for j in range(3)]
+    features = hf.Features({"image": hf.Sequence(hf.Image())})
+    hf.Dataset.from_dict({"image": pictures}, features=features).to_parquet(str(folder / "0.parquet"))
+    return folder
+
+
+def encoded(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+@STREAMING
+def test_pictures_of_rows_that_cannot_be_read_are_skipped_or_refused(hf, tmp_path, streaming):
+    folder = spoilt(hf, tmp_path / "rows")
+    with pytest.warns(UserWarning, match=r"a picture of subject '(2' cannot be read|4' has more pixels).*It is skipped"):
+        entries = take(6, streamed(parquet(folder, max_pixels=1000, streaming=streaming)))
+    assert shown(entries) == [0, 1, 3, 5, 6, 7]
+    with pytest.raises(UserError, match="a picture of subject '2' cannot be read"):
+        take(6, streamed(parquet(folder, max_pixels=1000, strict=True, streaming=streaming)))
+
+
+def test_a_dataset_of_unreadable_pictures_ends(hf, tmp_path):
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(UserError, match="has more pixels than --max_pixels 10"):
+        take(1, streamed(parquet(write_rows(hf, tmp_path / "rows"), max_pixels=10)))
+
+
+def test_only_what_is_shown_is_decoded(hf, tmp_path, monkeypatch):
+    """Of five items after the first hundred: their targets and references, not what came before, nor other processes'."""
+    decode, seen = sources.decoded, []
+    monkeypatch.setattr(sources, "decoded", lambda *given: seen.append(given[1]) or decode(*given))
+    config = parquet(write_rows(hf, tmp_path / "rows", views=6), shuffle_buffer=4)
+    take(5, streamed(config, rank=1, world=2).after(100))
+    assert len(seen) == 15
+    assert len(set(seen)) >= 4
 
 
 def test_rows_without_captions_get_the_prompt_with_their_subjects_name(hf, tmp_path):

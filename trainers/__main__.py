@@ -25,7 +25,7 @@ from customize.trainers.references import ReferenceConfig
 from customize.trainers.registry import find_method
 from customize.trainers.selection import make_scorer
 from customize.trainers.settings import TrainConfig, make_accelerator
-from customize.trainers.setup import ModelConfig, check_settings, load_backbone
+from customize.trainers.setup import ModelConfig, check_settings, clear_output, load_backbone
 from customize.trainers.sources import read_references
 from customize.trainers.state import fixed_randomness
 
@@ -73,6 +73,7 @@ def launch(name: str, model: ModelConfig, data: DataConfig | ReferenceConfig, se
     }
     info["config"] = {k: v for part in (model, data, settings, options) for k, v in asdict(part).items()}
     dataset, validation = prepared(method, train_pictures, held_out, model, data, settings)
+    clear_output(settings, accelerator)
     step = train(method, dataset, settings, accelerator, validation, info, scorer)
     return finish(model, settings, info | {"step": step}, concepts, accelerator)
 
@@ -82,10 +83,14 @@ def launch_encoder(name: str, model: ModelConfig, data: ReferenceConfig, setting
     check_settings(model, data, settings)
     if settings.validation_prompt and not options.validation_images:
         raise UserError("--validation_prompt: name pictures of the subject to draw with --validation_images.")
+    if settings.validation_metric == "score":
+        raise UserError("--validation_metric score rates runs of one subject; an encoder's best step goes by --holdout's loss.")
     accelerator = make_accelerator(settings)
     backbone = load_backbone(model, data, accelerator)
     method = find_method(name)(backbone, options).to(accelerator.device)
+    method.check_drawing(settings.validation_prompt)
     train_set, held_out = read_references(model, data, settings, method.tower.pixels, accelerator)
+    clear_output(settings, accelerator)
     info: dict[str, Any] = {"base_model": model.pretrained_model_name_or_path, "method": name}
     info["config"] = {k: v for part in (model, data, settings, options) for k, v in asdict(part).items()}
     step = train(method, train_set, settings, accelerator, held_out, info)

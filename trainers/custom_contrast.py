@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from customize.attention import TextGate
 from customize.backbone import Condition, Step
@@ -63,7 +64,9 @@ class CustomContrast(SubjectMethod):
 
     def __init__(self, backbone, config: CustomContrastConfig, concepts=()):
         super().__init__(backbone, config, concepts)
-        if not self.adapter.has_words and (config.cscl_weight or config.macl_weight):
+        if config.words and not self.adapter.has_words:
+            raise UserError("--pretrained_adapter: a released IP-Adapter has no S+ to go on from; train ip_adapter with it.")
+        if not config.words and (config.cscl_weight or config.macl_weight):
             raise UserError("--no_words leaves nothing to contrast: add --cscl_weight 0 --macl_weight 0.")
         if config.cscl_weight:
             self.log_scale = torch.nn.Parameter(torch.tensor(1 / 0.07).log())
@@ -89,13 +92,19 @@ class CustomContrast(SubjectMethod):
         output = self.tower(batch["references"][present][:, :used].flatten(0, 1))
         features, times = adapter.encoder.read(output).unflatten(0, (-1, used)), of_subjects(t, present)
         views = [self.encode(features[:, i : i + 1], times) for i in range(2 if self.contrasts else 1 - both)]
-        encoded = (self.encode(features, times) if both else views[0]).spread(present)
+        shows_target = of_subjects(batch["shows_target"], present)
+        encoded = (self.encode(features, times, shows_target) if both else views[0]).spread(present)
         no_text, no_image = self.dropped(len(present))
         injected = adapter.injected(encoded, (present & ~no_image[:, None]).float(), regions=self.regions_of(batch))
         prompts = self.prompts_of(batch, no_text)
         if adapter.has_words:
             parts = self.backbone.tokenizers, self.backbone.text_encoders
-            texts = adapter.texts(self.backbone.encode_prompt, *parts, prompts, adapter.word_vectors(encoded, present.float()))
+            vectors = adapter.word_vectors(encoded, present.float())
+            arguments = self.backbone.encode_prompt, *parts, prompts, vectors
+            if self.recomputes_text:
+                texts = checkpoint(adapter.texts, *arguments, use_reentrant=False)
+            else:
+                texts = adapter.texts(*arguments)
             injected.contexts = texts["encoder_hidden_states"]
             text = {name: value[adapter.slots // 2] for name, value in texts.items()}
         else:
@@ -122,6 +131,8 @@ class CustomContrast(SubjectMethod):
             "identity": gathered(step.batch["identity"]),
         }
         columns = {name: torch.cat([value, self.queue[name]]) if name in self.queue else value for name, value in rows.items()}
+        if len(columns["identity"]) == 1 and not config.queue_size:
+            raise UserError("--train_batch_size 1 gives the contrasts no others: raise it, or add --queue_size 256.")
         same = rows["identity"][:, None] == columns["identity"]
         terms = {}
         if config.cscl_weight:

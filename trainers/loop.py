@@ -42,6 +42,7 @@ def train(
     schedule, ema, best = (session.parts[name] for name in ("schedule", "ema", "best"))
     batches = iter(make_loader(dataset, config, accelerator, session.step))
     progress = {"initial": session.step, "total": config.max_train_steps, "disable": not accelerator.is_main_process}
+    done = False
     with interruption() as interrupted, tqdm(**progress, file=sys.stderr) as bar:
         while session.step < config.max_train_steps:
             method.on_step(session.step, config.max_train_steps)
@@ -53,7 +54,9 @@ def train(
             bar.update()
             bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
             accelerator.log(losses | {"lr": schedule.get_last_lr()[0]}, session.step)
-            if session.step % config.validation_steps == 0 or session.step == config.max_train_steps:
+            if done := session.step == config.max_train_steps:
+                session.write(session.output)  # before anything that the last validation may meet
+            if session.step % config.validation_steps == 0 or done:
                 validate(session, bar)
             stop = interrupted()
             if session.step % config.checkpointing_steps == 0 or stop:
@@ -65,7 +68,8 @@ def train(
                 what = f"validation {config.validation_metric}"
                 bar.write(f"no better {what} for {best.since} validations: the best is in {session.output / 'best'}")
                 break
-    session.write(session.output)
+    if not done:
+        session.write(session.output)
     end(accelerator)
     return session.step
 

@@ -70,6 +70,10 @@ class Method(nn.Module):
     def parameter_groups(self, lr: float) -> list[dict]:
         return [{"params": list(self.trainable().values()), "lr": lr}]
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes activations in the backward pass instead of keeping them."""
+        self.backbone.denoiser.enable_gradient_checkpointing()
+
     def draw(self, prompt: str, **options):
         """One picture by the very modules that are being trained; `options` are those of the pipeline's call."""
         return self.backbone.pipe(**self.backbone.prompt_arguments(prompt), **options).images[0]

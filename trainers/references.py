@@ -3,7 +3,8 @@
 Three sources: rendered sticker scenes (embedded), a folder of folders, and any Hugging Face `datasets` source. Items hold
 `pixels` (3, H, W) in [-1, 1], the target; `references` (subjects, 2, 3, h, w), normalised for the image tower, the second of
 each subject always cut out on white where a mask is known; `prompt`, with each subject's word before its noun; and
-`identity`, the first subject's number; and `regions` (subjects, H, W), where each may be: 1 everywhere, if that is not told.
+`identity`, the first subject's number; `shows_target`, whether the second references show the very target, as a subject has
+only two pictures; and `regions` (subjects, H, W), where each may be: 1 everywhere, if that is not told.
 Only rendered scenes have a second subject (`second_subject_rate`), and are told regions (`region_rate`).
 """
 
@@ -84,6 +85,7 @@ def item(
     config: ReferenceConfig,
     pixels: Pixels,
     regions: torch.Tensor | None = None,
+    shows_target: bool = False,
 ) -> dict:
     """`subjects` holds two views of each; `regions` (subjects, H, W) says where each may be."""
     shown = []
@@ -96,7 +98,7 @@ def item(
     weight = torch.ones(1, *side) if target.mask is None else mask_weight(target.mask, *side, config.unmasked_weight)
     references = pixels(shown).unflatten(0, (-1, 2))
     regions = torch.ones(len(subjects), *side) if regions is None else regions
-    about = {"prompt": prompt, "identity": identity, "regions": regions}
+    about = {"prompt": prompt, "identity": identity, "shows_target": shows_target, "regions": regions}
     return {"pixels": picture, "mask": weight, "references": references} | about
 
 
@@ -148,7 +150,7 @@ class Positions(Sampler[list[int]]):
 
 def collate_references(items: Sequence[dict]) -> dict:
     """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `references` (B, subjects, 2, 3, h, w), `present` (B, subjects),
-    False where a picture has fewer subjects than others, `identity` (B,), `prompt` a list, and `regions`
+    False where a picture has fewer subjects than others, `identity` and `shows_target` (B,), `prompt` a list, and `regions`
     (B, subjects, H, W) if any picture has several subjects: only then are they told."""
     batch: dict = {name: torch.stack([entry[name] for entry in items]) for name in ("pixels", "mask")}
     several = any(len(entry["references"]) > 1 for entry in items)
@@ -158,11 +160,11 @@ def collate_references(items: Sequence[dict]) -> dict:
         [torch.ones(len(entry["references"]), dtype=torch.bool) for entry in items], batch_first=True
     )
     batch["identity"] = torch.tensor([entry["identity"] for entry in items], dtype=torch.long)
+    batch["shows_target"] = torch.tensor([entry["shows_target"] for entry in items], dtype=torch.bool)
     return batch | {"prompt": [entry["prompt"] for entry in items]}
 
 
-def held_out_batch(items, count: int, device: torch.device) -> list[dict]:
-    """The first `count` items as one batch on the device, which contrasts need together."""
-    if not count:
-        return []
-    return [to_device(collate_references([items[i] for i in range(count)]), device)]
+def held_out_batches(items, count: int, size: int, device: torch.device) -> list[dict]:
+    """The first `count` items on the device, in batches of about `size`, but of two or more: subjects are compared."""
+    parts = np.array_split(range(count), min(-(-count // size), max(count // 2, 1))) if count else []
+    return [to_device(collate_references([items[i] for i in part]), device) for part in parts]

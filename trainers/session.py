@@ -93,7 +93,7 @@ def begin(
     """Makes optimizer, schedule and average, and restores them if the run is resumed."""
     method.train()
     if config.gradient_checkpointing:
-        method.backbone.denoiser.enable_gradient_checkpointing()
+        method.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
         enable_xformers(method)
     optimizer = make_optimizer(method, config, accelerator.num_processes)

@@ -42,16 +42,12 @@ def check_settings(model: ModelConfig, data: Any, settings: TrainConfig) -> None
     if settings.early_stopping_patience and settings.validation_metric == "loss" and not data.holdout:
         raise UserError("--early_stopping_patience needs --holdout N, pictures kept from training for the validation loss.")
     output = Path(settings.output_dir)
-    earlier = (output / "run.json").exists() or latest_checkpoint(output)
+    earlier = latest_checkpoint(output) or any((folder / "run.json").exists() for folder in (output, output / "best"))
     if earlier and not settings.resume_from_checkpoint and not settings.overwrite_output_dir:
         raise UserError(
             f"'{output}' holds an earlier run; choose another --output_dir, go on with --resume_from_checkpoint latest, "
             "or replace it with --overwrite_output_dir."
         )
-    if not settings.resume_from_checkpoint:
-        drop_old_checkpoints(output, keep=0)
-        shutil.rmtree(output / "best", ignore_errors=True)
-        (output / "validation.jsonl").unlink(missing_ok=True)
     for flag in (
         "num_validation_images",
         "max_train_steps",
@@ -64,6 +60,16 @@ def check_settings(model: ModelConfig, data: Any, settings: TrainConfig) -> None
             raise UserError(f"--{flag} must be at least 1.")
 
 
+def clear_output(settings: TrainConfig, accelerator: Accelerator) -> None:
+    """Removes what an earlier run left that this one replaces: only once all that it needs was found."""
+    if settings.resume_from_checkpoint or not accelerator.is_main_process:
+        return
+    output = Path(settings.output_dir)
+    drop_old_checkpoints(output, keep=0)
+    shutil.rmtree(output / "best", ignore_errors=True)
+    (output / "validation.jsonl").unlink(missing_ok=True)
+
+
 def load_backbone(model: ModelConfig, data: Any, accelerator: Accelerator) -> Backbone:
     """The frozen base model in the training precision (its autoencoder in float32), on the device."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -72,5 +78,16 @@ def load_backbone(model: ModelConfig, data: Any, accelerator: Accelerator) -> Ba
     data.resolution = data.resolution or backbone.native_resolution
     check_resolution(data.resolution, backbone.factor)
     backbone.resolution = data.resolution
-    backbone.vae.float()
+    decode_whole(backbone.vae.float())
     return backbone.to(accelerator.device)
+
+
+def decode_whole(vae) -> None:
+    """Pictures drawn under autocast are still decoded in the autoencoder's own precision: XL's overflows in float16."""
+    decode = vae.decode
+
+    def decoded(latents: torch.Tensor, *args, **options):
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *args, **options)
+
+    vae.decode = decoded

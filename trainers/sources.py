@@ -1,9 +1,11 @@
 """The three sources that encoders learn from: rendered sticker scenes, a folder of folders, a Hugging Face dataset."""
 
 import itertools
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,13 @@ from customize.trainers.references import (
     References,
     View,
     drawn,
-    held_out_batch,
+    held_out_batches,
     item,
     named,
 )
+
+Row = tuple[Any, Any, Any]  # picture and mask, undecoded, and caption
+MISSED = 100  # subjects that cannot be read, one after another, end a run
 
 
 class Rendered(References):
@@ -97,7 +102,8 @@ class Folders(References):
         target, *references = (pictures[i] for i in drawn(rng, len(pictures)))
         views = [View(*read_picture(picture)) for picture in references]
         prompt = named(target.caption)
-        return item(View(*read_picture(target)), [views], prompt, index, rng, self.config, self.pixels)
+        target_view, twice = View(*read_picture(target)), len(pictures) < 3
+        return item(target_view, [views], prompt, index, rng, self.config, self.pixels, shows_target=twice)
 
 
 def read_folders(config: ReferenceConfig) -> list[tuple[str, list[Picture]]]:
@@ -121,54 +127,87 @@ def read_folders(config: ReferenceConfig) -> list[tuple[str, list[Picture]]]:
 
 class Streamed(IterableDataset):
     """Rows of a Hugging Face dataset, endless. Process `rank` of `world` takes each `world`-th subject: rows or files could not
-    be shared out, as the views of a subject must stay together."""
+    be shared out, as the views of a subject must stay together. Pictures are decoded when they are shown, not before."""
 
     def __init__(self, config: ReferenceConfig, rows, pixels: Pixels, seed: int, rank: int = 0, world: int = 1):
         self.config, self.rows, self.pixels, self.seed, self.rank, self.world = config, rows, pixels, seed, rank, world
         self.skip = 0
 
     def after(self, items: int) -> "Streamed":
-        """Begins after so many items, which are read and passed over."""
+        """Begins after so many items, whose rows are read and passed over."""
         self.skip = items
         return self
 
     def __iter__(self) -> Iterator[dict]:
-        yield from itertools.islice(self.items(), self.skip, None)
+        missed = 0  # one after another
+        for name, views, rng in itertools.islice(self.subjects(), self.skip, None):
+            try:
+                yield self.item(name, views, rng)
+                missed = 0
+            except Unreadable as error:
+                missed += 1
+                if self.config.strict or missed == MISSED:
+                    raise
+                warnings.warn(f"{error} It is skipped.", stacklevel=2)
 
-    def items(self) -> Iterator[dict]:
+    def item(self, name: str, views: Sequence[Row], rng: np.random.Generator) -> dict:
+        target, *references = (self.view(name, *views[i]) for i in drawn(rng, len(views)))
+        prompt = named(target.caption or self.config.instance_prompt.replace("{}", name))
+        number, twice = zlib.crc32(name.encode()), len(views) < 3
+        return item(target, [references], prompt, number, rng, self.config, self.pixels, shows_target=twice)
+
+    def view(self, name: str, picture: Any, mask: Any, caption: str | None) -> View:
+        shown = decoded(picture, name, self.config.max_pixels)
+        cut = None if mask is None else decoded(mask, name, self.config.max_pixels).convert("L").resize(shown.size)
+        return View(shown, cut, caption or "")
+
+    def subjects(self) -> Iterator[tuple[str, Sequence[Row], np.random.Generator]]:
+        """This process's subjects in their order, epoch after epoch, each with a generator of its own."""
         for epoch in itertools.count():
-            rng, found = np.random.default_rng([self.seed, self.rank, epoch]), False
-            own = itertools.islice(self.subjects(), self.rank, None, self.world)
-            for name, views in shuffled(own, self.config.shuffle_buffer, rng):
+            order, found = np.random.default_rng([self.seed, self.rank, epoch]), False
+            own = itertools.islice(self.listed(), self.rank, None, self.world)
+            for i, (name, views) in enumerate(shuffled(own, self.config.shuffle_buffer, order)):
                 found = True
-                target, *references = (views[i] for i in drawn(rng, len(views)))
-                prompt = named(target.caption or self.config.instance_prompt.replace("{}", name))
-                number = zlib.crc32(name.encode())
-                yield item(target, [references], prompt, number, rng, self.config, self.pixels)
+                yield name, views, np.random.default_rng([self.seed, self.rank, epoch, i])
             if not found:
                 raise UserError("--dataset_name: no subject with two or more views was found in this dataset's rows.")
 
-    def subjects(self) -> Iterator[tuple[str, list[View]]]:
+    def listed(self) -> Iterator[tuple[str, Sequence[Row]]]:
         """Each subject's name and views: a row's list of pictures, or the rows that follow each other with one name."""
         config = self.config
         if config.subject_column:
             called = called_by(self.rows, config.subject_column)
             for name, rows in itertools.groupby(self.rows, key=lambda row: row[config.subject_column]):
-                yield called(name), [view_of(*self.parts(row)) for row in rows]
+                yield called(name), [self.parts(row) for row in rows]
             return
         for i, row in enumerate(self.rows):
             pictures, masks, captions = self.parts(row)
             masks = masks or [None] * len(pictures)
             captions = captions if isinstance(captions, list) else [captions] * len(pictures)
-            yield str(i), [view_of(*parts) for parts in zip(pictures, masks, captions, strict=True)]
+            yield str(i), list(zip(pictures, masks, captions, strict=True))
 
-    def parts(self, row: dict) -> tuple[Any, Any, Any]:
+    def parts(self, row: dict) -> Row:
         """A row's picture, mask and caption, or lists of them."""
-        return row[self.config.image_column], row.get(self.config.mask_column), row.get(self.config.caption_column) or ""
+        config = self.config
+        return row[config.image_column], row.get(config.mask_column), row.get(config.caption_column)
 
 
-def view_of(picture: Image.Image, mask: Image.Image | None, caption: str | None) -> View:
-    return View(picture, None if mask is None else mask.convert("L").resize(picture.size), caption or "")
+class Unreadable(UserError):
+    pass
+
+
+def decoded(picture: Any, name: str, max_pixels: int) -> Image.Image:
+    """The upright picture of a row's undecoded one; `Unreadable` if it is none, or too large."""
+    from datasets import Image as ImageFeature
+
+    try:
+        found = ImageFeature().decode_example(picture)
+        width, height = found.size
+    except Exception as error:  # PIL's decoders raise all kinds, and so do the library's readers of remote files
+        raise Unreadable(f"--dataset_name: a picture of subject '{name}' cannot be read ({error}).") from error
+    if width * height > max_pixels:
+        raise Unreadable(f"--dataset_name: a picture of subject '{name}' has more pixels than --max_pixels {max_pixels}.")
+    return found
 
 
 def called_by(rows, subject: str) -> Callable[[Any], str]:
@@ -204,6 +243,7 @@ def read_rows(config: ReferenceConfig):
     except Exception as error:  # the library raises errors of its own, of the hub's and of the file formats
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--dataset_name '{config.dataset_name}' could not be read ({reason}).") from error
+    rows = (rows if config.streaming else rows.to_iterable_dataset()).decode(False)
     first_row = next(iter(rows), None)
     if first_row is None:
         raise UserError(f"--dataset_name '{config.dataset_name}' has no rows.")
@@ -232,25 +272,26 @@ def split_rows(rows, subject: str, count: int) -> tuple[list[dict], Any]:
 
 
 def read_references(model, config: ReferenceConfig, settings, pixels: Pixels, accelerator) -> tuple[Dataset, list[dict]]:
-    """The training set, and one batch of `holdout` subjects that it does not show, if any are held out.
+    """The training set, and batches of `holdout` subjects that it does not show, if any are held out.
 
     UserError if no source is named on a base model other than stickers, or two are.
     """
     if config.train_data_dir and config.dataset_name:
         raise UserError("Name the subjects with --train_data_dir or with --dataset_name, not with both.")
-    seed, count, device = settings.seed, config.holdout, accelerator.device
+    seed, count = settings.seed, config.holdout
+    held_out = partial(held_out_batches, size=settings.train_batch_size, device=accelerator.device)
     if config.train_data_dir:
         subjects = read_folders(config)
         if not 0 <= count < len(subjects):
             raise UserError(f"--holdout {count} leaves no subject for training; there are {len(subjects)}.")
         kept = np.random.default_rng(seed).permutation(len(subjects)).tolist()
         held, train = (Folders(config, [subjects[i] for i in part], pixels, seed) for part in (kept[:count], kept[count:]))
-        return train, held_out_batch(held, count, device)
+        return train, held_out(held, count)
     if config.dataset_name:
         held_rows, rows = split_rows(read_rows(config), config.subject_column, count)
         kept_rows = list(itertools.islice(Streamed(config, held_rows, pixels, seed), count)) if count else []
         streamed = Streamed(config, rows, pixels, seed, accelerator.process_index, accelerator.num_processes)
-        return streamed, held_out_batch(kept_rows, len(kept_rows), device)
+        return streamed, held_out(kept_rows, len(kept_rows))
     if model.pretrained_model_name_or_path != "stickers":
         raise UserError("Name the subjects to learn from: --train_data_dir (a folder for each) or --dataset_name.")
-    return Rendered(config, pixels, seed), held_out_batch(Rendered(config, pixels, seed, validation=True), count, device)
+    return Rendered(config, pixels, seed), held_out(Rendered(config, pixels, seed, validation=True), count)

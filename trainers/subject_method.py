@@ -11,8 +11,9 @@ from customize.attention import text_layers
 from customize.config import option
 from customize.encoders import Encoded, load_tower
 from customize.errors import UserError
+from customize.pipelines.call import check_words
 from customize.pipelines.subject import with_subjects
-from customize.subject import SubjectAdapter, adapter_file, load_adapter, read_file, without_words
+from customize.subject import WORDS, SubjectAdapter, adapter_file, load_adapter, read_file, without_words
 from customize.trainers.method import Method, MethodConfig
 from customize.trainers.references import ReferenceConfig
 from customize.trainers.state import fixed_randomness
@@ -42,6 +43,7 @@ class SubjectMethod(Method):
     Config = SubjectConfig
     Data = ReferenceConfig
     adapter: SubjectAdapter
+    recomputes_text = False  # in the backward pass, to save memory
 
     def __init__(self, backbone, config: SubjectConfig, concepts=()):
         super().__init__(backbone, config, list(concepts))
@@ -77,6 +79,10 @@ class SubjectMethod(Method):
     def trains_text(self) -> bool:
         return True
 
+    def enable_gradient_checkpointing(self) -> None:
+        super().enable_gradient_checkpointing()
+        self.recomputes_text = True
+
     def draw_times(self, n):
         if self.config.timestep_sampling == "uniform":
             return super().draw_times(n)
@@ -97,13 +103,24 @@ class SubjectMethod(Method):
                 found.append(losses[1] - losses[0])
         return {"gain": sum(found) / len(found)}
 
-    def draw(self, prompt, **options):
-        """With the pictures of `--validation_images`; the processors and the adapter are those that train."""
+    @property
+    def pipe(self):
+        """A pipeline of the very modules that are being trained."""
         pipe = with_subjects(self.backbone.pipe)
         pipe.set_progress_bar_config(disable=True)
         pipe.adapter = self.adapter
         pipe.register_modules(image_encoder=self.tower.vision, feature_extractor=self.tower.processor)
-        return pipe(prompt, subject_images=self.config.validation_images, **options).images[0]
+        return pipe
+
+    def check_drawing(self, prompts: list[str]) -> None:
+        """UserError if these validation prompts or the pictures given for them could not be drawn with."""
+        for prompt in prompts:
+            subjects = {WORDS[0]: self.pipe.encode_references(self.config.validation_images)}
+            check_words(prompt, subjects, self.adapter.has_words)
+
+    def draw(self, prompt, **options):
+        """With the pictures of `--validation_images`."""
+        return self.pipe(prompt, subject_images=self.config.validation_images, **options).images[0]
 
     def dropped(self, count: int) -> tuple[Tensor, Tensor]:
         """Which of `count` samples lose their prompt and which their visual tokens; none in evaluation."""
@@ -115,9 +132,13 @@ class SubjectMethod(Method):
         no_text = (u < text) | ((u >= text + image) & (u < text + image + both))
         return no_text, (u >= text) & (u < text + image + both)
 
-    def encode(self, features: Tensor, t: Tensor) -> Encoded:
-        """Features (batch, references, tokens, features), none of them padding."""
-        return self.adapter.encoder(features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device), t)
+    def encode(self, features: Tensor, t: Tensor, shows_target: Tensor | None = None) -> Encoded:
+        """Features (batch, references, tokens, features); where `shows_target` (batch,) only the first reference counts, as the
+        second is the picture to be drawn."""
+        used = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        if shows_target is not None:
+            used[:, 1:] &= ~shows_target[:, None]
+        return self.adapter.encoder(features, used, t)
 
     def regions_of(self, batch: dict) -> Tensor | None:
         """Where each subject may be, (batch, subjects, height, width) at latent size; None where the batch does not say."""
