@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from customize.backbone import wrap
 from customize.encoders import load_tower
 from customize.errors import UserError
 from customize.pipelines.subject import with_subjects
-from customize.subject import WORDS, save_adapter
+from customize.subject import ADAPTER_FILES, WORDS, save_adapter
 from customize.trainers.__main__ import run
 from customize.trainers.custom_contrast import CustomContrast
 from customize.trainers.ip_adapter import IPAdapter
@@ -125,6 +126,31 @@ def test_trains_saves_and_reloads(base, case, tower, subjects, tmp_path):
     again = picture(reloaded(base, tmp_path, tower), subjects)
     assert np.array_equal(drawn, again)
     assert json.loads((tmp_path / "run.json").read_text())["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("base", "case"),
+    [("sd15", "custom_contrast"), ("sdxl", "custom_contrast"), ("sdxl", "ip_adapter_plus"), ("sd15", "ip_adapter")],
+)
+def test_bf16_trains_draws_and_saves_in_float32(base, case, tower, subjects, tmp_path, monkeypatch):
+    """As on a GPU: base model and image tower in bf16, what is trained in float32, autocast, activations recomputed."""
+    tiny(base).save_pretrained(tmp_path / "base")
+    method, options = CASES[case]
+    made, begin = [], method.__init__
+    monkeypatch.setattr(method, "__init__", lambda self, *given, **named: made.append(self) or begin(self, *given, **named))
+    flags = options | {"pretrained_model_name_or_path": tmp_path / "base", "image_encoder": tower, "resolution": 32}
+    flags |= {"train_data_dir": subjects, "instance_prompt": "a photo of <s> dog", "holdout": 2, "output_dir": tmp_path / "run"}
+    flags |= {"mixed_precision": "bf16", "train_batch_size": 2, "max_train_steps": 2, "validation_steps": 2}
+    flags |= {"validation_prompt": "a <s> dog", "validation_images": subjects / "dog0" / "0.png"}
+    words = [part for name, value in flags.items() if value is not False for part in (f"--{name}", str(value))]
+    words = [*words, "--gradient_checkpointing", *("--no_plus" for name, value in flags.items() if value is False)]
+    run([case.removesuffix("_plus"), *words])
+    assert made[0].tower.vision.dtype == made[0].backbone.denoiser.dtype == torch.bfloat16
+    [row] = (json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines())
+    assert np.isfinite(row["validation_loss"])
+    [saved] = (load_file(tmp_path / "run" / file) for file in ADAPTER_FILES if (tmp_path / "run" / file).exists())
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert np.asarray(Image.open(tmp_path / "run" / "samples" / "step-000002.png")).std() > 0
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(tower, subjects, tmp_path):

@@ -542,7 +542,7 @@ def test_held_out_folders_are_not_trained_on(tmp_path):
     assert held | trained == {f"a <s> toy{i}" for i in range(5)}
 
 
-@pytest.mark.parametrize(("count", "size", "sizes"), [(3, 8, [3]), (7, 3, [3, 2, 2]), (4, 1, [2, 2]), (1, 1, [1]), (0, 4, [])])
+@pytest.mark.parametrize(("count", "size", "sizes"), [(3, 8, [3]), (7, 3, [3, 2, 2]), (4, 1, [2, 2]), (0, 4, [])])
 def test_held_out_subjects_come_in_batches_that_fit(count, size, sizes):
     """As large as those of training, but of two or more, as subjects are compared."""
     _, held_out = read(ReferenceConfig(resolution=8, holdout=count), base="stickers", size=size)
@@ -567,6 +567,11 @@ def test_nothing_is_held_out_unless_asked_for(tmp_path):
 def test_a_holdout_that_leaves_nothing_is_refused(tmp_path, holdout):
     with pytest.raises(UserError, match=f"--holdout {holdout} .*there are 5"):
         read(subjects_in(tmp_path, holdout=holdout))
+
+
+def test_one_held_out_subject_is_refused():
+    with pytest.raises(UserError, match="--holdout 1 leaves nothing to compare"):
+        read(ReferenceConfig(holdout=1), base="stickers")
 
 
 def test_two_sources_or_none_are_refused(tmp_path):

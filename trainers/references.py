@@ -46,7 +46,7 @@ class ReferenceConfig:
     shuffle_buffer: int = option(1000, "subjects among which a stream is shuffled; 0: in their order")
     instance_prompt: str = option("a photo of <s>", "caption of pictures that have none; {} is the subject's name")
     resolution: int = option(0, "side of the target pictures in pixels; 0: what the model was trained at")
-    holdout: int = option(0, "subjects kept from training for the validation loss and the diagnostics")
+    holdout: int = option(0, "subjects, two or more, kept from training for the validation loss and the diagnostics")
     segment_rate: float = option(0.5, "share of first references that are cut out on white, as far as masks are known")
     unmasked_weight: float = option(0.5, "loss weight of what lies outside the target's mask, 0 to 1, where one is known")
     augment: bool = option(False, "turn, shift, scale and mirror references on white (rendered scenes vary by themselves)")

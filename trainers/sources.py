@@ -274,11 +274,13 @@ def split_rows(rows, subject: str, count: int) -> tuple[list[dict], Any]:
 def read_references(model, config: ReferenceConfig, settings, pixels: Pixels, accelerator) -> tuple[Dataset, list[dict]]:
     """The training set, and batches of `holdout` subjects that it does not show, if any are held out.
 
-    UserError if no source is named on a base model other than stickers, or two are.
+    UserError if no source is named on a base model other than stickers, or two are, or one subject alone is held out.
     """
     if config.train_data_dir and config.dataset_name:
         raise UserError("Name the subjects with --train_data_dir or with --dataset_name, not with both.")
     seed, count = settings.seed, config.holdout
+    if count == 1:
+        raise UserError("--holdout 1 leaves nothing to compare the subject with: hold out 2 or more, or 0.")
     held_out = partial(held_out_batches, size=settings.train_batch_size, device=accelerator.device)
     if config.train_data_dir:
         subjects = read_folders(config)

@@ -53,7 +53,7 @@ class SubjectMethod(Method):
             raise UserError(f"{type(self).__name__} needs a UNet (Stable Diffusion 1.x, 2.x, XL) as base model.") from None
         if not config.image_encoder and backbone.name != "stickers":
             raise UserError("--image_encoder: name the CLIP vision model that reads the references.")
-        self.tower = load_tower(config.image_encoder or "stickers")
+        self.tower = load_tower(config.image_encoder or "stickers", backbone.denoiser.dtype)
         self.adapter = self.start_from(config.pretrained_adapter) if config.pretrained_adapter else self.make_adapter()
 
     def make_adapter(self) -> SubjectAdapter:
