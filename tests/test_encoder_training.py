@@ -118,11 +118,7 @@ def test_trains_saves_and_reloads(base, case, tower, subjects, tmp_path):
     # a fusion whose weight is zero teaches its queries only from the second step on, some biases hardly at all
     assert len(moved) >= 0.9 * len(names)
     assert all(torch.equal(before[name], after[name]) for name in after if name not in names)
-    pipe = with_subjects(method.backbone.pipe)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.adapter = method.adapter
-    pipe.register_modules(image_encoder=method.tower.vision, feature_extractor=method.tower.processor)
-    drawn = picture(pipe, subjects)
+    drawn = picture(method.pipe, subjects)
     again = picture(reloaded(base, tmp_path, tower), subjects)
     assert np.array_equal(drawn, again)
     assert json.loads((tmp_path / "run.json").read_text())["step"] == 4
@@ -247,10 +243,7 @@ def woken(method):
 
 def injected_by_the_pipeline(method, prompts: list[str], given: list[dict]):
     """What a pipeline's call with the method's adapter and these features of subjects injects at time 0.6."""
-    pipe = with_subjects(method.backbone.pipe)
-    pipe.adapter = method.adapter
-    pipe.set_progress_bar_config(disable=True)
-    pipe.register_modules(image_encoder=method.tower.vision, feature_extractor=method.tower.processor)
+    pipe = method.pipe
     seen, made = {}, pipe._injected
     pipe._injected = lambda call, bins, guided: seen.setdefault(bins, made(call, bins, guided))
     pipe(prompts, subject_images=given, height=32, width=32, num_inference_steps=5)
