@@ -43,6 +43,7 @@ class GenerateConfig:
         },
     )
     subject_scale: float = option(1.0, "how strongly the subjects' pictures count, 0 to 1 and beyond")
+    side_by_side: bool = option(False, "several subjects stand side by side, from left to right in the order <s>, <s2>, ...")
     subject_adapter: str = option(
         "", "the subject encoder: a run, a file, a released IP-Adapter; empty: RUN's own, or stickers'"
     )
@@ -213,6 +214,8 @@ def draw(pipe: Any, prompt: str, seeds: Sequence[int], config: GenerateConfig, s
     import torch
 
     given = {"subject_images": subjects, "subject_scale": config.subject_scale} if subjects else {}
+    if subjects and config.side_by_side:
+        given["subject_masks"] = "side by side"
     optional = {name: getattr(config, name) for name in ("guidance_scale", "negative_prompt", "height", "width")}
     return pipe(
         prompt,
@@ -232,7 +235,8 @@ def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: Gen
     parameters = {"run": run, "prompt": prompt, "negative_prompt": config.negative_prompt, "seed": seed}
     parameters |= {"steps": config.num_inference_steps, "scale": config.guidance_scale}
     if config.subject_images:
-        parameters |= {"subject_images": config.subject_images, "subject_scale": config.subject_scale}
+        names = ("subject_images", "subject_scale", "side_by_side")
+        parameters |= {name: getattr(config, name) for name in names}
     info, stem = PngInfo(), f"{slug(prompt)}-{seed}"
     info.add_text("parameters", json.dumps(parameters))
     paths = (folder / f"{stem}{ending}.png" for ending in chain([""], (f"-{number}" for number in count(2))))

@@ -124,6 +124,14 @@ def packed(subjects: Sequence[Subjects]) -> tuple[Tensor, Tensor]:
     return features, present
 
 
+def side_by_side(there: Tensor, height: int, width: int) -> Tensor:
+    """Regions (rows, subjects, height, width) of columns as wide as each other, from left to right in the order of the subjects
+    that are `there` (rows, subjects)."""
+    column = torch.arange(width, device=there.device) * there.sum(1, keepdim=True) // width  # (rows, width)
+    regions = (column[:, None] == (there.cumsum(1) - 1)[..., None]) & there[..., None]
+    return regions[:, :, None].expand(-1, -1, height, -1)
+
+
 def layer_scales(scale: float | Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
     """The scale of each layer; of several beginnings that fit a layer's name the longest counts. UserError for one that fits
     none."""

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from customize.pipelines.call import (
     layer_scales,
     opened,
     packed,
+    side_by_side,
     texts_of,
     with_words,
 )
@@ -42,6 +43,7 @@ from customize.subject import ADAPTER_FILES, MAX_REFERENCES, WORDS, adapter_file
 from customize.tokens import replaced_words, text_parts
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+SIDE_BY_SIDE = "side by side"
 Stock: Any = object  # a stock pipeline: the mixin is only ever used beside one
 
 
@@ -108,7 +110,7 @@ class SubjectMixin(Stock):
         *args: Any,
         subject_images: Any = None,
         subject_scale: float | Mapping[str, float] = 1.0,
-        subject_masks: Image.Image | Mapping[str, Image.Image] | None = None,
+        subject_masks: Image.Image | Mapping[str, Image.Image] | Literal["side by side"] | None = None,
         subject_cache: bool = True,
         **kwargs: Any,
     ):
@@ -117,8 +119,9 @@ class SubjectMixin(Stock):
         `subject_images`: one picture or a list of up to four (PIL or path) of the subject that the prompt calls `<s>`; a
         dictionary of these by word (`<s>`, `<s2>`, `<s3>`, `<s4>`) for several subjects; or a list of either, one for each
         prompt. `subject_scale` weights the visual branch, for all layers or by the beginning of their names ("down", "mid",
-        "up", "up_blocks.1"). `subject_masks`: white where a subject may be, by word. `subject_cache` keeps keys and values
-        between steps. UserError for references that do not fit the prompt.
+        "up", "up_blocks.1"). `subject_masks`: white where a subject may be, by word; or "side by side", from left to right in
+        the order of their words. `subject_cache` keeps keys and values between steps. UserError for references that do not fit
+        the prompt.
         """
         kwargs = by_name(super().__call__, args, kwargs)
         prompts = texts_of(kwargs.get("prompt"))
@@ -138,8 +141,8 @@ class SubjectMixin(Stock):
             kwargs["prompt"] = without_words(given) if isinstance(given, str) else [without_words(prompt) for prompt in given]
         if not is_installed(self.unet, self.adapter.branches):  # but those of another pipeline with the same denoiser
             self.adapter.install(self.unet)
-        regions = self._regions(subject_masks, len(prompts), kwargs)
         features, present = packed(subjects)
+        regions = self._regions(subject_masks, present.any(-1), kwargs)
         scales = layer_scales(subject_scale, list(text_layers(self.unet).values()))
         count = kwargs.get("num_images_per_prompt") or 1
         with self._drawing(Call(features, present, scales, regions, subject_cache, count)):
@@ -163,22 +166,25 @@ class SubjectMixin(Stock):
         if self.adapter is not None and self.adapter.has_words and used:
             raise UserError(f"the prompt says {used[0]}, but there are no subject_images of it.")
 
-    def _regions(self, masks: Any, rows: int, kwargs: dict) -> Tensor | None:
-        """Masks by word at latent size, (rows, subjects, height, width), the same in every row."""
+    def _regions(self, masks: Any, there: Tensor, kwargs: dict) -> Tensor | None:
+        """Where each subject may be, (rows, subjects, height, width) at latent size: masks by word, the same in every row, or
+        columns for those that are `there` (rows, subjects)."""
         if masks is None:
             return None
-        masks = masks if isinstance(masks, Mapping) else {WORDS[0]: masks}
         sides = [
             (kwargs.get(side) or self.unet.config.sample_size * self.vae_scale_factor) // self.vae_scale_factor
             for side in ("width", "height")
         ]
+        if masks == SIDE_BY_SIDE:
+            return side_by_side(there, sides[1], sides[0]).to(self.unet.dtype)
+        masks = masks if isinstance(masks, Mapping) else {WORDS[0]: masks}
         regions = torch.ones(len(WORDS), sides[1], sides[0], device=self._execution_device, dtype=self.unet.dtype)
         for word, mask in masks.items():
             if word not in WORDS:
                 raise UserError(f"subject_masks: '{word}' is no subject's word; those are {', '.join(WORDS)}.")
             small = opened(mask).convert("L").resize(tuple(sides), Image.Resampling.BOX)
             regions[WORDS.index(word)] = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)
-        return regions.expand(rows, -1, -1, -1)
+        return regions[: there.shape[1]].expand(len(there), -1, -1, -1)
 
     @contextmanager
     def _drawing(self, call: Call):
@@ -222,8 +228,7 @@ class SubjectMixin(Stock):
 
     def _injected(self, call: Call, bins: int, guided: bool) -> Injected:
         encoded, contexts = self._encode(call, bins), call.contexts.get(bins)
-        regions = None if call.regions is None else call.regions[:, : call.there.shape[1]]
-        injected = self.adapter.injected(encoded, call.weight, contexts, regions=regions, scales=call.scales)
+        injected = self.adapter.injected(encoded, call.weight, contexts, regions=call.regions, scales=call.scales)
         for name in ("visual", "weight", "mask", "place", "regions"):
             if (value := getattr(injected, name)) is not None:
                 setattr(injected, name, value.repeat_interleave(call.images, 0))
@@ -267,15 +272,17 @@ class SubjectMixin(Stock):
         bound = inspect.signature(super().encode_prompt).bind(*args, **kwargs).arguments
         prompts = [bound["prompt"]] if isinstance(bound["prompt"], str) else list(bound["prompt"])
         tokenizers, encoders = text_parts(self)
+        words = list(WORDS[: call.there.shape[1]])
         for bins in range(self.adapter.encoder.config.time_bins):
             vectors = self.adapter.word_vectors(self._encode(call, bins), call.weight)
             texts = self.adapter.texts(lambda some: self._encode_text(some, bound), tokenizers, encoders, prompts, vectors)
             call.contexts[bins] = texts["encoder_hidden_states"]
-            if "text_embeds" in texts:
-                call.pooled[bins] = texts["text_embeds"][self.adapter.slots // 2]
+            middle = [own[self.adapter.slots // 2] for own in vectors]
+            if "text_embeds" in texts:  # encoded anew: among other slots its last bits would not be those of the stock call
+                with replaced_words(tokenizers, encoders, words, middle):
+                    call.pooled[bins] = self._encode_text(prompts, bound)["text_embeds"]
         # of what follows only the unconditional half counts: steps are given the texts of their time
-        any_of_them = [own[self.adapter.slots // 2] for own in vectors]
-        with replaced_words(tokenizers, encoders, list(WORDS[: call.there.shape[1]]), any_of_them):
+        with replaced_words(tokenizers, encoders, words, middle):
             return super().encode_prompt(*args, **kwargs)
 
     def _encode_text(self, prompts: list[str], bound: dict) -> dict[str, Tensor]:

@@ -198,6 +198,9 @@ def test_subject_images_go_to_the_words_they_name(pipe, tmp_path):
     call = pipe.calls[0]
     assert call["subject_images"] == {"<s>": ["a.png", "b.png"], "<s2>": ["c.png"]}
     assert (call["subject_scale"], pipe.adapter) == (0.7, "runs/e")
+    assert "subject_masks" not in call
+    assert main(["generate", "stickers", "a <s> fox", *files, "--side_by_side"]) == 0
+    assert pipe.calls[1]["subject_masks"] == "side by side"
 
 
 @pytest.mark.parametrize(

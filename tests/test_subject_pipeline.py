@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTra
 from customize.attention import CrossAttention
 from customize.encoders import ImageTower
 from customize.errors import UserError
+from customize.pipelines.call import side_by_side
 from customize.pipelines.subject import SubjectSDPipeline, SubjectSDXLPipeline, with_subjects
 from customize.subject import image_prompt, multimodal, save_adapter
 from customize.tokens import load_words
@@ -367,6 +368,26 @@ def test_a_mask_is_of_the_subject_it_names(kind):
 def test_a_white_mask_changes_nothing(pipe):
     plain = draw(pipe, DOG, subject_images=[A, B])
     assert np.array_equal(draw(pipe, DOG, subject_images=[A, B], subject_masks=OPEN), plain)
+
+
+def test_subjects_side_by_side_are_those_of_halves(pipe):
+    """Those that a prompt has share its width, in the order of their words."""
+    left, right = Image.new("L", (8, 8)), Image.new("L", (8, 8))
+    left.paste(255, (0, 0, 4, 8))
+    right.paste(255, (4, 0, 8, 8))
+    subjects = {"<s2>": [B], "<s>": [A]}
+    found = draw(pipe, PAIR, subject_images=subjects, subject_masks="side by side")
+    assert np.array_equal(found, draw(pipe, PAIR, subject_images=subjects, subject_masks={"<s>": left, "<s2>": right}))
+    assert apart(found, draw(pipe, PAIR, subject_images=subjects)) > 1e-4
+    alone = draw(pipe, [PAIR, DOG], (1, 2), subject_images=[subjects, {"<s>": C}], subject_masks="side by side")
+    assert apart(alone, np.concatenate([found, draw(pipe, DOG, (2,), subject_images=[C])])) < 1e-5
+
+
+def test_columns_are_as_wide_as_each_other():
+    there = torch.tensor([[True, False, True, True], [True, False, False, False]])
+    three, one = side_by_side(there, 1, 6)[:, :, 0].int().tolist()
+    assert three == [[1, 1, 0, 0, 0, 0], [0] * 6, [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]
+    assert one[0] == [1] * 6
 
 
 def first_output(pipe, height: int, width: int, **options) -> torch.Tensor:
