@@ -412,7 +412,7 @@ def make(tower, **options):
 def batch_of(identity, seed=0):
     n = len(identity)
     batch = {"pixels": noise(n, 3, 32, 32, seed=seed).tanh(), "references": noise(n, 1, 2, 3, 32, 32, seed=seed + 1)}
-    batch |= {"present": torch.ones(n, 1, dtype=torch.bool), "regions": torch.ones(n, 1, 32, 32)}
+    batch |= {"present": torch.ones(n, 1, dtype=torch.bool), "shows_target": torch.zeros(n, dtype=torch.bool)}
     return batch | {"prompt": ["a photo of <s> dog"] * n, "identity": torch.tensor(identity)}
 
 
