@@ -16,20 +16,12 @@ from customize.data import to_tensor
 from customize.errors import UserError
 from customize.stickers import Scene, World
 from customize.stickers.bench import bench_subjects
-from customize.trainers import sources
+from customize.trainers import sources, streams
 from customize.trainers.loop import make_loader
 from customize.trainers.references import Positions, ReferenceConfig, View, collate_references, drawn, item, moved, named
 from customize.trainers.settings import TrainConfig
-from customize.trainers.sources import (
-    Folders,
-    Rendered,
-    Streamed,
-    read_folders,
-    read_references,
-    read_rows,
-    shuffled,
-    split_rows,
-)
+from customize.trainers.sources import Folders, Rendered, read_folders, read_references
+from customize.trainers.streams import Streamed, read_rows, shuffled, split_rows
 
 WHITE = (255, 255, 255)
 
@@ -772,8 +764,8 @@ def test_a_dataset_of_unreadable_pictures_ends(hf, tmp_path):
 
 def test_only_what_is_shown_is_decoded(hf, tmp_path, monkeypatch):
     """Of five items after the first hundred: their targets and references, not what came before, nor other processes'."""
-    decode, seen = sources.decoded, []
-    monkeypatch.setattr(sources, "decoded", lambda *given: seen.append(given[1]) or decode(*given))
+    decode, seen = streams.decoded, []
+    monkeypatch.setattr(streams, "decoded", lambda *given: seen.append(given[1]) or decode(*given))
     config = parquet(write_rows(hf, tmp_path / "rows", views=6), shuffle_buffer=4)
     take(5, streamed(config, rank=1, world=2).after(100))
     assert len(seen) == 15

@@ -19,7 +19,7 @@ from customize.trainers.references import Positions, References, collate_referen
 from customize.trainers.selection import Scorer
 from customize.trainers.session import Session, begin, not_finite
 from customize.trainers.settings import TrainConfig
-from customize.trainers.sources import Streamed
+from customize.trainers.streams import Streamed
 from customize.trainers.validation import validate
 
 
