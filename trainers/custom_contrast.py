@@ -98,13 +98,7 @@ class CustomContrast(SubjectMethod):
         injected = adapter.injected(encoded, (present & ~no_image[:, None]).float(), regions=self.regions_of(batch))
         prompts = self.prompts_of(batch, no_text)
         if adapter.has_words:
-            parts = self.backbone.tokenizers, self.backbone.text_encoders
-            vectors = adapter.word_vectors(encoded, present.float())
-            arguments = self.backbone.encode_prompt, *parts, prompts, vectors
-            if self.recomputes_text:
-                texts = checkpoint(adapter.texts, *arguments, use_reentrant=False)
-            else:
-                texts = adapter.texts(*arguments)
+            texts = self.texts(prompts, adapter.word_vectors(encoded, present.float()))
             injected.contexts = texts["encoder_hidden_states"]
             text = {name: value[adapter.slots // 2] for name, value in texts.items()}
         else:
@@ -114,6 +108,13 @@ class CustomContrast(SubjectMethod):
         first = torch.arange(present.shape[1], device=present.device).expand_as(present)[present] == 0
         compared = [view.each(lambda value: value[first]) for view in views]
         return Contrasted(text, injected, (compared[0], compared[1]), output.image_embeds[1::2][first])
+
+    def texts(self, prompts: list[str], vectors: list[Tensor]) -> dict[str, Tensor]:
+        """The denoiser's text arguments with S+ of each slot in the prompts, (slots, rows, ...)."""
+        arguments = self.backbone.encode_prompt, self.backbone.tokenizers, self.backbone.text_encoders, prompts, vectors
+        if self.recomputes_text:
+            return checkpoint(self.adapter.texts, *arguments, use_reentrant=False)
+        return self.adapter.texts(*arguments)
 
     def losses(self, step: Step):
         return super().losses(step) | (self.contrast(step) if self.contrasts else {})
