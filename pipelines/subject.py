@@ -214,7 +214,7 @@ class SubjectMixin(Stock):
         if not isinstance(encoder, ImagePrompt):
             t = torch.as_tensor(t).flatten()[:1].float() / self.scheduler.config.num_train_timesteps
             bins = int(encoder.bin_of(t))
-        guided = len(sample) > len(call.there) * call.images
+        guided = len(sample) > len(call.features) * call.images
         if (bins, guided) not in call.injected:
             call.injected[bins, guided] = self._injected(call, bins, guided)
         named = dict(named)

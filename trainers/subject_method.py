@@ -114,8 +114,10 @@ class SubjectMethod(Method):
 
     def check_drawing(self, prompts: list[str]) -> None:
         """UserError if these validation prompts or the pictures given for them could not be drawn with."""
+        if not prompts:
+            return
+        subjects = {WORDS[0]: self.pipe.encode_references(self.config.validation_images)}
         for prompt in prompts:
-            subjects = {WORDS[0]: self.pipe.encode_references(self.config.validation_images)}
             check_words(prompt, subjects, self.adapter.has_words)
 
     def draw(self, prompt, **options):
