@@ -29,9 +29,9 @@ class Call:
     features: Tensor  # (rows, subjects, references, tokens, features)
     present: Tensor  # (rows, subjects, references)
     scales: dict[str, float]
-    regions: Tensor | None
     cached: bool
     images: int = 1  # of each prompt
+    regions: Tensor | None = None  # (rows, subjects, height, width), where the call gives masks
     contexts: dict[int, Tensor] = field(default_factory=dict)  # by time bin: (slots, rows, length, dim)
     pooled: dict[int, Tensor] = field(default_factory=dict)  # by time bin, of XL: (rows, dim)
     encoded: dict[int, Encoded] = field(default_factory=dict)  # by time bin

@@ -141,11 +141,10 @@ class SubjectMixin(Stock):
             kwargs["prompt"] = without_words(given) if isinstance(given, str) else [without_words(prompt) for prompt in given]
         if not is_installed(self.unet, self.adapter.branches):  # but those of another pipeline with the same denoiser
             self.adapter.install(self.unet)
-        features, present = packed(subjects)
-        regions = self._regions(subject_masks, present.any(-1), kwargs)
         scales = layer_scales(subject_scale, list(text_layers(self.unet).values()))
-        count = kwargs.get("num_images_per_prompt") or 1
-        with self._drawing(Call(features, present, scales, regions, subject_cache, count)):
+        call = Call(*packed(subjects), scales, subject_cache, kwargs.get("num_images_per_prompt") or 1)
+        call.regions = self._regions(subject_masks, call.there, kwargs)
+        with self._drawing(call):
             return super().__call__(**kwargs)
 
     def _encoded(self, entry: Any) -> Subjects:

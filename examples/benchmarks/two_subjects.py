@@ -7,7 +7,8 @@ region given (left and right half). The judge names the drawings in the left and
 * one: only one of them is found;
 * swapped looks: a half shows another studio's drawing of one of the two classes, by the studio of the other subject.
 
-Real scenes of the same pairs stand beside: what the judge finds where both are there.
+Two rows stand beside: real scenes of the same pairs, what the judge finds where both are there; and the base model with the
+class words alone, of which only the classes count ("swapped looks" cannot be): what text alone can place.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from customize.stickers import Drawing, Scene, World, draw_scene
 from customize.stickers.bench import reference_scenes
 from customize.stickers.judge import judge
 from customize.stickers.scene import Pose
+from customize.subject import without_words
 
 PAIRS = 50
 
@@ -61,6 +63,13 @@ def verdict(picture: Image.Image, a: Drawing, b: Drawing) -> str:
     return "one" if a in found or b in found else "neither"
 
 
+def classes(picture: Image.Image, a: Drawing, b: Drawing) -> str:
+    """The verdict for pictures that were told the class words only."""
+    seen = judge(halves(picture))
+    found = {seen.best(i).word for i in range(2)}
+    return "both" if found == {a.word, b.word} else "one" if found & {a.word, b.word} else "neither"
+
+
 def real(a: Drawing, b: Drawing, seed: int) -> Image.Image:
     """Both drawings side by side on grass."""
     return draw_scene(Scene(a, "grass", companion=b, pose=Pose(scale=0.6), seed=seed), World())[0]
@@ -74,31 +83,29 @@ def main():
     pipe = load_subject_pipeline(options.run)
     pipe.set_progress_bar_config(disable=True)
     masks = {"<s>": region(True), "<s2>": region(False)}
-    counts: dict[str, list[str]] = {"real scenes": [], "free": [], "with regions": []}
+    counts: dict[str, list[str]] = {"real scenes": [], "base, class words": [], "free": [], "with regions": []}
     options.output.mkdir(parents=True, exist_ok=True)
     for i in range(0, PAIRS, 5):
         some = pairs()[i : i + 5]
-        prompts = [f"a <s> {a.word} next to a <s2> {b.word} on green grass" for a, b in some]
+        named = [f"a <s> {a.word} next to a <s2> {b.word} on green grass" for a, b in some]
         images = [{"<s>": references(a), "<s2>": references(b)} for a, b in some]
         counts["real scenes"] += [verdict(real(a, b, i + k), a, b) for k, (a, b) in enumerate(some)]
-        for name, given in (("free", None), ("with regions", masks)):
+        for name, prompts, subjects in (
+            ("base, class words", [without_words(prompt) for prompt in named], {}),
+            ("free", named, {"subject_images": images}),
+            ("with regions", named, {"subject_images": images, "subject_masks": masks}),
+        ):
             generators = [torch.Generator().manual_seed(i + k) for k in range(len(some))]
-            drawn = pipe(
-                prompts,
-                subject_images=images,
-                subject_masks=given,
-                guidance_scale=4.0,
-                num_inference_steps=25,
-                generator=generators,
-            ).images
-            counts[name] += [verdict(picture, a, b) for picture, (a, b) in zip(drawn, some, strict=True)]
+            drawn = pipe(prompts, **subjects, guidance_scale=4.0, num_inference_steps=25, generator=generators).images
+            say = verdict if subjects else classes
+            counts[name] += [say(picture, a, b) for picture, (a, b) in zip(drawn, some, strict=True)]
             for k, picture in enumerate(drawn):
                 save_picture(picture, options.output / f"{i + k:02d}-{name.split()[0]}.png")
     for name, found in counts.items():
         shares = {
             verdict: f"{found.count(verdict) / len(found):.0%}" for verdict in ("both", "one", "swapped looks", "neither")
         }
-        print(f"{name:14s}", shares)
+        print(f"{name:17s}", shares)
 
 
 if __name__ == "__main__":
