@@ -84,6 +84,11 @@ def generate(words: list[str]) -> None:
     subjects = subject_files(config.subject_images)
     check_subjects(run, config)
     folder, pipe = output_folder(run, config.output), load(run, config)
+    if subjects:  # of all prompts, before the first is drawn
+        from customize.subject import check_words
+
+        for prompt in prompts:
+            check_words(prompt, subjects, pipe.adapter.has_words)
     for prompt in prompts:
         seeds = range(config.seed, config.seed + config.num_images_per_prompt)
         for seed, image in zip(seeds, draw(pipe, prompt, seeds, config, subjects), strict=True):
@@ -201,8 +206,8 @@ def check_subjects(run: str, config: GenerateConfig) -> None:
     """UserError where a subject encoder is to draw, but no subject is shown."""
     if config.subject_images:
         return
-    for flag in ("subject_adapter", "image_encoder"):
-        if getattr(config, flag):
+    for flag in ("subject_adapter", "image_encoder", "side_by_side", "subject_scale"):
+        if getattr(config, flag) != getattr(GenerateConfig, flag):
             raise UserError(f"--{flag} needs --subject_images, pictures of what the prompt calls <s>.")
     from customize.subject import ADAPTER_FILES
 
@@ -233,9 +238,10 @@ def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: Gen
     from PIL.PngImagePlugin import PngInfo
 
     parameters = {"run": run, "prompt": prompt, "negative_prompt": config.negative_prompt, "seed": seed}
-    parameters |= {"steps": config.num_inference_steps, "scale": config.guidance_scale}
+    parameters |= {"steps": config.num_inference_steps, "scale": config.guidance_scale, "dtype": config.dtype}
+    parameters |= {"width": image.width, "height": image.height}
     if config.subject_images:
-        names = ("subject_images", "subject_scale", "side_by_side")
+        names = ("subject_images", "subject_scale", "side_by_side", "subject_adapter", "image_encoder")
         parameters |= {name: getattr(config, name) for name in names}
     info, stem = PngInfo(), f"{slug(prompt)}-{seed}"
     info.add_text("parameters", json.dumps(parameters))

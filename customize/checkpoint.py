@@ -29,7 +29,7 @@ from customize.errors import UserError
 from customize.files import tensors_of
 from customize.loading import load_base
 from customize.lora import folded_metadata, folded_state, has_lora, kohya_state, with_text_model
-from customize.subject import SubjectAdapter, save_adapter
+from customize.subject import ADAPTER_FILES, SubjectAdapter, save_adapter
 from customize.tokens import SUFFIXES, ConceptTokens, load_words
 
 FORMAT = 1
@@ -82,7 +82,7 @@ def save(
     kohya: bool = False,
     adapter: SubjectAdapter | None = None,
 ) -> None:
-    """Writes what was trained, and `run.json` with `info`, into `folder`, replacing files of the same name one by one."""
+    """Writes what was trained, and `run.json` with `info`, into `folder`, in the place of what an earlier run wrote there."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder / "saving") as new:
         _save_lora(new, backbone, kohya)
@@ -92,11 +92,23 @@ def save(
             save_adapter(adapter, new)
         libraries = {name: version(name) for name in LIBRARIES}
         (new / "run.json").write_text(json.dumps({"format": FORMAT, **info, "words": words, "libraries": libraries}, indent=2))
+    earlier = _earlier(folder)
     for path in (folder / "saving").iterdir():
         if path.is_dir():
             shutil.rmtree(folder / path.name, ignore_errors=True)
         os.replace(path, folder / path.name)
+        earlier.discard(folder / path.name)
     (folder / "saving").rmdir()
+    for path in earlier:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _earlier(folder: Path) -> set[Path]:
+    """What an earlier run, perhaps of another method, left in its folder: loaders would take it for a part of the new one."""
+    if not (folder / "run.json").exists():
+        return set()
+    names = [LORA, KOHYA, *ADAPTER_FILES, "unet", "transformer", *(f"text_encoder{suffix}" for suffix in SUFFIXES)]
+    return {path for name in names if (path := folder / name).exists()} | set(folder.glob("learned_embeds*.safetensors"))
 
 
 def _adapted(backbone: Backbone) -> Iterator[tuple[str, nn.Module]]:

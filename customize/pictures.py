@@ -37,17 +37,25 @@ class _Unreadable(UserError):
 
 
 def find_pictures(
-    folder: str | Path, prompt: str, concept: int = 0, is_prior: bool = False, strict: bool = False, max_pixels: int = 10**8
+    folder: str | Path,
+    prompt: str,
+    concept: int = 0,
+    is_prior: bool = False,
+    strict: bool = False,
+    max_pixels: int = 10**8,
+    flag: str = "",
 ) -> list[Picture]:
     """Every picture of `folder`, sorted by path and decoded once as a check.
 
     A caption is the text of NAME.txt, else of metadata.jsonl (`file_name`, `text`), else `prompt`. An unreadable file is
     skipped with a warning, or a UserError when `strict`. UserError too for a folder that is missing or has no readable
-    picture, a picture above `max_pixels`, a mask of another size than its picture, and a picture without a caption.
+    picture, a picture above `max_pixels`, a mask of another size than its picture, and a picture without a caption; it names
+    `flag` as what to correct.
     """
     kind = "class" if is_prior else "instance"
+    flag = flag or f"--{kind}_data_dir"
     if not folder or not Path(folder).is_dir():
-        raise UserError(f"There is no folder '{folder}'; correct --{kind}_data_dir.")
+        raise UserError(f"There is no folder '{folder}'; correct {flag}.")
     folder = Path(folder)
     captions = _read_metadata(folder / "metadata.jsonl")
     paths = {path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")}
@@ -66,7 +74,7 @@ def find_pictures(
             raise UserError(f"{path} has no caption; give --{kind}_prompt, or write {sidecar}.")
         pictures.append(Picture(path, caption, _mask_of(path), concept, is_prior, digest, size))
     if not pictures:
-        raise UserError(f"{folder} holds no readable picture ({' '.join(sorted(EXTENSIONS))}); correct --{kind}_data_dir.")
+        raise UserError(f"{folder} holds no readable picture ({' '.join(sorted(EXTENSIONS))}); correct {flag}.")
     return pictures
 
 

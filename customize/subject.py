@@ -5,7 +5,7 @@ released IP-Adapter layout, which stock diffusers reads.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from customize.encoders.image_prompt import HEAD, ImagePrompt, Projection, from_
 from customize.encoders.multimodal import MultimodalConfig, MultimodalEncoder
 from customize.encoders.perceiver import Resampler
 from customize.encoders.tower import ImageTower
-from customize.errors import UserError
+from customize.errors import UserError, nearest
 from customize.files import header, tensors_of
 from customize.tokens import add_words, replaced_words, text_parts
 
@@ -152,7 +152,10 @@ def load_adapter(path: Path, pipe: DiffusionPipeline, tower: ImageTower) -> Subj
     state, about = read_file(path)
     if about is None:
         return load_released(state, pipe, path, tower)
-    config = MultimodalConfig(**about["config"])
+    try:
+        config = MultimodalConfig(**about["config"])
+    except TypeError as error:
+        raise UserError(f"'{path}' was written by another version ({error}): pip install -U customize.") from error
     _, encoders = text_parts(pipe)
     dims = [encoder.get_input_embeddings().weight.shape[1] for encoder in encoders]
     fits = layer_widths(pipe.unet) == about["layers"] and config.visual_dim == pipe.unet.config.cross_attention_dim
@@ -162,7 +165,10 @@ def load_adapter(path: Path, pipe: DiffusionPipeline, tower: ImageTower) -> Subj
         raise other_tower(path)
     starts = [torch.zeros(dim) for dim in config.text_dims] if config.words else []
     adapter = SubjectAdapter(pipe.unet, MultimodalEncoder(config), starts, about["text_gate"])
-    adapter.load_state_dict(state)
+    try:
+        adapter.load_state_dict(state)
+    except RuntimeError as error:  # it lists what is missing
+        raise UserError(f"'{path}' is damaged ({' '.join(str(error).split())}); use an earlier checkpoint.") from error
     return adapter.install(pipe.unet).eval().requires_grad_(False)
 
 
@@ -179,7 +185,7 @@ def load_released(state: dict[str, Tensor], pipe: DiffusionPipeline, path: Path,
     except (KeyError, RuntimeError) as error:  # of load_state_dict: it lists what is missing
         reason = " ".join(str(error).split())
         raise UserError(f"'{path}' is damaged or of another kind ({reason}); download it again.") from error
-    if encoder.image_dim != (tower.width if encoder.plus else tower.vision.config.projection_dim):
+    if encoder.feature_dim != (tower.width if encoder.plus else tower.vision.config.projection_dim):
         raise other_tower(path)
     adapter = SubjectAdapter(pipe.unet, encoder)
     own = {name: value.shape for name, value in adapter.branches.state_dict().items()}
@@ -219,6 +225,28 @@ def without_words(prompt: str) -> str:
     for word in WORDS:
         prompt = prompt.replace(f"{word} ", "").replace(word, "")
     return prompt
+
+
+def check_words(prompt: str, subjects: Collection[str], has_words: bool) -> None:
+    """UserError unless the prompt says the word of every subject, and has a subject for every word."""
+    for word in subjects:
+        if word not in WORDS:
+            raise UserError(
+                f"subject_images: '{word}' is no subject's word; those are {', '.join(WORDS)}.{nearest(word, WORDS)}"
+            )
+        if has_words and word not in prompt:
+            raise UserError(
+                f"the prompt '{prompt}' does not say {word}: write it before the subject's noun, as in 'a {word} dog'."
+            )
+    if has_words:
+        check_shown(prompt, subjects)
+
+
+def check_shown(prompt: str, subjects: Collection[str] = (), why: str = "there are no subject_images of it") -> None:
+    """UserError if the prompt says the word of a subject that is not among `subjects`."""
+    for word in WORDS:
+        if word in prompt and word not in subjects:
+            raise UserError(f"the prompt '{prompt}' says {word}, but {why}.")
 
 
 def adapter_file(name: str) -> Path:

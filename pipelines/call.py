@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from customize.attention import Injected
 from customize.encoders.encoded import Encoded
-from customize.errors import UserError, nearest
+from customize.errors import UserError
 from customize.pictures import eight_bit
-from customize.subject import WORDS, add_subject_words
+from customize.subject import WORDS, add_subject_words, without_words
 
 Reference = Image.Image | str | Path
 Subjects = dict[str, Tensor]  # features (references, tokens, features) by word
@@ -71,43 +71,45 @@ def by_name(call: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
     return found | others
 
 
+def without_subjects(text: str | list[str]) -> str | list[str]:
+    """A text, or several, for an adapter that gives no words."""
+    return without_words(text) if isinstance(text, str) else [without_words(one) for one in text]
+
+
 def each_prompt(images: Any, count: int) -> list[Any]:
     """The subjects of each prompt: those given for all of them, or one entry a prompt."""
-    listed = isinstance(images, Sequence) and not isinstance(images, str)
-    if listed and images and all(isinstance(e, Mapping | Sequence | Tensor) and not isinstance(e, str) for e in images):
-        if len(images) != count:
-            raise UserError(f"subject_images has {len(images)} entries for {count} prompts: give one for each, or one for all.")
-        return list(images)
-    return [images] * count
+    if isinstance(images, str) or not isinstance(images, Sequence):
+        return [images] * count
+    own = [isinstance(entry, Mapping | Sequence | Tensor) and not isinstance(entry, str) for entry in images]
+    if not any(own):
+        return [images] * count
+    if not all(own):
+        raise UserError("subject_images: for a prompt each, every entry must be a list or a dictionary of pictures.")
+    if len(images) != count:
+        raise UserError(f"subject_images has {len(images)} entries for {count} prompts: give one for each, or one for all.")
+    return list(images)
 
 
-def opened(image: Any) -> Image.Image:
+def opened(image: Any, kind: str = "reference") -> Image.Image:
     """A picture, or the file of one, upright and of 8 bits; UserError if it is neither."""
     if isinstance(image, Image.Image):
         return eight_bit(ImageOps.exif_transpose(image))
     if not isinstance(image, str | Path):
-        raise UserError(f"a reference must be a picture or the path of one, not {type(image).__name__}.")
+        raise UserError(f"a {kind} must be a picture or the path of one, not {type(image).__name__}.")
     try:
         with Image.open(image) as file:
             return eight_bit(ImageOps.exif_transpose(file))
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise UserError(f"the reference '{image}' cannot be read as a picture; give a PNG, JPEG or WebP file.") from error
+        raise UserError(f"the {kind} '{image}' cannot be read as a picture; give a PNG, JPEG or WebP file.") from error
 
 
-def check_words(prompt: str, subjects: Subjects, has_words: bool) -> None:
-    """UserError unless the prompt says the word of every subject, and has a subject for every word."""
+def check_length(prompt: str, subjects: Iterable[str], tokenizer: Any) -> None:
+    """UserError if the word of a subject lies beyond what the text encoder reads; the tokenizer knows these words."""
+    read = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
     for word in subjects:
-        if word not in WORDS:
-            raise UserError(
-                f"subject_images: '{word}' is no subject's word; those are {', '.join(WORDS)}.{nearest(word, WORDS)}"
-            )
-        if has_words and word not in prompt:
-            raise UserError(
-                f"the prompt '{prompt}' does not say {word}: write it before the subject's noun, as in 'a {word} dog'."
-            )
-    for word in WORDS:
-        if has_words and word in prompt and word not in subjects:
-            raise UserError(f"the prompt '{prompt}' says {word}, but there are no subject_images of it.")
+        if tokenizer.convert_tokens_to_ids(word) not in read:
+            most = tokenizer.model_max_length
+            raise UserError(f"{word} lies beyond the {most} tokens that are read of '{prompt}': say it earlier.")
 
 
 def packed(subjects: Sequence[Subjects]) -> tuple[Tensor, Tensor]:

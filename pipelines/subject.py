@@ -30,7 +30,7 @@ from customize.pipelines.call import (
     Reference,
     Subjects,
     by_name,
-    check_words,
+    check_length,
     each_prompt,
     layer_scales,
     opened,
@@ -38,11 +38,14 @@ from customize.pipelines.call import (
     side_by_side,
     texts_of,
     with_words,
+    without_subjects,
 )
-from customize.subject import ADAPTER_FILES, MAX_REFERENCES, WORDS, adapter_file, load_adapter, without_words
+from customize.subject import ADAPTER_FILES, MAX_REFERENCES, WORDS, adapter_file, check_shown, check_words, load_adapter
 from customize.tokens import replaced_words, text_parts
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+NEGATIVES = ("negative_prompt", "negative_prompt_2")
+TEXTS = ("prompt", "prompt_2", *NEGATIVES)
 SIDE_BY_SIDE = "side by side"
 Stock: Any = object  # a stock pipeline: the mixin is only ever used beside one
 
@@ -117,28 +120,32 @@ class SubjectMixin(Stock):
         """The stock pipeline's call, and of subjects:
 
         `subject_images`: one picture or a list of up to four (PIL or path) of the subject that the prompt calls `<s>`; a
-        dictionary of these by word (`<s>`, `<s2>`, `<s3>`, `<s4>`) for several subjects; or a list of either, one for each
-        prompt. `subject_scale` weights the visual branch, for all layers or by the beginning of their names ("down", "mid",
-        "up", "up_blocks.1"). `subject_masks`: white where a subject may be, by word; or "side by side", from left to right in
-        the order of their words. `subject_cache` keeps keys and values between steps. UserError for references that do not fit
-        the prompt.
+        dictionary of these by word (`<s>`, `<s2>`, `<s3>`, `<s4>`) for several subjects; or a list of lists or dictionaries,
+        one for each prompt. `subject_scale` weights the visual branch, for all layers or by the beginning of their names
+        ("down", "mid", "up", "up_blocks.1"). `subject_masks`: white where a subject may be, by word; or "side by side", from
+        left to right in the order of their words. `subject_cache` keeps keys and values between steps. UserError for
+        references that do not fit the prompt.
         """
         kwargs = by_name(super().__call__, args, kwargs)
-        prompts = texts_of(kwargs.get("prompt"))
-        self._refuse_words(texts_of(kwargs.get("negative_prompt")))
         if subject_images is None:
-            self._refuse_words(prompts)
+            self._refuse_words(kwargs, TEXTS)
             return super().__call__(**kwargs)
         if self.adapter is None:
             raise UserError("subject_images needs a subject encoder: call load_subject_adapter first.")
-        if prompts is None:
+        prompts = texts_of(kwargs.get("prompt"))
+        if not prompts:
             raise UserError("subject_images needs `prompt`: S+ cannot be put into prompt_embeds.")
+        self._refuse_words(kwargs, NEGATIVES)
         subjects = [self._encoded(entry) for entry in each_prompt(subject_images, len(prompts))]
         for prompt, found in zip(prompts, subjects, strict=True):
             check_words(prompt, found, self.adapter.has_words)
-        if not self.adapter.has_words:  # a text stays a text, as its negative prompt is one
-            given = kwargs["prompt"]
-            kwargs["prompt"] = without_words(given) if isinstance(given, str) else [without_words(prompt) for prompt in given]
+        if self.adapter.has_words:
+            for text in texts_of(kwargs.get("prompt_2")) or ():
+                check_shown(text, [word for found in subjects for word in found])
+            for prompt, found in zip(prompts, subjects, strict=True):
+                check_length(prompt, found, with_words(self.tokenizer))
+        else:
+            kwargs |= {name: without_subjects(kwargs[name]) for name in TEXTS if kwargs.get(name)}
         if not is_installed(self.unet, self.adapter.branches):  # but those of another pipeline with the same denoiser
             self.adapter.install(self.unet)
         scales = layer_scales(subject_scale, list(text_layers(self.unet).values()))
@@ -152,6 +159,11 @@ class SubjectMixin(Stock):
         if not entry:
             raise UserError("subject_images is empty: give 1 to 4 pictures of the subject.")
         found = {word: own if isinstance(own, Tensor) else self.encode_references(own) for word, own in entry.items()}
+        width = self.adapter.encoder.feature_dim
+        for own in found.values():
+            if own.ndim != 3 or own.shape[-1] != width or not 1 <= len(own) <= MAX_REFERENCES:
+                made = f"what encode_references makes, (1 to {MAX_REFERENCES}, tokens, {width})"
+                raise UserError(f"subject_images: a tensor {tuple(own.shape)} is not {made}.")
         return {word: self._as_adapter(own) for word, own in found.items()}
 
     def _as_adapter(self, features: Tensor) -> Tensor:
@@ -160,10 +172,13 @@ class SubjectMixin(Stock):
         some = next(self.adapter.parameters())
         return features.to(some.device, some.dtype)
 
-    def _refuse_words(self, prompts: list[str] | None) -> None:
-        used = [word for word in WORDS if any(word in prompt for prompt in prompts or ())]
-        if self.adapter is not None and self.adapter.has_words and used:
-            raise UserError(f"the prompt says {used[0]}, but there are no subject_images of it.")
+    def _refuse_words(self, kwargs: dict, names: Sequence[str]) -> None:
+        """UserError if one of these texts of the call says a subject's word, where there is no subject to be meant."""
+        if self.adapter is not None and self.adapter.has_words:
+            for name in names:
+                why = "what to avoid has no subject" if name in NEGATIVES else "there are no subject_images of it"
+                for text in texts_of(kwargs.get(name)) or ():
+                    check_shown(text, why=why)
 
     def _regions(self, masks: Any, there: Tensor, kwargs: dict) -> Tensor | None:
         """Where each subject may be, (rows, subjects, height, width) at latent size: masks by word, the same in every row, or
@@ -174,20 +189,21 @@ class SubjectMixin(Stock):
             (kwargs.get(side) or self.unet.config.sample_size * self.vae_scale_factor) // self.vae_scale_factor
             for side in ("width", "height")
         ]
-        if masks == SIDE_BY_SIDE:
+        if isinstance(masks, str) and masks == SIDE_BY_SIDE:
             return side_by_side(there, sides[1], sides[0]).to(self.unet.dtype)
         masks = masks if isinstance(masks, Mapping) else {WORDS[0]: masks}
         regions = torch.ones(len(WORDS), sides[1], sides[0], device=self._execution_device, dtype=self.unet.dtype)
         for word, mask in masks.items():
             if word not in WORDS:
                 raise UserError(f"subject_masks: '{word}' is no subject's word; those are {', '.join(WORDS)}.")
-            small = opened(mask).convert("L").resize(tuple(sides), Image.Resampling.BOX)
+            small = opened(mask, "mask").convert("L").resize(tuple(sides), Image.Resampling.BOX)
             regions[WORDS.index(word)] = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)
         return regions[: there.shape[1]].expand(len(there), -1, -1, -1)
 
     @contextmanager
     def _drawing(self, call: Call):
         stock = {name: tokenizer for name in TOKENIZERS if (tokenizer := getattr(self, name, None)) is not None}
+        stock = stock if self.adapter.has_words else {}
         if isinstance(self.adapter.encoder, ImagePrompt):
             side = self.image_encoder.config.image_size
             tower: Any = tower_of(self)

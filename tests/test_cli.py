@@ -51,7 +51,7 @@ def pipe(monkeypatch, tmp_path):
         return pipe
 
     def load_subject_pipeline(run, adapter, image_encoder, dtype):
-        pipe.adapter, pipe.image_encoder = adapter, image_encoder
+        pipe.adapter, pipe.loaded = SimpleNamespace(has_words=True), (adapter, image_encoder)
         return load_pipeline(run, dtype)
 
     both = {"load_pipeline": load_pipeline, "load_subject_pipeline": load_subject_pipeline}
@@ -175,6 +175,7 @@ def test_the_picture_carries_what_makes_it_again(pipe):
     main(["generate", "stickers", "chat à la plage", "--seed", "7", "--num_inference_steps", "3", "--guidance_scale", "2.5"])
     parameters = json.loads(Image.open("generated/chat-à-la-plage-7.png").text["parameters"])
     expected = {"prompt": "chat à la plage", "seed": 7, "steps": 3, "scale": 2.5, "negative_prompt": "", "run": "stickers"}
+    expected |= {"dtype": "float32", "width": 8, "height": 8}
     assert parameters == expected
 
 
@@ -194,13 +195,24 @@ def test_subject_images_go_to_the_words_they_name(pipe, tmp_path):
     for name in ("a.png", "b.png", "c.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     files = ["--subject_images", "a.png", "<s2>=c.png", "b.png"]
-    assert main(["generate", "stickers", "a <s> fox", *files, "--subject_scale", "0.7", "--subject_adapter", "runs/e"]) == 0
+    prompt, own = "a <s> fox next to a <s2> cat", ["--subject_scale", "0.7", "--subject_adapter", "runs/e"]
+    assert main(["generate", "stickers", prompt, *files, *own]) == 0
     call = pipe.calls[0]
     assert call["subject_images"] == {"<s>": ["a.png", "b.png"], "<s2>": ["c.png"]}
-    assert (call["subject_scale"], pipe.adapter) == (0.7, "runs/e")
+    assert (call["subject_scale"], pipe.loaded) == (0.7, ("runs/e", ""))
     assert "subject_masks" not in call
-    assert main(["generate", "stickers", "a <s> fox", *files, "--side_by_side"]) == 0
+    [written] = (tmp_path / "generated").iterdir()
+    parameters = json.loads(Image.open(written).text["parameters"])
+    assert (parameters["subject_adapter"], parameters["subject_images"]) == ("runs/e", files[1:])
+    assert main(["generate", "stickers", prompt, *files, "--side_by_side"]) == 0
     assert pipe.calls[1]["subject_masks"] == "side by side"
+
+
+def test_all_prompts_are_checked_before_the_first_is_drawn(pipe, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert main(["generate", "stickers", "a <s> fox", "a fox", "--subject_images", "a.png"]) == 2
+    assert "'a fox' does not say <s>" in capsys.readouterr().err
+    assert pipe.calls == []
 
 
 @pytest.mark.parametrize(
@@ -209,6 +221,8 @@ def test_subject_images_go_to_the_words_they_name(pipe, tmp_path):
         (["generate", "stickers", "a <s> cat", "--subject_images", "no.png"], ["--subject_images", "'no.png'"]),
         (["generate", "stickers", "a <s> cat", "--subject_adapter", "runs/e"], ["--subject_adapter", "--subject_images"]),
         (["generate", "stickers", "a <s> cat", "--image_encoder", "a/b"], ["--image_encoder", "--subject_images"]),
+        (["generate", "stickers", "a cat", "--side_by_side"], ["--side_by_side", "--subject_images"]),
+        (["generate", "stickers", "a cat", "--subject_scale", "0.5"], ["--subject_scale", "--subject_images"]),
         (["generate"], ['RUN "PROMPT"', "not ''"]),
         (["generate", "stickers"], ['RUN "PROMPT"', "'stickers'"]),
         (["generate", "stickers", " "], ['"PROMPT" is empty']),

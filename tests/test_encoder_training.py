@@ -208,6 +208,11 @@ WRONG = {
     "no word": (["--validation_prompt", "a dog", "--validation_images", "a.png"], "does not say <s>"),
     "score": (["--validation_prompt", "a <s> dog", "--validation_images", "a.png", "--validation_metric", "score"], "score"),
     "no folder": (["--train_data_dir", "nowhere"], "nowhere"),
+    "unreadable": (["--train_data_dir", "subjects"], "correct --train_data_dir"),
+    "no heads": (["--heads", "0"], "--heads must be at least 1"),
+    "no times": (["--time_bins", "0"], "--time_bins must be at least 1"),
+    "a cache": (["--cache_dir", "cache"], "--cache_dir is for LoRA and learned words"),
+    "kohya's file": (["--export_kohya"], "--export_kohya is for LoRA and learned words"),
 }
 
 
@@ -216,6 +221,8 @@ def test_what_a_run_cannot_begin_with_is_refused_before_anything_is_lost(case, t
     """An earlier run in the folder is replaced only once all that the new one needs was found."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save("a.png")
+    (tmp_path / "subjects/dog").mkdir(parents=True)
+    (tmp_path / "subjects/dog/a.png").write_text("no picture")
     for file in ("best/run.json", "checkpoint-3/run.json", "validation.jsonl"):
         (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / file).write_text("{}")
@@ -226,6 +233,32 @@ def test_what_a_run_cannot_begin_with_is_refused_before_anything_is_lost(case, t
     with pytest.raises(UserError, match="earlier run"):
         run(["custom_contrast", "--output_dir", "run"])
     assert all((tmp_path / "run" / file).exists() for file in ("best/run.json", "checkpoint-3/run.json", "validation.jsonl"))
+
+
+def test_a_run_of_another_method_takes_the_place_of_the_earlier_one(tower, subjects, tmp_path):
+    """Loaders would else take the earlier encoder, words or weights for a part of the new run."""
+    trained(build("sd15", "custom_contrast", tower), subjects, tmp_path, 1)
+    for file in ("pytorch_lora_weights.safetensors", "learned_embeds-0_dog.safetensors", "unet/config.json", "notes.txt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("earlier")
+    trained(build("sd15", "ip_adapter", tower), subjects, tmp_path, 1, overwrite_output_dir=True)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert "ip_adapter.safetensors" in found
+    assert not found & {"subject.safetensors", "unet", "pytorch_lora_weights.safetensors", "learned_embeds-0_dog.safetensors"}
+    assert (tmp_path / "notes.txt").read_text() == "earlier"
+
+
+def test_what_cannot_be_told_is_left_out_of_the_log(tower, subjects, tmp_path):
+    """One subject, held out twice, has no other to be as unlike as."""
+    method = build("sd15", "custom_contrast", tower)
+    config = TrainConfig(output_dir=str(tmp_path), train_batch_size=3, max_train_steps=1, validation_steps=1)
+    held = [drawn_rows(batch_of(method, subjects), slice(0, 2))]
+    held[0]["identity"] = torch.zeros(2, dtype=torch.long)
+    train(method, dataset(subjects, method), config, make_accelerator(config), held, {"base_model": "x", "method": "x"})
+    [line] = (tmp_path / "validation.jsonl").read_text().splitlines()
+    assert "NaN" not in line
+    assert json.loads(line).keys() >= {"validation_loss", "retrieval"}
+    assert "spearman" not in json.loads(line)
 
 
 def batch_of(method, subjects: Path) -> dict:
@@ -431,6 +464,8 @@ def test_going_on_from_an_encoder_keeps_what_it_knows(tower, subjects, tmp_path)
     assert any(".location." in name for name in new)
     with pytest.raises(UserError, match="--pretrained_adapter"):
         build("sd15", "custom_contrast", tower, dim=32, pretrained_adapter=str(tmp_path))
+    with pytest.raises(UserError, match=r"other sizes or parts \(heads\)"):
+        build("sd15", "custom_contrast", tower, heads=4, pretrained_adapter=str(tmp_path))
     with pytest.raises(UserError, match="no subject encoder"):
         build("sd15", "custom_contrast", tower, pretrained_adapter=str(tmp_path / "nothing"))
 

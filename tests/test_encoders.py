@@ -20,7 +20,7 @@ from customize.encoders.perceiver import Resampler
 from customize.errors import UserError
 from customize.files import header
 from customize.pipelines.subject import with_subjects
-from customize.subject import FILE, RELEASED, image_prompt, load_adapter, multimodal, save_adapter
+from customize.subject import FILE, RELEASED, image_prompt, load_adapter, multimodal, read_file, save_adapter
 from tiny import random, tiny, woken
 
 logging.set_verbosity_error()  # stock pipelines warn of modules that they did not expect
@@ -576,6 +576,19 @@ def test_a_damaged_file_is_refused_and_named(suffix, tmp_path):
     file = write(released("sd15", False), tmp_path / f"adapter{suffix}")
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UserError, match=str(file)):
+        load_adapter(file, tiny("sd15"), eye())
+
+
+@pytest.mark.parametrize("wrong", ["a tensor is missing", "a later version's size"])
+def test_a_file_of_ours_that_does_not_fit_is_refused_and_named(wrong, tmp_path):
+    file = save_adapter(adapted("sd15")[1], tmp_path)
+    state, about = read_file(file)
+    if wrong == "a tensor is missing":
+        state.pop(next(iter(state)))
+    else:
+        about["config"]["flavours"] = 3
+    save_file(state, file, {"format": "pt", "subject": json.dumps(about)})
+    with pytest.raises(UserError, match="damaged" if "missing" in wrong else "another version"):
         load_adapter(file, tiny("sd15"), eye())
 
 

@@ -555,15 +555,16 @@ def test_nothing_is_held_out_unless_asked_for(tmp_path):
     assert len(dataset.subjects) == 5
 
 
-@pytest.mark.parametrize("holdout", [5, 6, -1])
+@pytest.mark.parametrize("holdout", [5, 6])
 def test_a_holdout_that_leaves_nothing_is_refused(tmp_path, holdout):
     with pytest.raises(UserError, match=f"--holdout {holdout} .*there are 5"):
         read(subjects_in(tmp_path, holdout=holdout))
 
 
-def test_one_held_out_subject_is_refused():
-    with pytest.raises(UserError, match="--holdout 1 leaves nothing to compare"):
-        read(ReferenceConfig(holdout=1), base="stickers")
+@pytest.mark.parametrize("holdout", [1, -1])
+def test_one_held_out_subject_or_less_than_none_is_refused(holdout):
+    with pytest.raises(UserError, match=f"--holdout {holdout} leaves nothing to compare"):
+        read(ReferenceConfig(holdout=holdout), base="stickers")
 
 
 def test_two_sources_or_none_are_refused(tmp_path):
@@ -773,16 +774,82 @@ def test_only_what_is_shown_is_decoded(hf, tmp_path, monkeypatch):
 
 
 def test_rows_without_captions_get_the_prompt_with_their_subjects_name(hf, tmp_path):
-    config = parquet(write_rows(hf, tmp_path / "rows", lists=False), False, caption_column="none")
+    config = parquet(write_rows(hf, tmp_path / "rows", lists=False), False, caption_column="")
     config.instance_prompt = "a <s> called {}"
     assert [entry["prompt"] for entry in take(2, streamed(config))] == ["a <s> called toy0", "a <s> called toy1"]
 
 
 def test_a_row_caption_without_the_subjects_word_is_refused(hf, tmp_path):
-    config = parquet(write_rows(hf, tmp_path / "rows"), caption_column="none")
+    config = parquet(write_rows(hf, tmp_path / "rows"), caption_column="")
     config.instance_prompt = "a photo"
-    with pytest.raises(UserError, match=r"'a photo' does not say <s>"):
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(UserError, match=r"'a photo' does not say <s>"):
         take(1, streamed(config))
+
+
+def uneven(hf, folder):
+    """Seven subjects: the second has a mask too few, the third no pictures, the fourth a caption without its word, the fifth
+    one that is none."""
+    folder.mkdir()
+    half = Image.new("L", (8, 8), 255)
+    rows = {"image": [[flat(i, j) for j in range(3)] for i in range(7)], "cut": [[half] * 3 for _ in range(7)]}
+    rows["text"] = [f"a <s> toy {i}" for i in range(7)]
+    rows["cut"][1], rows["image"][2], rows["text"][3], rows["text"][4] = [half] * 2, None, "a toy", None
+    image = hf.Sequence(hf.Image())
+    features = hf.Features({"image": image, "cut": image, "text": hf.Value("string")})
+    hf.Dataset.from_dict(rows, features=features).to_parquet(str(folder / "0.parquet"))
+    return folder
+
+
+@STREAMING
+def test_rows_that_do_not_fit_together_are_skipped_or_refused(hf, tmp_path, streaming):
+    config = parquet(uneven(hf, tmp_path / "rows"), mask_column="cut", instance_prompt="a <s> {}", streaming=streaming)
+    with pytest.warns(UserWarning, match="skipped") as warned:
+        entries = take(4, streamed(config))
+    assert shown(entries) == [0, 4, 5, 6]
+    assert entries[1]["prompt"] == "a <s> 4"
+    said = [str(warning.message) for warning in warned]
+    assert any("subject '1' has 3 pictures, 2 masks and 3 captions. It is skipped" in text for text in said)
+    assert any("subject '3', the caption 'a toy' does not say <s>" in text for text in said)
+    config.strict = True
+    with pytest.raises(UserError, match="subject '1' has 3 pictures"):
+        take(4, streamed(config))
+
+
+def test_captions_that_are_no_text_are_skipped(hf, tmp_path):
+    rows = {"image": [[flat(0), flat(0, 1)]], "text": [7]}
+    (tmp_path / "rows").mkdir()
+    features = hf.Features({"image": hf.Sequence(hf.Image()), "text": hf.Value("int64")})
+    hf.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "rows" / "0.parquet"))
+    told = "--caption_column: subject '0' has 7, which is no text"
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(UserError, match=told):
+        take(1, streamed(parquet(tmp_path / "rows")))
+
+
+def test_pictures_of_16_bits_are_not_clipped(hf, tmp_path):
+    """Gray at half of the range stays gray."""
+    gray = [{"bytes": encoded(Image.fromarray(np.full((8, 8), 32768, np.uint16))), "path": None}] * 2
+    (tmp_path / "rows").mkdir()
+    features = hf.Features({"image": hf.Sequence(hf.Image())})
+    hf.Dataset.from_dict({"image": [gray]}, features=features).to_parquet(str(tmp_path / "rows" / "0.parquet"))
+    [entry] = take(1, streamed(parquet(tmp_path / "rows")))
+    assert entry["pixels"].abs().max() < 0.01
+
+
+def test_a_misspelt_caption_column_is_refused(hf, tmp_path):
+    with pytest.raises(UserError, match="--caption_column: the dataset has no column 'captoin'"):
+        streamed(parquet(write_rows(hf, tmp_path / "rows"), caption_column="captoin"))
+
+
+def test_no_subject_is_held_out_twice(hf, tmp_path):
+    """Of the first three subjects one has a single view and cannot be compared."""
+    rows = {"image": [[flat(i, j) for j in range(1 if i == 1 else 2)] for i in range(6)]}
+    (tmp_path / "rows").mkdir()
+    features = hf.Features({"image": hf.Sequence(hf.Image())})
+    hf.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "rows" / "0.parquet"))
+    _, [batch] = read(parquet(tmp_path / "rows", holdout=3))
+    assert subjects_of(batch) == [0, 2]
+    with pytest.raises(UserError, match="--holdout 2: fewer than two"):
+        read(parquet(tmp_path / "rows", holdout=2))
 
 
 def test_a_stream_is_shuffled_anew_in_every_epoch_and_repeats_with_its_seed(hf, tmp_path):

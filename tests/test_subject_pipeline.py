@@ -1,10 +1,12 @@
 """Drawing with subjects: what a call of the pipelines may be given, and how it composes with what else a pipeline can do."""
 
+import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -592,9 +594,15 @@ def test_an_unloaded_adapter_leaves_the_stock_pipeline(base, tmp_path):
     assert np.array_equal(draw(pipe, DOG), draw(other, DOG))  # <s> is no word of it any more
 
 
-def test_a_subjects_word_in_a_negative_prompt_needs_pictures_too(sd15):
-    with pytest.raises(UserError, match="says <s>, but there are no subject_images of it"):
-        draw(sd15, "a dog", negative_prompt="<s>")
+@pytest.mark.parametrize("kind", [multimodal, "plus"])
+def test_references_are_read_by_a_tower_whose_weights_come_when_it_runs(kind):
+    """Sequential offloading keeps them on the meta device in between."""
+    pipe = woken("sd15", kind)
+    wanted = draw(pipe, DOG, subject_images=[A, B])
+    for name in ("text_encoder", "image_encoder", "unet", "vae"):
+        cpu_offload(getattr(pipe, name), torch.device("cpu"))
+    assert pipe.image_encoder.device.type == "meta"
+    assert np.array_equal(draw(pipe, DOG, subject_images=[A, B]), wanted)
 
 
 @BASES
@@ -671,15 +679,20 @@ REFUSED = {
     "more entries than prompts": ([DOG, CAT], [[A], [B], [C]], "3 entries for 2 prompts"),
     "fewer entries than prompts": ([DOG, CAT, DOG], [{"<s>": A}, {"<s>": B}], "2 entries for 3 prompts"),
     "entries for one prompt": (DOG, [[A], [B]], "2 entries for 1 prompts"),
-    "no pictures at all": (DOG, None, "the prompt says <s>, but there are no subject_images of it"),
-    "no pictures for a batch": (["a dog", CAT], None, "the prompt says <s>, but there are no subject_images of it"),
+    "an entry that is no list": ([PAIR, DOG], [{"<s>": A, "<s2>": B}, C], "every entry must be a list or a dictionary"),
+    "no prompt": ([], [A], "subject_images needs `prompt`"),
+    "a picture as a tensor": (DOG, torch.zeros(3, 32, 32), "not what encode_references makes, (1 to 4, tokens, 96)"),
+    "features of too many": (DOG, torch.zeros(5, 17, 96), "not what encode_references makes"),
+    "a word that is not read": ("a dog " * 9 + "and a <s> dog", A, "<s> lies beyond the 16 tokens"),
+    "no pictures at all": (DOG, None, "says <s>, but there are no subject_images of it"),
+    "no pictures for a batch": (["a dog", CAT], None, "says <s>, but there are no subject_images of it"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_references_that_do_not_fit_are_refused(sd15, case):
     prompt, images, message = REFUSED[case]
-    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(message)):
         draw(sd15, prompt, subject_images=images)
 
 
@@ -744,11 +757,39 @@ def test_sizes_may_be_given_by_their_place_in_the_call(base):
 
 @pytest.mark.parametrize(
     ("masks", "message"),
-    [({"<t>": OPEN}, "subject_masks: '<t>' is no subject's word"), (3, "not int"), ("nowhere.png", "cannot be read")],
+    [
+        ({"<t>": OPEN}, "subject_masks: '<t>' is no subject's word"),
+        (3, "a mask must be a picture or the path of one, not int"),
+        (np.ones((8, 8)), "not ndarray"),
+        ("nowhere.png", "cannot be read"),
+    ],
 )
 def test_masks_that_do_not_fit_are_refused(sd15, masks, message):
     with pytest.raises(UserError, match=message):
         draw(sd15, DOG, subject_images=A, subject_masks=masks)
+
+
+NEGATIVE = {"negative_prompt": "a <s> cat"}
+
+
+def test_only_the_prompt_names_subjects(sd15):
+    for images in (A, None):
+        with pytest.raises(UserError, match="'a <s> cat' says <s>, but what to avoid has no subject"):
+            draw(sd15, DOG if images else "a dog", subject_images=images, **NEGATIVE)
+    xl = woken("sdxl")
+    with pytest.raises(UserError, match="what to avoid has no subject"):
+        draw(xl, DOG, subject_images=A, negative_prompt_2="a <s> cat")
+    with pytest.raises(UserError, match="'a <s2> cat' says <s2>, but there are no subject_images of it"):
+        draw(xl, DOG, subject_images=A, prompt_2="a <s2> cat")
+
+
+@BASES
+@pytest.mark.parametrize("kind", ["plain", "plus"])
+def test_words_mean_nothing_to_an_image_prompt_wherever_they_stand(base, kind):
+    pipe, second = woken(base, kind), {"prompt_2": "a <s2> cat"} if base == "sdxl" else {}
+    found = draw(pipe, DOG, subject_images=A, **NEGATIVE, **second)
+    plain = {name: text.replace("<s> ", "").replace("<s2> ", "") for name, text in (NEGATIVE | second).items()}
+    assert np.array_equal(found, draw(pipe, "a photo of dog", subject_images=A, **plain))
 
 
 @pytest.mark.parametrize("kind", [multimodal, "plain", "plus"])

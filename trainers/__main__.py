@@ -85,6 +85,9 @@ def launch_encoder(name: str, model: ModelConfig, data: ReferenceConfig, setting
         raise UserError("--validation_prompt: name pictures of the subject to draw with --validation_images.")
     if settings.validation_metric == "score":
         raise UserError("--validation_metric score rates runs of one subject; an encoder's best step goes by --holdout's loss.")
+    if model.cache_dir or settings.export_kohya:
+        flag = "--cache_dir" if model.cache_dir else "--export_kohya"
+        raise UserError(f"{flag} is for LoRA and learned words; an encoder sees new pictures at every step and is one file.")
     accelerator = make_accelerator(settings)
     backbone = load_backbone(model, data, accelerator)
     method = find_method(name)(backbone, options).to(accelerator.device)

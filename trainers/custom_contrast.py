@@ -23,7 +23,7 @@ from customize.losses.contrastive import MaclForm, appearance_contrast, cosines,
 from customize.subject import SubjectAdapter, multimodal
 from customize.trainers.diagnostics import appearance_correlation, gradient_ratios, view_retrieval, write_similarity
 from customize.trainers.state import fixed_randomness
-from customize.trainers.subject_method import SubjectConfig, SubjectMethod, of_subjects
+from customize.trainers.subject_method import SubjectConfig, SubjectMethod, check_sizes, of_subjects
 
 
 @dataclass
@@ -47,7 +47,8 @@ class CustomContrastConfig(SubjectConfig):
     time_bins: int = option(10, "denoising times that S+ tells apart")
 
 
-SIZES = ("words", "fusion", "location", "dim", "depth", "heads", "visual_queries", "feature_layers", "time_bins")
+PARTS = ("words", "fusion", "location")
+NUMBERS = ("dim", "depth", "heads", "visual_queries", "feature_layers", "time_bins")
 
 
 @dataclass
@@ -75,7 +76,8 @@ class CustomContrast(SubjectMethod):
 
     def make_adapter(self) -> SubjectAdapter:
         config = self.config
-        sizes = {name: getattr(config, name) for name in SIZES}
+        check_sizes(config, NUMBERS)
+        sizes = {name: getattr(config, name) for name in (*PARTS, *NUMBERS)}
         return multimodal(self.backbone.pipe, self.tower, config.initializer_token, config.text_gate, **sizes)
 
     def on_step(self, step, steps):

@@ -23,8 +23,10 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def appearance_correlation(anchors: Tensor, positives: Tensor, looks: Tensor, identity: Tensor) -> float:
     """Spearman's correlation, over pairs of different subjects, of the cosine of their Z (mean over layers) with that of their
-    pictures: 1 if subjects are as unlike in S+ as they look."""
+    pictures: 1 if subjects are as unlike in S+ as they look; NaN where there are no two pairs to compare."""
     other = (identity[:, None] != identity).cpu().numpy()
+    if other.sum() < 4:  # each pair is there twice
+        return float("nan")
     learned = cosines(anchors, positives).mean(0).detach().cpu().numpy()
     return rank_correlation(learned[other], cosines(looks, looks).detach().cpu().numpy()[other])
 

@@ -1,7 +1,6 @@
 """The three sources that encoders learn from: rendered sticker scenes, a folder of folders, and a dataset (streams.py)."""
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,7 +108,9 @@ def read_folders(config: ReferenceConfig) -> list[tuple[str, list[Picture]]]:
     subjects: list[tuple[str, list[Picture]]] = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         prompt = config.instance_prompt.replace("{}", folder.name)
-        pictures = find_pictures(folder, prompt, len(subjects), False, config.strict, config.max_pixels)
+        pictures = find_pictures(
+            folder, prompt, len(subjects), strict=config.strict, max_pixels=config.max_pixels, flag="--train_data_dir"
+        )
         if len(pictures) < 2:
             raise UserError(f"'{folder}' holds one picture: an encoder learns from two or more views of every subject.")
         for picture in pictures:
@@ -120,6 +121,16 @@ def read_folders(config: ReferenceConfig) -> list[tuple[str, list[Picture]]]:
     return subjects
 
 
+def first_epoch(items: Iterable[dict]) -> list[dict]:
+    """Of endless items those before the first subject comes again."""
+    found: dict[int, dict] = {}
+    for entry in items:
+        if entry["identity"] in found:
+            break
+        found[entry["identity"]] = entry
+    return list(found.values())
+
+
 def read_references(model, config: ReferenceConfig, settings, pixels: Pixels, accelerator) -> tuple[Dataset, list[dict]]:
     """The training set, and batches of `holdout` subjects that it does not show, if any are held out.
 
@@ -128,8 +139,8 @@ def read_references(model, config: ReferenceConfig, settings, pixels: Pixels, ac
     if config.train_data_dir and config.dataset_name:
         raise UserError("Name the subjects with --train_data_dir or with --dataset_name, not with both.")
     seed, count = settings.seed, config.holdout
-    if count == 1:
-        raise UserError("--holdout 1 leaves nothing to compare the subject with: hold out 2 or more, or 0.")
+    if count < 0 or count == 1:
+        raise UserError(f"--holdout {count} leaves nothing to compare a subject with: hold out 2 or more, or 0.")
     held_out = partial(held_out_batches, size=settings.train_batch_size, device=accelerator.device)
     if config.train_data_dir:
         subjects = read_folders(config)
@@ -140,7 +151,9 @@ def read_references(model, config: ReferenceConfig, settings, pixels: Pixels, ac
         return train, held_out(held, count)
     if config.dataset_name:
         held_rows, rows = split_rows(read_rows(config), config.subject_column, count)
-        kept_rows = list(itertools.islice(Streamed(config, held_rows, pixels, seed), count)) if count else []
+        kept_rows = first_epoch(Streamed(config, held_rows, pixels, seed)) if count else []
+        if count and len(kept_rows) < 2:
+            raise UserError(f"--holdout {count}: fewer than two of the first {count} subjects can be used; hold out more.")
         streamed = Streamed(config, rows, pixels, seed, accelerator.process_index, accelerator.num_processes)
         return streamed, held_out(kept_rows, len(kept_rows))
     if model.pretrained_model_name_or_path != "stickers":

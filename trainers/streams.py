@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from customize.errors import UserError
+from customize.pictures import eight_bit
 from customize.trainers.references import Pixels, ReferenceConfig, View, drawn, item, named
 
 Row = tuple[Any, Any, Any]  # picture and mask, undecoded, and caption
@@ -26,7 +27,7 @@ class Streamed(IterableDataset):
         self.skip = 0
 
     def after(self, items: int) -> "Streamed":
-        """Begins after so many items, whose rows are read and passed over."""
+        """Begins after so many subjects, whose rows are read and passed over: one item each, if none of them was skipped."""
         self.skip = items
         return self
 
@@ -38,19 +39,24 @@ class Streamed(IterableDataset):
                 missed = 0
             except Unreadable as error:
                 missed += 1
-                if self.config.strict or missed == MISSED:
+                if missed == MISSED:
                     raise
-                warnings.warn(f"{error} It is skipped.", stacklevel=2)
+                self.pass_over(error)
 
     def item(self, name: str, views: Sequence[Row], rng: np.random.Generator) -> dict:
         target, *references = (self.view(name, *views[i]) for i in drawn(rng, len(views)))
-        prompt = named(target.caption or self.config.instance_prompt.replace("{}", name))
+        try:
+            prompt = named(target.caption or self.config.instance_prompt.replace("{}", name))
+        except UserError as error:
+            raise Unreadable(f"--dataset_name: of subject '{name}', {error}") from error
         number, twice = zlib.crc32(name.encode()), len(views) < 3
         return item(target, [references], prompt, number, rng, self.config, self.pixels, shows_target=twice)
 
     def view(self, name: str, picture: Any, mask: Any, caption: str | None) -> View:
         shown = decoded(picture, name, self.config.max_pixels)
         cut = None if mask is None else decoded(mask, name, self.config.max_pixels).convert("L").resize(shown.size)
+        if not isinstance(caption or "", str):
+            raise Unreadable(f"--caption_column: subject '{name}' has {caption!r}, which is no text.")
         return View(shown, cut, caption or "")
 
     def subjects(self) -> Iterator[tuple[str, Sequence[Row], np.random.Generator]]:
@@ -74,9 +80,19 @@ class Streamed(IterableDataset):
             return
         for i, row in enumerate(self.rows):
             pictures, masks, captions = self.parts(row)
+            pictures = pictures or []
             masks = masks or [None] * len(pictures)
             captions = captions if isinstance(captions, list) else [captions] * len(pictures)
-            yield str(i), list(zip(pictures, masks, captions, strict=True))
+            if len(pictures) == len(masks) == len(captions):
+                yield str(i), list(zip(pictures, masks, captions, strict=True))
+                continue
+            counted = f"{len(pictures)} pictures, {len(masks)} masks and {len(captions)} captions"
+            self.pass_over(Unreadable(f"--dataset_name: subject '{i}' has {counted}."))
+
+    def pass_over(self, error: "Unreadable") -> None:
+        if self.config.strict:
+            raise error
+        warnings.warn(f"{error} It is skipped.", stacklevel=2)
 
     def parts(self, row: dict) -> Row:
         """A row's picture, mask and caption, or lists of them."""
@@ -99,7 +115,7 @@ def decoded(picture: Any, name: str, max_pixels: int) -> Image.Image:
         raise Unreadable(f"--dataset_name: a picture of subject '{name}' cannot be read ({error}).") from error
     if width * height > max_pixels:
         raise Unreadable(f"--dataset_name: a picture of subject '{name}' has more pixels than --max_pixels {max_pixels}.")
-    return found
+    return eight_bit(found)
 
 
 def called_by(rows, subject: str) -> Callable[[Any], str]:
@@ -140,8 +156,9 @@ def read_rows(config: ReferenceConfig):
     if first_row is None:
         raise UserError(f"--dataset_name '{config.dataset_name}' has no rows.")
     columns = rows.column_names or list(first_row)
-    for flag in ("image_column", "mask_column", "subject_column"):
-        if (name := getattr(config, flag)) and name not in columns:
+    for flag in ("image_column", "mask_column", "caption_column", "subject_column"):
+        name = getattr(config, flag)
+        if name and name not in columns and (flag, name) != ("caption_column", ReferenceConfig.caption_column):
             raise UserError(f"--{flag}: the dataset has no column '{name}', only {', '.join(columns)}.")
     if not config.subject_column and not isinstance(first_row[config.image_column], list):
         raise UserError("--subject_column: name the column that says which subject a row shows, or give lists of pictures.")

@@ -1,6 +1,7 @@
 """What methods that train a subject encoder share: the image tower, the adapter, and what is dropped for guidance."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
@@ -11,9 +12,8 @@ from customize.attention import text_layers
 from customize.config import option
 from customize.encoders import Encoded, load_tower
 from customize.errors import UserError
-from customize.pipelines.call import check_words
 from customize.pipelines.subject import with_subjects
-from customize.subject import WORDS, SubjectAdapter, adapter_file, load_adapter, read_file, without_words
+from customize.subject import WORDS, SubjectAdapter, adapter_file, check_words, load_adapter, read_file, without_words
 from customize.trainers.method import Method, MethodConfig
 from customize.trainers.references import ReferenceConfig
 from customize.trainers.state import fixed_randomness
@@ -61,14 +61,18 @@ class SubjectMethod(Method):
 
     def start_from(self, name: str) -> SubjectAdapter:
         """A released adapter as it is, or a new one of ours with what an earlier run trained: parts that it did not have begin
-        anew. UserError where shapes differ."""
+        anew. UserError where sizes differ."""
         path = adapter_file(name)
         state, about = read_file(path)
         if about is None:
             return load_adapter(path, self.backbone.pipe, self.tower).train().requires_grad_(True)
         adapter = self.make_adapter()
         own = {key: value.shape for key, value in adapter.state_dict().items()}
-        if differing := [key for key, value in state.items() if own.get(key) != value.shape]:
+        differing = [key for key, value in state.items() if own.get(key) != value.shape]
+        sizes = asdict(adapter.encoder.config)
+        # what shapes do not tell
+        differing += [name for name in ("heads", "image_layers") if about["config"][name] != sizes[name]]
+        if differing:
             raise UserError(
                 f"--pretrained_adapter: '{path}' has other sizes or parts ({differing[0]}); give the flags of its run."
             )
@@ -156,6 +160,12 @@ class SubjectMethod(Method):
     def uses_both(self) -> bool:
         """Whether this batch is given both references; the first alone in evaluation."""
         return self.training and torch.rand(()).item() < self.config.multi_reference_rate
+
+
+def check_sizes(config: SubjectConfig, names: Iterable[str]) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} must be at least 1.")
 
 
 def of_subjects(values: Tensor, present: Tensor) -> Tensor:

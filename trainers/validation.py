@@ -1,6 +1,7 @@
 """Looking at a method while it trains: a loss that can be compared between steps, pictures, and which step was the best."""
 
 import json
+import math
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -38,13 +39,14 @@ def validate(session: Session, bar: tqdm) -> None:
 
 
 def diagnosis(session: Session) -> dict[str, float]:
-    """What the method says of itself, in evaluation mode and without touching training's generators."""
+    """What the method says of itself, in evaluation mode and without touching training's generators; left out where there was
+    too little to compare (NaN)."""
     method = session.method
     method.eval()
     with fixed_randomness(session.config.seed):
         found = method.diagnose(session.held_out, session.output / "samples", session.step)
     method.train()
-    return found
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def draw_validation(session: Session) -> dict[str, float]:

@@ -39,7 +39,7 @@ class ImagePrompt(nn.Module):
         return isinstance(self.image_proj, Resampler)
 
     @property
-    def image_dim(self) -> int:
+    def feature_dim(self) -> int:
         """Width of the features that it reads."""
         first = self.image_proj.proj_in if isinstance(self.image_proj, Resampler) else self.image_proj.proj
         return first.in_features

@@ -103,8 +103,7 @@ class MultimodalEncoder(nn.Module):
         self.config = config
         self.layers = evenly(config.image_layers, config.feature_layers)
         dim, projection = config.dim, config.projection
-        features = config.image_dim * len(self.layers)
-        self.visual = Resampler(features, dim, config.visual_dim, config.visual_queries + 1, config.depth, config.heads)
+        self.visual = Resampler(self.feature_dim, dim, config.visual_dim, config.visual_queries + 1, config.depth, config.heads)
         self.project_visual = nn.Linear(config.visual_dim, projection, bias=False)
         if config.words:
             self.textual = TextualQFormer(config)
@@ -114,6 +113,11 @@ class MultimodalEncoder(nn.Module):
             self.fusion = Fusion(dim, config.visual_dim) if config.fusion else None
         if config.location:
             self.time, self.who = embedding(2 * OCTAVES, dim), nn.Linear(config.visual_dim, dim)
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the features that it reads."""
+        return self.config.image_dim * len(self.layers)
 
     @property
     def place_dim(self) -> int:

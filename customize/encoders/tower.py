@@ -45,7 +45,9 @@ class ImageTower(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor):
         """transformers' output: `image_embeds` (n, projection) and all `hidden_states` (n, tokens, width)."""
-        return self.vision(pixels.to(self.vision.device, self.vision.dtype), output_hidden_states=True)
+        if self.vision.device.type != "meta":  # its weights come when it runs, and pixels with them: sequential offloading
+            pixels = pixels.to(self.vision.device)
+        return self.vision(pixels.to(self.vision.dtype), output_hidden_states=True)
 
 
 def opaque(picture: Image.Image) -> Image.Image:
