@@ -93,6 +93,7 @@ class CustomContrast(SubjectMethod):
         used = 2 if both or self.contrasts else 1
         output = self.tower(batch["references"][present][:, :used].flatten(0, 1))
         features, times = adapter.encoder.read(output).unflatten(0, (-1, used)), of_subjects(t, present)
+        # both at their sample's time: S+ could tell pairs by it, but hardly changes with it (cosine .997 on the embedded model)
         views = [self.encode(features[:, i : i + 1], times) for i in range(2 if self.contrasts else 1 - both)]
         shows_target = of_subjects(batch["shows_target"], present)
         encoded = (self.encode(features, times, shows_target) if both else views[0]).spread(present)
