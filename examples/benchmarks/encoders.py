@@ -2,7 +2,7 @@
 
     python examples/benchmarks/encoders.py train start ip_start    (in as many processes as there are cores)
     python examples/benchmarks/encoders.py train words cscl ...
-    python examples/benchmarks/encoders.py table [words cscl dreambooth_no_prior ...] [--group known] [--quick]
+    python examples/benchmarks/encoders.py table [words cscl dreambooth-no-prior ...] [--group known] [--quick]
     python examples/benchmarks/encoders.py sheet    (docs/encoder.png, of the encoder that ships)
 
 Both kinds of encoder are fitted to the drawings' names first (examples/stickers/names.py). All variants of CustomContrast
