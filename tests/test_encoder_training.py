@@ -216,6 +216,7 @@ WRONG = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*It is skipped")  # the picture that is none, before its folder is refused
 @pytest.mark.parametrize("case", WRONG)
 def test_what_a_run_cannot_begin_with_is_refused_before_anything_is_lost(case, tmp_path, monkeypatch):
     """An earlier run in the folder is replaced only once all that the new one needs was found."""
