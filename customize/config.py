@@ -48,6 +48,13 @@ def parse(dataclasses: list[type], words: Sequence[str]) -> list[Any]:
     return [build(cls, values) for cls in dataclasses]
 
 
+def at_least_one(config: Any, flags: Sequence[str]) -> None:
+    """UserError for the first of these numbers of a configuration that is below 1."""
+    for flag in flags:
+        if getattr(config, flag) < 1:
+            raise UserError(f"--{flag} must be at least 1.")
+
+
 def help_text(dataclasses: list[type]) -> str:
     """One line a flag, with its help and default, under the name of its dataclass."""
     return "\n\n".join("\n".join([f"{cls.__name__}:", *map(help_line, flags_of(cls))]) for cls in dataclasses)

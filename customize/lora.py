@@ -8,6 +8,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from customize.config import at_least_one
 from customize.errors import UserError
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -45,8 +46,7 @@ def add_lora(module: ModelMixin, settings: LoraFields, targets: list[str] | None
     missing = [t for t, names in found.items() if not names]
     if missing and (not preset or len(missing) == len(wanted)):
         raise UserError(f"--lora_layers: no layer is named {', '.join(missing)}; use one of {', '.join(PRESETS)}.")
-    if settings.rank < 1:
-        raise UserError("--rank must be at least 1.")
+    at_least_one(settings, ["rank"])
     module.add_adapter(
         LoraConfig(
             r=settings.rank,

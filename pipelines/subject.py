@@ -139,11 +139,11 @@ class SubjectMixin(Stock):
         subjects = [self._encoded(entry) for entry in each_prompt(subject_images, len(prompts))]
         for prompt, found in zip(prompts, subjects, strict=True):
             check_words(prompt, found, self.adapter.has_words)
+            if self.adapter.has_words:
+                check_length(prompt, found, with_words(self.tokenizer))
         if self.adapter.has_words:
             for text in texts_of(kwargs.get("prompt_2")) or ():
                 check_shown(text, [word for found in subjects for word in found])
-            for prompt, found in zip(prompts, subjects, strict=True):
-                check_length(prompt, found, with_words(self.tokenizer))
         else:
             kwargs |= {name: without_subjects(kwargs[name]) for name in TEXTS if kwargs.get(name)}
         if not is_installed(self.unet, self.adapter.branches):  # but those of another pipeline with the same denoiser

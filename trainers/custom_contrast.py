@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from customize.attention import TextGate
 from customize.backbone import Condition, Step
-from customize.config import option
+from customize.config import at_least_one, option
 from customize.encoders import Encoded
 from customize.errors import UserError
 from customize.losses.contrastive import MaclForm, appearance_contrast, cosines, cross_modal_contrast, gathered
 from customize.subject import SubjectAdapter, multimodal
 from customize.trainers.diagnostics import appearance_correlation, gradient_ratios, view_retrieval, write_similarity
 from customize.trainers.state import fixed_randomness
-from customize.trainers.subject_method import SubjectConfig, SubjectMethod, check_sizes, of_subjects
+from customize.trainers.subject_method import SubjectConfig, SubjectMethod, of_subjects
 
 
 @dataclass
@@ -76,7 +76,7 @@ class CustomContrast(SubjectMethod):
 
     def make_adapter(self) -> SubjectAdapter:
         config = self.config
-        check_sizes(config, NUMBERS)
+        at_least_one(config, NUMBERS)
         sizes = {name: getattr(config, name) for name in (*PARTS, *NUMBERS)}
         return multimodal(self.backbone.pipe, self.tower, config.initializer_token, config.text_gate, **sizes)
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from customize.backbone import Condition
-from customize.config import option
+from customize.config import at_least_one, option
 from customize.subject import SubjectAdapter, image_prompt
-from customize.trainers.subject_method import SubjectConfig, SubjectMethod, check_sizes, of_subjects
+from customize.trainers.subject_method import SubjectConfig, SubjectMethod, of_subjects
 
 
 @dataclass
@@ -24,7 +24,7 @@ class IPAdapter(SubjectMethod):
     Config = IPAdapterConfig
 
     def make_adapter(self) -> SubjectAdapter:
-        check_sizes(self.config, ("dim", "depth", "heads", "visual_queries"))
+        at_least_one(self.config, ("dim", "depth", "heads", "visual_queries"))
         sizes = {name: getattr(self.config, name) for name in ("dim", "depth", "heads")}
         sizes = sizes | {"queries": self.config.visual_queries} if self.config.plus else {}
         return image_prompt(self.backbone.pipe, self.tower, self.config.plus, **sizes)

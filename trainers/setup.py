@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from customize.backbone import Backbone, wrap
+from customize.config import at_least_one
 from customize.data import check_resolution
 from customize.errors import UserError
 from customize.loading import load_base
@@ -48,16 +49,8 @@ def check_settings(model: ModelConfig, data: Any, settings: TrainConfig) -> None
             f"'{output}' holds an earlier run; choose another --output_dir, go on with --resume_from_checkpoint latest, "
             "or replace it with --overwrite_output_dir."
         )
-    for flag in (
-        "num_validation_images",
-        "max_train_steps",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "validation_steps",
-        "checkpointing_steps",
-    ):
-        if getattr(settings, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1.")
+    numbers = ("num_validation_images", "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
+    at_least_one(settings, (*numbers, "validation_steps", "checkpointing_steps"))
 
 
 def clear_output(settings: TrainConfig, accelerator: Accelerator) -> None:

@@ -1,6 +1,5 @@
 """What methods that train a subject encoder share: the image tower, the adapter, and what is dropped for guidance."""
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -160,12 +159,6 @@ class SubjectMethod(Method):
     def uses_both(self) -> bool:
         """Whether this batch is given both references; the first alone in evaluation."""
         return self.training and torch.rand(()).item() < self.config.multi_reference_rate
-
-
-def check_sizes(config: SubjectConfig, names: Iterable[str]) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} must be at least 1.")
 
 
 def of_subjects(values: Tensor, present: Tensor) -> Tensor:

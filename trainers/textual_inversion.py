@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from customize.config import at_least_one
 from customize.errors import UserError
 from customize.tokens import ConceptTokens
 from customize.trainers.method import Method, MethodConfig
@@ -30,8 +31,7 @@ def new_words(backbone, config: WordFields) -> ConceptTokens:
         raise UserError(
             "--placeholder_token and --initializer_token must name as many (different) words each, such as '<dog>' and 'dog'."
         )
-    if config.num_vectors < 1:
-        raise UserError("--num_vectors must be at least 1.")
+    at_least_one(config, ["num_vectors"])
     return ConceptTokens(backbone, dict(zip(words, starts, strict=True)), config.num_vectors)
 
 

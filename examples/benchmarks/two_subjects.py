@@ -83,7 +83,7 @@ def main():
     pipe = load_subject_pipeline(options.run)
     pipe.set_progress_bar_config(disable=True)
     masks = {"<s>": region(True), "<s2>": region(False)}
-    counts: dict[str, list[str]] = {"real scenes": [], "base, class words": [], "free": [], "with regions": []}
+    counts: dict[str, list[str]] = {"real scenes": [], "base model": [], "free": [], "with regions": []}
     options.output.mkdir(parents=True, exist_ok=True)
     for i in range(0, PAIRS, 5):
         some = pairs()[i : i + 5]
@@ -91,7 +91,7 @@ def main():
         images = [{"<s>": references(a), "<s2>": references(b)} for a, b in some]
         counts["real scenes"] += [verdict(real(a, b, i + k), a, b) for k, (a, b) in enumerate(some)]
         for name, prompts, subjects in (
-            ("base, class words", [without_words(prompt) for prompt in named], {}),
+            ("base model", [without_words(prompt) for prompt in named], {}),
             ("free", named, {"subject_images": images}),
             ("with regions", named, {"subject_images": images, "subject_masks": masks}),
         ):
@@ -105,7 +105,7 @@ def main():
         shares = {
             verdict: f"{found.count(verdict) / len(found):.0%}" for verdict in ("both", "one", "swapped looks", "neither")
         }
-        print(f"{name:17s}", shares)
+        print(f"{name:14s}", shares)
 
 
 if __name__ == "__main__":
