@@ -1,5 +1,6 @@
 """Configuration: flat dataclasses, filled from a YAML file and then from the command line on top."""
 
+import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,15 +12,44 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 import yaml
 
-from customize.errors import UserError, nearest
+from customize.errors import UserError, nearest, shortened
+from customize.reading import read_text
 
 BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "none"}
+DIGITS = 18  # of whole numbers: torch and numpy hold those
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field that is a flag with a help text."""
-    return field(default=default, metadata={"help": help})
+class Range(NamedTuple):
+    """Where a number must lie; `above` and `below` are not among them."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def holds(self, number: float) -> bool:
+        closed = (self.least is None or self.least <= number) and (self.most is None or number <= self.most)
+        open = (self.above is None or self.above < number) and (self.below is None or number < self.below)
+        return closed and open and (isinstance(number, int) or math.isfinite(number))
+
+    def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"between {self.least} and {self.most}"
+        names = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+        return " and ".join(f"{word} {end}" for k, word in names.items() if (end := getattr(self, k)) is not None)
+
+
+def option(
+    default: Any,
+    help: str,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field that is a flag with a help text, and with the range that its numbers must lie in."""
+    return field(default=default, metadata={"help": help, "range": Range(least, most, above, below)})
 
 
 class Flag(NamedTuple):
@@ -30,10 +60,28 @@ class Flag(NamedTuple):
     default: Any
     help: str
     alias: str | None
+    range: Range
 
 
 class WordLoader(yaml.BaseLoader):
     """Reads every scalar but null as text, so that a file's `1e-4` and `no` mean what they mean on the command line."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for more than memory holds
+            raise yaml.MarkedYAMLError(
+                problem="write the value itself, not *its name", problem_mark=self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """YAML's own loader lets the last of two equal keys win."""
+        found: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in found:
+                problem = f"'{shortened(key.value)}' is given twice, keep one of the two"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            found.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 WordLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
@@ -55,6 +103,24 @@ def at_least_one(config: Any, flags: Sequence[str]) -> None:
             raise UserError(f"--{flag} must be at least 1.")
 
 
+def check_ranges(config: Any) -> None:
+    """UserError for the first number of a configuration that is not finite or outside its range."""
+    for flag in flags_of(type(config)):
+        number = getattr(config, flag.name)
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        if wanted := unmet(flag.range, number):
+            raise UserError(f"--{flag.name} must be {wanted}, not {shortened(str(number))}.")
+
+
+def unmet(limits: Range, number: float) -> str:
+    """What a number must be and is not, in words; nothing if all is well."""
+    if not limits.holds(number):
+        endless = not isinstance(number, int) and not math.isfinite(number) and limits.most is None and limits.below is None
+        return " and ".join(filter(None, ("finite" * endless, str(limits))))
+    return f"a number of at most {DIGITS} digits" if isinstance(number, int) and abs(number) >= 10**DIGITS else ""
+
+
 def help_text(dataclasses: list[type]) -> str:
     """One line a flag, with its help and default, under the name of its dataclass."""
     return "\n\n".join("\n".join([f"{cls.__name__}:", *map(help_line, flags_of(cls))]) for cls in dataclasses)
@@ -63,12 +129,18 @@ def help_text(dataclasses: list[type]) -> str:
 def help_line(flag: Flag) -> str:
     ending = "required" if flag.default is MISSING else f"default {flag.default!r}"
     also = f", also --{flag.alias}" if flag.alias else ""
-    return f"  --{flag.name:<30} {flag.help} ({expected(flag.type)}; {ending}{also})"
+    kind = ", ".join(filter(None, (expected(flag.type), str(flag.range))))
+    return f"  --{flag.name:<30} {flag.help} ({kind}; {ending}{also})"
 
 
 def flags_of(cls: type) -> list[Flag]:
     types = get_type_hints(cls)
-    return [Flag(f.name, types[f.name], default(f), f.metadata.get("help", ""), f.metadata.get("alias")) for f in fields(cls)]
+    return [flag_of(f, types[f.name]) for f in fields(cls)]
+
+
+def flag_of(field: Field, wanted: Any) -> Flag:
+    about = field.metadata
+    return Flag(field.name, wanted, default(field), about.get("help", ""), about.get("alias"), about.get("range", Range()))
 
 
 def default(field: Field) -> Any:
@@ -89,7 +161,9 @@ def build(cls: type, values: dict[str, Any]) -> Any:
     for flag in flags_of(cls):
         if flag.default is MISSING and flag.name not in values:
             raise UserError(f"--{flag.name} is missing: give it on the command line or as `{flag.name}:` in the YAML file.")
-    return cls(**{flag.name: values[flag.name] for flag in flags_of(cls) if flag.name in values})
+    config = cls(**{flag.name: values[flag.name] for flag in flags_of(cls) if flag.name in values})
+    check_ranges(config)
+    return config
 
 
 def read_file(path: str, known: dict[str, Flag]) -> dict[str, Any]:
@@ -97,7 +171,8 @@ def read_file(path: str, known: dict[str, Flag]) -> dict[str, Any]:
     for key, value in load_yaml(path).items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise UserError(f"{path} has an unknown key '{key}': rename or remove it.{nearest(name, known)}")
+            told = nearest(shortened(name), known)
+            raise UserError(f"{path} has an unknown key '{shortened(str(key))}': rename or remove it.{told}")
         flag = known[name]
         if flag.name in values:
             raise UserError(f"{path} sets '{flag.name}' twice, once as '{key}': keep one of the two.")
@@ -106,12 +181,11 @@ def read_file(path: str, known: dict[str, Flag]) -> dict[str, Any]:
 
 
 def load_yaml(path: str) -> dict[Any, Any]:
+    text = read_text(Path(path))
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), WordLoader)
-    except OSError as error:
-        raise UserError(f"Cannot read the configuration file {path} ({error.strerror}): check its path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        content = yaml.load(text, WordLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML, write one `name: value` a line: {reason}.") from error
     if not isinstance(content, dict | NoneType):
         raise UserError(f"{path} must hold a `name: value` on each line: it holds something else.")
@@ -135,14 +209,15 @@ def read_words(words: Sequence[str], known: dict[str, Flag]) -> dict[str, Any]:
 def find_flag(label: str, known: dict[str, Flag]) -> tuple[Flag, bool]:
     """The flag that a word such as --lr or --no_cache names, and whether the word negates it."""
     if not label.startswith("--"):
-        raise UserError(f"'{label}' belongs to no flag: write it after the --flag that it is the value of.")
+        raise UserError(f"'{shortened(label)}' belongs to no flag: write it after the --flag that it is the value of.")
     name = label[2:].replace("-", "_")
     if name in known:
         return known[name], False
     positive = name.removeprefix("no_")
     if positive != name and positive in known and bool in members(known[positive].type):
         return known[positive], True
-    raise UserError(f"Unknown flag {label}: --help lists all flags.{nearest('--' + name, ['--' + k for k in known])}")
+    told = nearest(shortened("--" + name), ["--" + k for k in known])
+    raise UserError(f"Unknown flag {shortened(label)}: --help lists all flags.{told}")
 
 
 def members(wanted: Any) -> tuple[Any, ...]:
@@ -164,7 +239,7 @@ def convert(value: Any, wanted: Any, label: str) -> Any:
     for member in sorted(members(wanted), key=lambda member: member is not NoneType):
         with suppress(ValueError, KeyError):
             return cast(value, member)
-    raise UserError(f"{label} expects {expected(wanted)}, not {'nothing' if value is None else repr(value)}.")
+    raise UserError(f"{label} expects {expected(wanted)}, not {'nothing' if value is None else shortened(repr(value))}.")
 
 
 def cast(value: Any, wanted: Any) -> Any:

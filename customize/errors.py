@@ -11,3 +11,9 @@ def nearest(name: str, known) -> str:
     """' Did you mean X?' for a misspelt name, or nothing."""
     close = get_close_matches(name, list(known), 1)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """A text as messages quote it: on one line, of about `most` characters."""
+    line = " ".join(text[: 4 * most].split())
+    return line if len(line) <= most and len(text) <= 4 * most else line[: most - 3] + "..."

@@ -1,6 +1,6 @@
 """Low-rank adapters through peft, and their files in the layouts other tools read."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from diffusers import ModelMixin
@@ -8,7 +8,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from customize.config import at_least_one
+from customize.config import check_ranges, option
 from customize.errors import UserError
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -26,14 +26,11 @@ TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 class LoraFields:
     """Fields of every method that trains LoRA."""
 
-    rank: int = field(default=8, metadata={"help": "rank of the LoRA matrices"})
-    lora_alpha: float = field(default=0.0, metadata={"help": "LoRA is scaled by lora_alpha / rank; 0 means rank"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the LoRA matrices"})
-    lora_layers: str = field(
-        default="attention",
-        metadata={"help": "attention, attention+ff, all (convolutions too), or comma-separated module names"},
-    )
-    use_dora: bool = field(default=False, metadata={"help": "also learn the weights' magnitudes (DoRA)"})
+    rank: int = option(8, "rank of the LoRA matrices", least=1)
+    lora_alpha: float = option(0.0, "LoRA is scaled by lora_alpha / rank; 0 means rank", least=0)
+    lora_dropout: float = option(0.0, "dropout before the LoRA matrices", least=0, below=1)
+    lora_layers: str = option("attention", "attention, attention+ff, all (convolutions too), or comma-separated module names")
+    use_dora: bool = option(False, "also learn the weights' magnitudes (DoRA)")
 
 
 def add_lora(module: ModelMixin, settings: LoraFields, targets: list[str] | None = None) -> None:
@@ -46,7 +43,7 @@ def add_lora(module: ModelMixin, settings: LoraFields, targets: list[str] | None
     missing = [t for t, names in found.items() if not names]
     if missing and (not preset or len(missing) == len(wanted)):
         raise UserError(f"--lora_layers: no layer is named {', '.join(missing)}; use one of {', '.join(PRESETS)}.")
-    at_least_one(settings, ["rank"])
+    check_ranges(settings)
     module.add_adapter(
         LoraConfig(
             r=settings.rank,

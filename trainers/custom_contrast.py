@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from customize.attention import TextGate
 from customize.backbone import Condition, Step
-from customize.config import at_least_one, option
+from customize.config import check_ranges, option
 from customize.encoders import Encoded
 from customize.errors import UserError
 from customize.losses.contrastive import MaclForm, appearance_contrast, cosines, cross_modal_contrast, gathered
@@ -29,26 +29,28 @@ from customize.trainers.subject_method import SubjectConfig, SubjectMethod, of_s
 @dataclass
 class CustomContrastConfig(SubjectConfig):
     initializer_token: str = option("photo", "the word that S+ starts from")
-    cscl_weight: float = option(0.005, "weight of the contrast between visual and textual CLS; 0 is off")
-    macl_weight: float = option(0.005, "weight of the contrast between views of S+; 0 is off")
+    cscl_weight: float = option(0.005, "weight of the contrast between visual and textual CLS; 0 is off", least=0)
+    macl_weight: float = option(0.005, "weight of the contrast between views of S+; 0 is off", least=0)
     macl_form: MaclForm = option("soft", "how real similarity scales that contrast")
-    macl_temperature: float = option(0.1, "its temperature")
-    contrast_warmup: float = option(0.1, "share of the steps over which both weights rise from 0")
-    queue_size: int = option(0, "samples of earlier batches that serve as negatives too, for small batches; empty on resuming")
+    macl_temperature: float = option(0.1, "its temperature", above=0)
+    contrast_warmup: float = option(0.1, "share of the steps over which both weights rise from 0", least=0, most=1)
+    queue_size: int = option(
+        0, "samples of earlier batches that serve as negatives too, for small batches; empty on resuming", least=0
+    )
     words: bool = option(True, "S+, a pseudo-word for every layer; without it only visual tokens")
     fusion: bool = option(True, "refine visual tokens by S+")
     location: bool = option(True, "a location map for every layer")
     text_gate: TextGate = option("none", "whether location maps gate the text branch: not, by the same map, or by its opposite")
-    dim: int = option(768, "width of the Q-Formers")
-    depth: int = option(4, "their blocks")
-    heads: int = option(12, "their attention heads")
-    visual_queries: int = option(16, "visual tokens")
-    feature_layers: int = option(4, "layers of the image tower that the visual branch reads")
-    time_bins: int = option(10, "denoising times that S+ tells apart")
+    dim: int = option(768, "width of the Q-Formers", least=1)
+    depth: int = option(4, "their blocks", least=1)
+    heads: int = option(12, "their attention heads", least=1)
+    visual_queries: int = option(16, "visual tokens", least=1)
+    feature_layers: int = option(4, "layers of the image tower that the visual branch reads", least=1)
+    time_bins: int = option(10, "denoising times that S+ tells apart", least=1)
 
 
 PARTS = ("words", "fusion", "location")
-NUMBERS = ("dim", "depth", "heads", "visual_queries", "feature_layers", "time_bins")
+SIZES = ("dim", "depth", "heads", "visual_queries", "feature_layers", "time_bins")
 
 
 @dataclass
@@ -76,8 +78,8 @@ class CustomContrast(SubjectMethod):
 
     def make_adapter(self) -> SubjectAdapter:
         config = self.config
-        at_least_one(config, NUMBERS)
-        sizes = {name: getattr(config, name) for name in (*PARTS, *NUMBERS)}
+        check_ranges(config)
+        sizes = {name: getattr(config, name) for name in (*PARTS, *SIZES)}
         return multimodal(self.backbone.pipe, self.tower, config.initializer_token, config.text_gate, **sizes)
 
     def on_step(self, step, steps):

@@ -1,6 +1,6 @@
 """DreamBooth: a rare word comes to mean the subject, while its class is kept (Ruiz et al., 2023, arXiv 2208.12242)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from customize.backbone import Condition, Step
+from customize.config import option
 from customize.errors import UserError
 from customize.lora import TEXT_ATTENTION, LoraFields, add_lora
 from customize.trainers.method import Method, MethodConfig
@@ -15,17 +16,16 @@ from customize.trainers.method import Method, MethodConfig
 
 @dataclass
 class DreamBoothConfig(LoraFields, MethodConfig):
-    full_finetune: bool = field(default=False, metadata={"help": "train the whole denoiser instead of LoRA"})
-    train_text_encoder: bool = field(default=False, metadata={"help": "train the CLIP text encoders too"})
-    text_encoder_lr: float = field(default=0.0, metadata={"help": "their learning rate; 0 means --learning_rate"})
-    with_prior_preservation: bool = field(default=False, metadata={"help": "keep what the class prompt draws"})
-    prior_loss_weight: float = field(default=1.0, metadata={"help": "weight of the prior loss"})
-    prior_source: Literal["images", "teacher"] = field(
-        default="images",
-        metadata={"help": "images: pictures of the class, made by the base model; teacher: the base model's own prediction"},
+    full_finetune: bool = option(False, "train the whole denoiser instead of LoRA")
+    train_text_encoder: bool = option(False, "train the CLIP text encoders too")
+    text_encoder_lr: float = option(0.0, "their learning rate; 0 means --learning_rate", least=0)
+    with_prior_preservation: bool = option(False, "keep what the class prompt draws")
+    prior_loss_weight: float = option(1.0, "weight of the prior loss", least=0)
+    prior_source: Literal["images", "teacher"] = option(
+        "images", "images: pictures of the class, made by the base model; teacher: the base model's own prediction"
     )
-    sample_batch_size: int = field(default=4, metadata={"help": "class pictures drawn at once"})
-    num_class_images: int = field(default=100, metadata={"help": "pictures of each class to have in --class_data_dir"})
+    sample_batch_size: int = option(4, "class pictures drawn at once", least=1)
+    num_class_images: int = option(100, "pictures of each class to have in --class_data_dir", least=1)
 
 
 class DreamBooth(Method):

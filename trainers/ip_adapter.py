@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from customize.backbone import Condition
-from customize.config import at_least_one, option
+from customize.config import check_ranges, option
 from customize.subject import SubjectAdapter, image_prompt
 from customize.trainers.subject_method import SubjectConfig, SubjectMethod, of_subjects
 
@@ -14,17 +14,17 @@ from customize.trainers.subject_method import SubjectConfig, SubjectMethod, of_s
 @dataclass
 class IPAdapterConfig(SubjectConfig):
     plus: bool = option(True, "read patches with a resampler (IP-Adapter-Plus) instead of the pooled embedding")
-    dim: int = option(768, "width of the resampler")
-    depth: int = option(4, "its blocks")
-    heads: int = option(12, "its attention heads, of 64 numbers each")
-    visual_queries: int = option(16, "its visual tokens")
+    dim: int = option(768, "width of the resampler", least=1)
+    depth: int = option(4, "its blocks", least=1)
+    heads: int = option(12, "its attention heads, of 64 numbers each", least=1)
+    visual_queries: int = option(16, "its visual tokens", least=1)
 
 
 class IPAdapter(SubjectMethod):
     Config = IPAdapterConfig
 
     def make_adapter(self) -> SubjectAdapter:
-        at_least_one(self.config, ("dim", "depth", "heads", "visual_queries"))
+        check_ranges(self.config)
         sizes = {name: getattr(self.config, name) for name in ("dim", "depth", "heads")}
         sizes = sizes | {"queries": self.config.visual_queries} if self.config.plus else {}
         return image_prompt(self.backbone.pipe, self.tower, self.config.plus, **sizes)

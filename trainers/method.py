@@ -1,12 +1,13 @@
 """A method: what it trains, what it conditions on, what it minimises."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from customize.backbone import Backbone, Condition, Step
+from customize.config import option
 from customize.data import Concept, DataConfig
 from customize.losses import denoising
 from customize.subject import SubjectAdapter
@@ -17,7 +18,7 @@ from customize.tokens import ConceptTokens
 class MethodConfig:
     """Fields of every method."""
 
-    snr_gamma: float = field(default=0.0, metadata={"help": "min-SNR weighting of the loss, 5 is usual; 0 is off"})
+    snr_gamma: float = option(0.0, "min-SNR weighting of the loss, 5 is usual; 0 is off", least=0)
 
 
 class Method(nn.Module):

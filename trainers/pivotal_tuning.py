@@ -1,19 +1,16 @@
 """Pivotal tuning: a new word is learned together with LoRA (after Roich et al., 2021, arXiv 2106.05744)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from customize.config import option
 from customize.trainers.dreambooth import DreamBooth, DreamBoothConfig
 from customize.trainers.textual_inversion import WordFields, new_words
 
 
 @dataclass
 class PivotalTuningConfig(WordFields, DreamBoothConfig):
-    token_learning_rate: float = field(
-        default=0.0, metadata={"help": "learning rate of the new words; 0 means --learning_rate"}
-    )
-    train_text_encoder_ti_frac: float = field(
-        default=1.0, metadata={"help": "part of the steps in which the new words are trained"}
-    )
+    token_learning_rate: float = option(0.0, "learning rate of the new words; 0 means --learning_rate", least=0)
+    train_text_encoder_ti_frac: float = option(1.0, "part of the steps in which the new words are trained", least=0, most=1)
 
 
 class PivotalTuning(DreamBooth):

@@ -30,10 +30,10 @@ class SubjectConfig(MethodConfig):
     timestep_sampling: Literal["uniform", "cubic"] = option(
         "uniform", "cubic: mostly noisy times, t = 1 - u^3, where a picture's content is decided (arXiv 2402.18078)"
     )
-    dropout_text: float = option(0.05, "share of samples that are learned without their prompt, for guidance")
-    dropout_image: float = option(0.05, "share without visual tokens")
-    dropout_both: float = option(0.05, "share without either")
-    multi_reference_rate: float = option(0.25, "share of batches that are given both references")
+    dropout_text: float = option(0.05, "share of samples that are learned without their prompt, for guidance", least=0, most=1)
+    dropout_image: float = option(0.05, "share without visual tokens", least=0, most=1)
+    dropout_both: float = option(0.05, "share without either", least=0, most=1)
+    multi_reference_rate: float = option(0.25, "share of batches that are given both references", least=0, most=1)
 
 
 class SubjectMethod(Method):

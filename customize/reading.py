@@ -1,0 +1,49 @@
+"""Text files that a user names: they are read whole, or refused in one sentence."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from customize.errors import UserError, shortened
+
+
+def ordinary(path: str | Path) -> Path:
+    """The path, if it is that of an ordinary file; OSError otherwise: opening a pipe would wait for ever."""
+    if not os.path.isfile(path):
+        raise OSError("it is no ordinary file" if os.path.lexists(path) else "there is no such file")
+    return Path(path)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return ordinary(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"{path} cannot be read as UTF-8 text ({error}); correct its path or save it so."
+        raise UserError(reason) from error
+
+
+def parsed_json(text: str) -> Any:
+    """ValueError also for a key that is given twice, for text that is no Unicode, and for what is nested too deeply."""
+    try:
+        found = json.loads(text, object_pairs_hook=_once)
+        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text to a tokenizer
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key '{shortened(key)}' is given twice")
+        found[key] = value
+    return found
+
+
+def inside(path: str, folders: list[str]) -> bool:
+    """Whether an absolute path lies in one of these folders by its words alone: links are not followed, as snapshots of the
+    hub consist of them."""
+    place = os.path.normpath(path)
+    return any(os.path.commonpath([place, folder]) == folder for folder in map(os.path.normpath, folders))
