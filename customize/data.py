@@ -1,6 +1,5 @@
 """What a method learns from: concepts, and their pictures as cropped, masked tensors."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -13,8 +12,9 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from customize.config import option
-from customize.errors import UserError, nearest
-from customize.pictures import Picture, read_picture, read_text
+from customize.errors import UserError, nearest, shortened
+from customize.pictures import Picture, nothing_counts, read_picture
+from customize.reading import parsed_json, read_text
 
 Bucket = tuple[int, int]  # height, width
 Key = tuple[int, Bucket, bool]  # index of the picture, bucket to crop it to, whether to mirror it
@@ -32,16 +32,19 @@ class DataConfig:
     class_prompt: str = option("", 'caption of the class (prior) pictures, e.g. "a photo of a dog"')
     class_data_dir: str = option("", "folder of class (prior) pictures")
     resolution: int = option(
-        0, "side of the square crop in pixels (buckets have about its area); 0: what the model was trained at"
+        0, "side of the square crop in pixels (buckets have about its area); 0: what the model was trained at", least=0
     )
     use_aspect_ratio_buckets: bool = option(False, "crop to the nearest of several aspect ratios instead of to a square")
     random_flip: bool = option(False, "mirror pictures at random")
     masked_loss: bool = option(True, "weight the loss by the masks that are found (NAME.mask.png, or the alpha channel)")
-    unmasked_weight: float = option(0.1, "loss weight of what lies outside the mask, 0 to 1")
-    holdout: int = option(0, "number of pictures kept from training for the validation loss")
-    max_pixels: int = option(100_000_000, "pictures with more pixels are refused")
+    unmasked_weight: float = option(0.1, "loss weight of what lies outside the mask", least=0, most=1)
+    holdout: int = option(0, "number of pictures kept from training for the validation loss", least=0)
+    max_pixels: int = option(100_000_000, "pictures with more pixels are refused", least=1)
     strict: bool = option(False, "stop at an unreadable picture instead of skipping it with a warning")
-    dataloader_num_workers: int = option(0, "processes that load pictures; 0 loads them in the main process")
+    allow_outside_files: bool = option(False, "read files outside the folders that name them in metadata.jsonl")
+    dataloader_num_workers: int = option(
+        0, "processes that load pictures; 0 loads them in the main process", least=0, most=1024
+    )
 
 
 @dataclass
@@ -62,7 +65,7 @@ def read_concepts(config: DataConfig) -> list[Concept]:
     if not path:
         return [Concept(**{f.name: getattr(config, f.name) for f in fields(Concept)})]
     try:
-        rows = json.loads(read_text(Path(path)))
+        rows = parsed_json(read_text(Path(path)))
     except ValueError as error:
         raise UserError(f"--concepts_list {path} is not valid JSON ({error}); mend the file.") from error
     if not isinstance(rows, list) or not rows:
@@ -75,7 +78,9 @@ def _concept(row: object, where: str) -> Concept:
     if not isinstance(row, dict) or not all(isinstance(value, str) for value in row.values()):
         raise UserError(f"{where} must be an object with text for each of the keys {', '.join(known)}.")
     for key in row.keys() - set(known):
-        raise UserError(f"{where} has the unknown key '{key}'; correct or remove it.{nearest(key, known)}")
+        raise UserError(
+            f"{where} has the unknown key '{shortened(key)}'; correct or remove it.{nearest(shortened(key), known)}"
+        )
     for key in ("instance_data_dir", "instance_prompt"):
         if key not in row:
             raise UserError(f"{where} lacks the key '{key}'; add it.")
@@ -120,8 +125,6 @@ class SubjectDataset(Dataset):
     def __init__(self, pictures: Sequence[Picture], config: DataConfig, factor: int):
         """`factor`: what the sides of the model's pictures must be multiples of, in pixels."""
         check_resolution(config.resolution, factor)
-        if not 0 <= config.unmasked_weight <= 1:
-            raise UserError(f"--unmasked_weight {config.unmasked_weight} is not between 0 and 1; choose one that is.")
         square = [(config.resolution, config.resolution)]
         self.pictures, self.config = list(pictures), config
         self.buckets = buckets(config.resolution, factor) if config.use_aspect_ratio_buckets else square
@@ -141,6 +144,8 @@ class SubjectDataset(Dataset):
         weight = torch.ones(1, *bucket)
         if mask is not None and self.config.masked_loss:
             weight = mask_weight(mask, *bucket, self.config.unmasked_weight, flip)
+            if not weight.any():
+                raise nothing_counts(f"{picture.path}, as it is cropped,")
         about = {"prompt": picture.caption, "index": index, "concept": picture.concept, "is_prior": picture.is_prior}
         return {"pixels": pixels, "mask": weight, **about}
 

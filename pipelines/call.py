@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from customize.attention import Injected
 from customize.encoders.encoded import Encoded
-from customize.errors import UserError
-from customize.pictures import eight_bit
+from customize.errors import UserError, shortened
+from customize.pictures import TooLarge, checked_image, read_image
 from customize.subject import WORDS, add_subject_words, without_words
 
 Reference = Image.Image | str | Path
+MAX_PIXELS = 10**8  # of a reference or a mask
 Subjects = dict[str, Tensor]  # features (references, tokens, features) by word
 
 
@@ -91,16 +92,18 @@ def each_prompt(images: Any, count: int) -> list[Any]:
 
 
 def opened(image: Any, kind: str = "reference") -> Image.Image:
-    """A picture, or the file of one, upright and of 8 bits; UserError if it is neither."""
-    if isinstance(image, Image.Image):
-        return eight_bit(ImageOps.exif_transpose(image))
-    if not isinstance(image, str | Path):
+    """A picture, or the file of one, upright and of 8 bits; UserError if it is neither, or too large. Nothing is fetched."""
+    if not isinstance(image, Image.Image | str | Path):
         raise UserError(f"a {kind} must be a picture or the path of one, not {type(image).__name__}.")
+    named = f"the {kind}" if isinstance(image, Image.Image) else f"the {kind} '{shortened(str(image))}'"
+    if isinstance(image, str) and "://" in image:
+        raise UserError(f"{named} is an address: download the picture, and give the path of its file.")
     try:
-        with Image.open(image) as file:
-            return eight_bit(ImageOps.exif_transpose(file))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise UserError(f"the {kind} '{image}' cannot be read as a picture; give a PNG, JPEG or WebP file.") from error
+        return checked_image(image, MAX_PIXELS) if isinstance(image, Image.Image) else read_image(Path(image), MAX_PIXELS)
+    except TooLarge as error:
+        raise UserError(f"{named} has {error}: shrink it to at most {MAX_PIXELS}.") from error
+    except Exception as error:  # PIL's decoders raise all kinds
+        raise UserError(f"{named} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file.") from error
 
 
 def check_length(prompt: str, subjects: Iterable[str], tokenizer: Any) -> None:
@@ -109,7 +112,7 @@ def check_length(prompt: str, subjects: Iterable[str], tokenizer: Any) -> None:
     for word in subjects:
         if tokenizer.convert_tokens_to_ids(word) not in read:
             most = tokenizer.model_max_length
-            raise UserError(f"{word} lies beyond the {most} tokens that are read of '{prompt}': say it earlier.")
+            raise UserError(f"{word} lies beyond the {most} tokens that are read of '{shortened(prompt)}': say it earlier.")
 
 
 def packed(subjects: Sequence[Subjects]) -> tuple[Tensor, Tensor]:

@@ -396,11 +396,9 @@ def test_the_loss_weight_is_one_without_masks(tmp_path):
     assert torch.equal(plain[1, (8, 8), False]["mask"], torch.ones(1, 8, 8))
 
 
-def test_dataset_refuses_bad_settings():
+def test_dataset_refuses_a_resolution_that_the_model_cannot_take():
     with pytest.raises(UserError, match="--resolution"):
         SubjectDataset([], DataConfig(resolution=100), 8)
-    with pytest.raises(UserError, match="--unmasked_weight"):
-        SubjectDataset([], DataConfig(resolution=8, unmasked_weight=1.5), 8)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -561,10 +561,9 @@ def test_a_holdout_that_leaves_nothing_is_refused(tmp_path, holdout):
         read(subjects_in(tmp_path, holdout=holdout))
 
 
-@pytest.mark.parametrize("holdout", [1, -1])
-def test_one_held_out_subject_or_less_than_none_is_refused(holdout):
-    with pytest.raises(UserError, match=f"--holdout {holdout} leaves nothing to compare"):
-        read(ReferenceConfig(holdout=holdout), base="stickers")
+def test_one_held_out_subject_is_refused():
+    with pytest.raises(UserError, match="--holdout 1 leaves nothing to compare"):
+        read(ReferenceConfig(holdout=1), base="stickers")
 
 
 def test_two_sources_or_none_are_refused(tmp_path):

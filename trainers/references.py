@@ -21,7 +21,8 @@ from torch.utils.data import Dataset, Sampler
 from customize.config import option
 from customize.data import fit, mask_weight, to_device, to_tensor
 from customize.encoders.tower import opaque
-from customize.errors import UserError
+from customize.errors import UserError, shortened
+from customize.pictures import nothing_counts
 from customize.subject import WORDS
 
 Pixels = Callable[[Sequence[Image.Image]], torch.Tensor]
@@ -43,20 +44,33 @@ class ReferenceConfig:
     caption_column: str = option("text", "column of captions")
     subject_column: str = option("", "column that names the subject; rows of one subject must follow each other")
     streaming: bool = option(True, "read the dataset while training, without downloading it whole")
-    shuffle_buffer: int = option(1000, "subjects among which a stream is shuffled; 0: in their order")
+    shuffle_buffer: int = option(1000, "subjects among which a stream is shuffled; 0: in their order", least=0)
     instance_prompt: str = option("a photo of <s>", "caption of pictures that have none; {} is the subject's name")
-    resolution: int = option(0, "side of the target pictures in pixels; 0: what the model was trained at")
-    holdout: int = option(0, "subjects, two or more, kept from training for the validation loss and the diagnostics")
-    segment_rate: float = option(0.5, "share of first references that are cut out on white, as far as masks are known")
-    unmasked_weight: float = option(0.5, "loss weight of what lies outside the target's mask, 0 to 1, where one is known")
+    resolution: int = option(0, "side of the target pictures in pixels; 0: what the model was trained at", least=0)
+    holdout: int = option(0, "subjects, two or more, kept from training for the validation loss and the diagnostics", least=0)
+    segment_rate: float = option(
+        0.5, "share of first references that are cut out on white, as far as masks are known", least=0, most=1
+    )
+    unmasked_weight: float = option(
+        0.5, "loss weight of what lies outside the target's mask, where one is known", least=0, most=1
+    )
     augment: bool = option(False, "turn, shift, scale and mirror references on white (rendered scenes vary by themselves)")
-    noun_dropout: float = option(0.5, "stickers: share of captions that do not name the class, so that pictures must tell")
-    second_subject_rate: float = option(0.0, "stickers: share of scenes with a second subject, <s2>, and references of it")
-    region_rate: float = option(0.5, "stickers: share of those scenes that are told in which half each subject stands")
+    noun_dropout: float = option(
+        0.5, "stickers: share of captions that do not name the class, so that pictures must tell", least=0, most=1
+    )
+    second_subject_rate: float = option(
+        0.0, "stickers: share of scenes with a second subject, <s2>, and references of it", least=0, most=1
+    )
+    region_rate: float = option(
+        0.5, "stickers: share of those scenes that are told in which half each subject stands", least=0, most=1
+    )
     world: str = option("", "stickers: an atlas folder of the whole world; empty: the drawings that ship")
-    max_pixels: int = option(100_000_000, "pictures with more pixels are refused")
+    max_pixels: int = option(100_000_000, "pictures with more pixels are refused", least=1)
     strict: bool = option(False, "stop at an unreadable picture instead of skipping it with a warning")
-    dataloader_num_workers: int = option(0, "processes that load pictures (a stream: 1 at most); 0 loads in the main process")
+    allow_outside_files: bool = option(False, "read files outside the folder of the metadata.jsonl or dataset that names them")
+    dataloader_num_workers: int = option(
+        0, "processes that load pictures (a stream: 1 at most); 0 loads in the main process", least=0, most=1024
+    )
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,8 @@ def item(
     side = config.resolution, config.resolution
     picture = to_tensor(fit(opaque(target.picture), *side)) * 2 - 1
     weight = torch.ones(1, *side) if target.mask is None else mask_weight(target.mask, *side, config.unmasked_weight)
+    if not weight.any():
+        raise nothing_counts(f"the picture of '{shortened(prompt)}', as it is cropped,")
     references = pixels(shown).unflatten(0, (-1, 2))
     regions = torch.ones(len(subjects), *side) if regions is None else regions
     about = {"prompt": prompt, "identity": identity, "shows_target": shows_target, "regions": regions}
@@ -104,7 +120,7 @@ def item(
 
 def moved(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Turned by up to 15 degrees, scaled, shifted and perhaps mirrored, on white."""
-    side = max(picture.size)
+    side = min(max(picture.size), 4096)  # the square of a panorama would not fit in memory
     square = ImageOps.pad(picture, (side, side), color="white")
     square = ImageOps.mirror(square) if rng.random() < 0.5 else square
     scale, (x, y) = rng.uniform(0.7, 1.1), rng.uniform(-0.1, 0.1, 2) * side
@@ -118,8 +134,9 @@ def moved(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
 def named(prompt: str) -> str:
     """The caption with the subject's word; UserError if it stands nowhere."""
     if WORD not in prompt:
+        caption = shortened(prompt)
         raise UserError(
-            f"the caption '{prompt}' does not say {WORD}: write it before the subject's noun, as in 'a {WORD} dog'."
+            f"the caption '{caption}' does not say {WORD}: write it before the subject's noun, as in 'a {WORD} dog'."
         )
     return prompt
 

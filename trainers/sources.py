@@ -1,16 +1,18 @@
 """The three sources that encoders learn from: rendered sticker scenes, a folder of folders, and a dataset (streams.py)."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from customize.errors import UserError
+from customize.errors import UserError, shortened
 from customize.pictures import Picture, find_pictures, read_picture
 from customize.stickers import BACKGROUNDS, Drawing, Scene, World, draw_scene
 from customize.stickers.bench import bench_subjects
@@ -103,14 +105,14 @@ class Folders(References):
 def read_folders(config: ReferenceConfig) -> list[tuple[str, list[Picture]]]:
     """Subjects by name with their pictures; UserError for a folder without subjects, or a subject with one picture only."""
     root = Path(config.train_data_dir)
-    if not root.is_dir():
-        raise UserError(f"There is no folder '{root}'; correct --train_data_dir.")
+    if not os.path.isdir(root):
+        raise UserError(f"There is no folder '{shortened(str(root))}'; correct --train_data_dir.")
+    rules: dict[str, Any] = {name: getattr(config, name) for name in ("strict", "max_pixels", "allow_outside_files")}
+    rules |= {"flag": "--train_data_dir", "masked_only": config.unmasked_weight == 0}
     subjects: list[tuple[str, list[Picture]]] = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         prompt = config.instance_prompt.replace("{}", folder.name)
-        pictures = find_pictures(
-            folder, prompt, len(subjects), strict=config.strict, max_pixels=config.max_pixels, flag="--train_data_dir"
-        )
+        pictures = find_pictures(folder, prompt, len(subjects), **rules)
         if len(pictures) < 2:
             raise UserError(f"'{folder}' holds one picture: an encoder learns from two or more views of every subject.")
         for picture in pictures:
@@ -139,12 +141,12 @@ def read_references(model, config: ReferenceConfig, settings, pixels: Pixels, ac
     if config.train_data_dir and config.dataset_name:
         raise UserError("Name the subjects with --train_data_dir or with --dataset_name, not with both.")
     seed, count = settings.seed, config.holdout
-    if count < 0 or count == 1:
+    if count == 1:
         raise UserError(f"--holdout {count} leaves nothing to compare a subject with: hold out 2 or more, or 0.")
     held_out = partial(held_out_batches, size=settings.train_batch_size, device=accelerator.device)
     if config.train_data_dir:
         subjects = read_folders(config)
-        if not 0 <= count < len(subjects):
+        if count >= len(subjects):
             raise UserError(f"--holdout {count} leaves no subject for training; there are {len(subjects)}.")
         kept = np.random.default_rng(seed).permutation(len(subjects)).tolist()
         held, train = (Folders(config, [subjects[i] for i in part], pixels, seed) for part in (kept[:count], kept[count:]))

@@ -1,20 +1,26 @@
 """The rows of a Hugging Face dataset as a source that encoders learn from."""
 
 import itertools
+import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from customize.errors import UserError
-from customize.pictures import eight_bit
+from customize.errors import UserError, shortened
+from customize.pictures import TooLarge, read_image
+from customize.reading import inside
 from customize.trainers.references import Pixels, ReferenceConfig, View, drawn, item, named
 
 Row = tuple[Any, Any, Any]  # picture and mask, undecoded, and caption
+FORMATS = {"imagefolder", "parquet", "webdataset", "arrow", "json", "csv"}  # whose --data_files lie on this machine
+WILD = set("*?[{")
 MISSED = 100  # subjects that cannot be read, one after another, end a run
 
 
@@ -45,18 +51,18 @@ class Streamed(IterableDataset):
 
     def item(self, name: str, views: Sequence[Row], rng: np.random.Generator) -> dict:
         target, *references = (self.view(name, *views[i]) for i in drawn(rng, len(views)))
+        number, twice = zlib.crc32(name.encode()), len(views) < 3
         try:
             prompt = named(target.caption or self.config.instance_prompt.replace("{}", name))
+            return item(target, [references], prompt, number, rng, self.config, self.pixels, shows_target=twice)
         except UserError as error:
-            raise Unreadable(f"--dataset_name: of subject '{name}', {error}") from error
-        number, twice = zlib.crc32(name.encode()), len(views) < 3
-        return item(target, [references], prompt, number, rng, self.config, self.pixels, shows_target=twice)
+            raise Unreadable(f"--dataset_name: of subject '{shortened(name)}', {error}") from error
 
     def view(self, name: str, picture: Any, mask: Any, caption: str | None) -> View:
-        shown = decoded(picture, name, self.config.max_pixels)
-        cut = None if mask is None else decoded(mask, name, self.config.max_pixels).convert("L").resize(shown.size)
+        shown = decoded(picture, name, self.config)
+        cut = None if mask is None else decoded(mask, name, self.config).convert("L").resize(shown.size)
         if not isinstance(caption or "", str):
-            raise Unreadable(f"--caption_column: subject '{name}' has {caption!r}, which is no text.")
+            raise Unreadable(f"--caption_column: subject '{shortened(name)}' has {shortened(repr(caption))}, which is no text.")
         return View(shown, cut, caption or "")
 
     def subjects(self) -> Iterator[tuple[str, Sequence[Row], np.random.Generator]]:
@@ -75,19 +81,29 @@ class Streamed(IterableDataset):
         config = self.config
         if config.subject_column:
             called = called_by(self.rows, config.subject_column)
-            for name, rows in itertools.groupby(self.rows, key=lambda row: row[config.subject_column]):
+            for name, rows in itertools.groupby(self.read(), key=lambda row: row[config.subject_column]):
                 yield called(name), [self.parts(row) for row in rows]
             return
-        for i, row in enumerate(self.rows):
+        for i, row in enumerate(self.read()):
             pictures, masks, captions = self.parts(row)
+            if not isinstance(pictures or [], list):
+                self.pass_over(Unreadable(f"--image_column: subject '{i}' has {type(pictures).__name__}, no list of pictures."))
+                continue
             pictures = pictures or []
-            masks = masks or [None] * len(pictures)
+            masks = (masks if isinstance(masks, list) else [masks]) if masks else [None] * len(pictures)
             captions = captions if isinstance(captions, list) else [captions] * len(pictures)
             if len(pictures) == len(masks) == len(captions):
                 yield str(i), list(zip(pictures, masks, captions, strict=True))
                 continue
             counted = f"{len(pictures)} pictures, {len(masks)} masks and {len(captions)} captions"
             self.pass_over(Unreadable(f"--dataset_name: subject '{i}' has {counted}."))
+
+    def read(self) -> Iterator[dict]:
+        """The rows; UserError where a file of the dataset turns out to be broken, or cannot be reached any more."""
+        try:
+            yield from self.rows
+        except Exception as error:  # as in `read_rows`
+            raise not_read(self.config, error) from error
 
     def pass_over(self, error: "Unreadable") -> None:
         if self.config.strict:
@@ -104,24 +120,50 @@ class Unreadable(UserError):
     pass
 
 
-def decoded(picture: Any, name: str, max_pixels: int) -> Image.Image:
-    """The upright picture of a row's undecoded one; `Unreadable` if it is none, or too large."""
-    from datasets import Image as ImageFeature
-
+def decoded(picture: Any, name: str, config: ReferenceConfig) -> Image.Image:
+    """The upright picture of a row's undecoded one; `Unreadable` if it is none, too large, or a file that is not the dataset's.
+    The datasets library could read it too, but would fetch whatever address a row names."""
+    which = f"--dataset_name: a picture of subject '{shortened(name)}'"
     try:
-        found = ImageFeature().decode_example(picture)
-        width, height = found.size
-    except Exception as error:  # PIL's decoders raise all kinds, and so do the library's readers of remote files
-        raise Unreadable(f"--dataset_name: a picture of subject '{name}' cannot be read ({error}).") from error
-    if width * height > max_pixels:
-        raise Unreadable(f"--dataset_name: a picture of subject '{name}' has more pixels than --max_pixels {max_pixels}.")
-    return eight_bit(found)
+        return read_image(source_of(picture, config), config.max_pixels)
+    except TooLarge as error:
+        raise Unreadable(f"{which} has more pixels than --max_pixels {config.max_pixels} ({error}).") from error
+    except Exception as error:  # PIL's decoders raise all kinds
+        raise Unreadable(f"{which} cannot be read ({error}).") from error
+
+
+def source_of(picture: Any, config: ReferenceConfig) -> BytesIO | Path:
+    """A picture's bytes, or the dataset's own file of it; ValueError if it has neither."""
+    if not isinstance(picture, dict):
+        raise ValueError(f"it is {type(picture).__name__}, not a dictionary with bytes or path")
+    content, path = picture.get("bytes"), picture.get("path")
+    if isinstance(content, bytes):
+        return BytesIO(content)
+    if not isinstance(path, str):
+        raise ValueError("it has neither bytes nor a path")
+    if "://" in path:
+        where = f"the address '{shortened(path)}' is never fetched"
+        raise ValueError(f"{where}: download the dataset and name its folder, or store the pictures in its rows")
+    if not config.allow_outside_files and not inside(os.path.abspath(path), own_folders(config)):
+        outside = f"'{shortened(path)}' lies outside the dataset's folder"
+        raise ValueError(f"{outside}: move it inside, or allow it with --allow_outside_files")
+    return Path(path)
+
+
+def own_folders(config: ReferenceConfig) -> list[str]:
+    """Where the dataset lies on this machine, as it is named and with links followed; nowhere if it is the hub's."""
+    found = [config.dataset_name] if os.path.isdir(config.dataset_name) else []
+    if config.dataset_name in FORMATS and config.data_files and "://" not in config.data_files:
+        above = Path(config.data_files).parts[:-1]
+        found.append(os.path.join(".", *itertools.takewhile(lambda part: not WILD & set(part), above)))
+    return [place(folder) for folder in found for place in (os.path.abspath, os.path.realpath)]
 
 
 def called_by(rows, subject: str) -> Callable[[Any], str]:
     """What the values of the subject column stand for: an imagefolder's labels are the names of its folders."""
     label = (getattr(rows, "features", None) or {}).get(subject)
-    return getattr(label, "int2str", str)
+    names = getattr(label, "names", None) or []
+    return lambda value: names[value] if isinstance(value, int) and 0 <= value < len(names) else str(value)
 
 
 def shuffled(subjects: Iterable, size: int, rng: np.random.Generator) -> Iterator:
@@ -148,11 +190,10 @@ def read_rows(config: ReferenceConfig):
         rows = load_dataset(
             config.dataset_name, config.dataset_config_name or None, split="train", streaming=config.streaming, **options
         )
+        rows = (rows if config.streaming else rows.to_iterable_dataset()).decode(False)
+        first_row = next(iter(rows), None)
     except Exception as error:  # the library raises errors of its own, of the hub's and of the file formats
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--dataset_name '{config.dataset_name}' could not be read ({reason}).") from error
-    rows = (rows if config.streaming else rows.to_iterable_dataset()).decode(False)
-    first_row = next(iter(rows), None)
+        raise not_read(config, error) from error
     if first_row is None:
         raise UserError(f"--dataset_name '{config.dataset_name}' has no rows.")
     columns = rows.column_names or list(first_row)
@@ -163,6 +204,11 @@ def read_rows(config: ReferenceConfig):
     if not config.subject_column and not isinstance(first_row[config.image_column], list):
         raise UserError("--subject_column: name the column that says which subject a row shows, or give lists of pictures.")
     return rows
+
+
+def not_read(config: ReferenceConfig, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"--dataset_name '{config.dataset_name}' could not be read ({reason}); correct it or mend its files.")
 
 
 def split_rows(rows, subject: str, count: int) -> tuple[list[dict], Any]:
