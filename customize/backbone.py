@@ -24,6 +24,7 @@ EMBEDDINGS = {  # a denoiser's text arguments, as its pipeline's call names them
     "text_embeds": "pooled_prompt_embeds",
     "pooled_projections": "pooled_prompt_embeds",
 }
+PREDICTIONS = ("epsilon", "v_prediction")  # what DDPM models may be trained to predict
 
 
 @dataclass
@@ -51,6 +52,11 @@ class Step:
     batch: dict = field(repr=False)
 
 
+def unsupported(why: str) -> UserError:
+    """For a setting that would change what is trained, and that no backbone here knows."""
+    return UserError(f"this base model cannot be trained here: {why}; give another base model or mend its configuration.")
+
+
 class Backbone(nn.Module):
     """The frozen components of a diffusers pipeline, registered so that they move and train as one module."""
 
@@ -68,6 +74,7 @@ class Backbone(nn.Module):
         self.tokenizers, encoders = text_parts(pipe)
         self.text_encoders = nn.ModuleList(encoders)
         self.prompts: dict[str, dict[str, Tensor]] = {}  # text embeddings of prompts that were cached
+        self._check_latents()
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
@@ -94,6 +101,22 @@ class Backbone(nn.Module):
         return latents * self.pipe.vae_scale_factor
 
     # images
+
+    def _check_latents(self) -> None:
+        """Settings of the autoencoder that change what is trained on are used, or refused."""
+        config, channels = self.vae.config, self.latent_channels
+        if not config.scaling_factor > 0:
+            raise unsupported(f"the autoencoder's scaling_factor is {config.scaling_factor}")
+        for name in ("latents_mean", "latents_std"):
+            if config.get(name) is not None:
+                raise unsupported(f"the autoencoder sets {name}")
+        if channels != config.latent_channels:
+            raise unsupported(f"the denoiser takes {channels} channels, the autoencoder gives {config.latent_channels}")
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that the denoiser takes."""
+        return self.denoiser.config.in_channels
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -195,8 +218,13 @@ class DDPM(Backbone):
 
     def __init__(self, pipe, name=""):
         super().__init__(pipe, name)
+        config = pipe.scheduler.config
+        if not hasattr(pipe.scheduler, "alphas_cumprod"):
+            raise unsupported(f"its scheduler is a {type(pipe.scheduler).__name__}, which knows no betas")
+        if config.get("prediction_type", "epsilon") not in PREDICTIONS:
+            raise unsupported(f"its prediction_type is '{config.prediction_type}', not one of {', '.join(PREDICTIONS)}")
         # the pipeline's sampler may add noise in its own way (Euler does) or know no velocity (PNDM)
-        self.noise = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.noise = DDPMScheduler.from_config(config)
 
     def draw_times(self, n):
         return torch.randint(self.noise.config.num_train_timesteps, (n,), device=self.device)
@@ -255,13 +283,16 @@ class Flow(Backbone):
 
     def __init__(self, pipe, name=""):
         super().__init__(pipe, name)
+        scheduler, config = pipe.scheduler, pipe.scheduler.config
+        if hasattr(scheduler, "alphas_cumprod") or "shift" not in config or config.get("invert_sigmas"):
+            raise unsupported(f"its scheduler is a {type(scheduler).__name__}, not one of flow from noise to data")
         self.text_length = min([self.text_length, *(tokenizer.model_max_length for tokenizer in self.tokenizers[-1:])])
 
     def draw_times(self, n):
         """Logit-normal (Esser et al., 2024, arXiv 2403.03206, section 3.1), under the scheduler's own shift."""
         t = torch.sigmoid(torch.randn(n, device=self.device))
         config = self.pipe.scheduler.config
-        shift = 1.0 if config.use_dynamic_shifting else config.shift
+        shift = 1.0 if config.get("use_dynamic_shifting") else config.shift
         return shift * t / (1 + (shift - 1) * t)
 
     def add_noise(self, latents, noise, t):
@@ -294,6 +325,10 @@ class Flux(Flow):
     @property
     def factor(self):
         return 2 * self.pipe.vae_scale_factor  # latents are packed two by two
+
+    @property
+    def latent_channels(self):
+        return self.denoiser.config.in_channels // 4
 
     def _encode_prompt(self, prompts):
         embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, device=self.device, max_sequence_length=self.text_length)

@@ -5,7 +5,13 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 
 from customize.backbone import Condition, wrap
 from customize.cache import TensorCache
@@ -415,6 +421,55 @@ def test_wrap_refuses_other_pipelines():
 
     with pytest.raises(UserError, match="no backbone wraps a Other"):
         wrap(Other())
+
+
+def with_scheduler(base: str, kind, **settings):
+    pipe = tiny(base)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
+    return pipe
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+@pytest.mark.parametrize("objective", ["sample", "flow_prediction", "velocity", "", None, 5])
+def test_an_objective_that_is_not_implemented_is_refused(base, objective):
+    with pytest.raises(UserError, match=r"prediction_type is '.*epsilon, v_prediction"):
+        wrap(with_scheduler(base, DDIMScheduler, prediction_type=objective))
+
+
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [("sd15", FlowMatchEulerDiscreteScheduler), ("sdxl", EDMEulerScheduler), ("sd3", DDIMScheduler), ("flux", DDIMScheduler)],
+)
+def test_a_scheduler_of_another_family_is_refused(base, kind):
+    with pytest.raises(UserError, match=f"its scheduler is a {kind.__name__}"):
+        wrap(with_scheduler(base, kind))
+
+
+def test_flow_that_runs_backwards_is_refused():
+    with pytest.raises(UserError, match="from noise to data"):
+        wrap(with_scheduler("sd3", FlowMatchEulerDiscreteScheduler, invert_sigmas=True))
+
+
+def test_a_flow_scheduler_without_dynamic_shifting():
+    assert wrap(with_scheduler("sd3", FlowMatchHeunDiscreteScheduler)).draw_times(4).shape == (4,)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "settings", [{"latents_mean": [0.0] * 4}, {"latents_std": [1.0] * 4}, {"scaling_factor": 0.0}], ids=str
+)
+def test_autoencoders_whose_latents_are_scaled_otherwise_are_refused(base, settings):
+    pipe = tiny(base)
+    pipe.vae.register_to_config(**settings)
+    with pytest.raises(UserError, match=f"the autoencoder.*{next(iter(settings))}"):
+        wrap(pipe)
+
+
+def test_an_inpainting_denoiser_is_refused():
+    pipe = tiny("sd15")
+    pipe.unet.register_to_config(in_channels=9)
+    with pytest.raises(UserError, match="takes 9 channels, the autoencoder gives 4"):
+        wrap(pipe)
 
 
 def test_sd3_is_loaded_with_words(tmp_path):
