@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,6 +23,7 @@ from customize.encoders.perceiver import Resampler
 from customize.encoders.tower import ImageTower
 from customize.errors import UserError, nearest
 from customize.files import header, tensors_of
+from customize.tensor_checks import check_finite, misfit
 from customize.tokens import add_words, replaced_words, text_parts
 
 WORDS = ("<s>", "<s2>", "<s3>", "<s4>")  # of the subjects of one prompt, in their order
@@ -152,10 +153,7 @@ def load_adapter(path: Path, pipe: DiffusionPipeline, tower: ImageTower) -> Subj
     state, about = read_file(path)
     if about is None:
         return load_released(state, pipe, path, tower)
-    try:
-        config = MultimodalConfig(**about["config"])
-    except TypeError as error:
-        raise UserError(f"'{path}' was written by another version ({error}): pip install -U customize.") from error
+    config = _config(path, about)
     _, encoders = text_parts(pipe)
     dims = [encoder.get_input_embeddings().weight.shape[1] for encoder in encoders]
     fits = layer_widths(pipe.unet) == about["layers"] and config.visual_dim == pipe.unet.config.cross_attention_dim
@@ -163,13 +161,29 @@ def load_adapter(path: Path, pipe: DiffusionPipeline, tower: ImageTower) -> Subj
         raise other_base(path)
     if (config.image_dim, config.image_layers) != (tower.width, tower.depth):
         raise other_tower(path)
-    starts = [torch.zeros(dim) for dim in config.text_dims] if config.words else []
-    adapter = SubjectAdapter(pipe.unet, MultimodalEncoder(config), starts, about["text_gate"])
-    try:
-        adapter.load_state_dict(state)
-    except RuntimeError as error:  # it lists what is missing
-        raise UserError(f"'{path}' is damaged ({' '.join(str(error).split())}); use an earlier checkpoint.") from error
+    with torch.device("meta"):  # a damaged file may ask for more than memory holds
+        starts = [torch.zeros(dim) for dim in config.text_dims] if config.words else []
+        adapter = SubjectAdapter(pipe.unet, MultimodalEncoder(config), starts, about["text_gate"])
+    if reason := misfit(state, adapter.state_dict()):
+        raise UserError(f"'{path}' is damaged ({reason}); use an earlier checkpoint.")
+    check_finite(state, path)
+    adapter.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return adapter.install(pipe.unet).eval().requires_grad_(False)
+
+
+def _config(path: Path, about: dict) -> MultimodalConfig:
+    """The configuration in a file's header; UserError if it is of another version or damaged."""
+    config, gate = about.get("config"), about.get("text_gate")
+    if not isinstance(config, dict) or gate not in get_args(TextGate) or not isinstance(about.get("layers"), dict):
+        raise UserError(f"'{path}' is damaged (its header has no configuration); use an earlier checkpoint.")
+    try:
+        made = MultimodalConfig(**config)
+        made.check()
+    except TypeError as error:
+        raise UserError(f"'{path}' was written by another version ({error}): pip install -U customize.") from error
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged ({error}); use an earlier checkpoint.") from error
+    return made
 
 
 def load_released(state: dict[str, Tensor], pipe: DiffusionPipeline, path: Path, tower: ImageTower) -> SubjectAdapter:
@@ -179,22 +193,26 @@ def load_released(state: dict[str, Tensor], pipe: DiffusionPipeline, path: Path,
         part, _, rest = name.partition(".")
         if part not in parts:
             raise UserError(f"'{path}' is no subject encoder and no IP-Adapter: it has a tensor '{name}'.")
+        if not value.is_floating_point():
+            raise _of_another_kind(path, f"'{name}' is of {value.dtype}")
         parts[part][rest] = value.float()
     try:
         encoder = from_released(parts["image_proj"])
-    except (KeyError, RuntimeError) as error:  # of load_state_dict: it lists what is missing
-        reason = " ".join(str(error).split())
-        raise UserError(f"'{path}' is damaged or of another kind ({reason}); download it again.") from error
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        raise _of_another_kind(path, error) from error
     if encoder.feature_dim != (tower.width if encoder.plus else tower.vision.config.projection_dim):
         raise other_tower(path)
     adapter = SubjectAdapter(pipe.unet, encoder)
-    own = {name: value.shape for name, value in adapter.branches.state_dict().items()}
-    if own != {name: value.shape for name, value in parts["ip_adapter"].items()} or (
-        encoder.visual_dim != pipe.unet.config.cross_attention_dim
-    ):
+    fits = encoder.visual_dim == pipe.unet.config.cross_attention_dim
+    if not fits or misfit(parts["ip_adapter"], adapter.branches.state_dict()):
         raise other_base(path)
+    check_finite(state, path, "download it again")
     adapter.branches.load_state_dict(parts["ip_adapter"])
     return adapter.install(pipe.unet).eval().requires_grad_(False)
+
+
+def _of_another_kind(path: Path, reason: object) -> UserError:
+    return UserError(f"'{path}' is damaged or of another kind ({' '.join(str(reason).split())}); download it again.")
 
 
 def other_base(path: Path) -> UserError:
@@ -209,15 +227,30 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict | None]:
     """The tensors, and what our header says, None if it is not ours."""
     if path.suffix != ".bin":
         state = tensors_of(path)
-        about = header(path).get("subject")
-        return state, json.loads(about) if about else None
+        return state, _about(path)
     try:
         nested = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"'{path}' cannot be read ({str(error).splitlines()[0]}); use the .safetensors file.") from error
     if not isinstance(nested, dict) or not all(isinstance(state, dict) for state in nested.values()):
         raise UserError(f"'{path}' is no IP-Adapter: it must hold image_proj and ip_adapter.")
-    return {f"{part}.{name}": value for part, state in nested.items() for name, value in state.items()}, None
+    flat = {f"{part}.{name}": value for part, state in nested.items() for name, value in state.items()}
+    if not all(isinstance(value, Tensor) for value in flat.values()):
+        raise UserError(f"'{path}' is no IP-Adapter: it holds more than tensors.")
+    return flat, None
+
+
+def _about(path: Path) -> dict | None:
+    text = header(path).get("subject")
+    if text is None:
+        return None
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' is damaged (its header: {error}); use an earlier checkpoint.") from error
+    if not isinstance(about, dict):
+        raise UserError(f"'{path}' is damaged (its header holds no object); use an earlier checkpoint.")
+    return about
 
 
 def without_words(prompt: str) -> str:

@@ -23,3 +23,15 @@ def check_finite(tensors: Mapping[str, Tensor], where: str | Path, remedy: str =
     for name, value in tensors.items():
         if not is_finite(value):
             raise UserError(f"'{where}' holds values that are not finite ({name}); {remedy}.")
+
+
+def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """How the tensors of a file differ from those wanted, in names, shapes or kind; nothing if they do not."""
+    for name in sorted(found.keys() ^ wanted.keys()):
+        return f"{'it lacks' if name in wanted else 'it has an unknown tensor'} '{name}'"
+    for name, value in found.items():
+        if value.shape != wanted[name].shape:
+            return f"'{name}' is {tuple(value.shape)} where {tuple(wanted[name].shape)} is needed"
+        if not value.is_floating_point():
+            return f"'{name}' is of {value.dtype}"
+    return ""

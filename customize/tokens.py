@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, T5EncoderModel
 
 from customize.errors import UserError
+from customize.tensor_checks import check_finite
 
 SUFFIXES = ("", "_2", "_3")  # of a pipeline's tokenizers and text encoders
 ENCODER_NAMES = ("clip_l", "clip_g", "t5")  # in files of learned words, in the order in which pipelines hold the encoders
@@ -142,15 +143,43 @@ def text_parts(pipe: DiffusionPipeline) -> tuple[list, list]:
 
 
 def load_words(pipe: DiffusionPipeline, word: str, vectors: dict[str, Tensor]) -> None:
-    """Gives a pipeline a learned word; `vectors` as in `ConceptTokens.by_word`, or of the one text encoder under any name."""
-    ordered = [vectors[name] for name in ENCODER_NAMES if name in vectors] or list(vectors.values())
-    for suffix, matrix in zip(_encoder_suffixes(pipe), ordered, strict=True):
-        tokenizer, encoder = getattr(pipe, f"tokenizer{suffix}"), getattr(pipe, f"text_encoder{suffix}")
+    """Gives a pipeline a learned word; `vectors` as in `ConceptTokens.by_word`, or of the one text encoder under any name.
+
+    UserError if they are of another base model or damaged, or if the pipeline knows the word already.
+    """
+    tokenizers, encoders = text_parts(pipe)
+    if reason := _misfit(encoders, vectors):
+        raise UserError(
+            f"the learned word '{word}' does not fit this base model ({reason}); load the base model it was trained on."
+        )
+    check_finite(vectors, word)
+    names = pieces(word, len(next(iter(vectors.values()))))
+    if any(tokenizer.get_vocab().keys() & names for tokenizer in tokenizers):
+        raise UserError(f"the pipeline knows the word '{word}' already; load the base model anew for this one.")
+    ordered = [vectors[name] for name in _names(encoders)] if len(encoders) > 1 else vectors.values()
+    for tokenizer, encoder, matrix in zip(tokenizers, encoders, ordered, strict=True):
         pipe.load_textual_inversion({word: matrix}, token=word, text_encoder=encoder, tokenizer=tokenizer)
 
 
-def _encoder_suffixes(pipe) -> list[str]:
-    return [suffix for suffix in SUFFIXES if getattr(pipe, f"text_encoder{suffix}", None) is not None]
+def _names(encoders: list) -> list[str]:
+    """The encoders' names in files of learned words."""
+    return ["t5" if isinstance(encoder, T5EncoderModel) else ENCODER_NAMES[i] for i, encoder in enumerate(encoders)]
+
+
+def _misfit(encoders: list, vectors: dict[str, Tensor]) -> str:
+    """What is wrong with the vectors of a word, or nothing."""
+    names = _names(encoders) if len(encoders) > 1 else list(vectors)[:1]
+    if not vectors or set(names) != vectors.keys():
+        return f"it is for {', '.join(map(repr, vectors)) or 'no text encoder'}, the model has {len(encoders)} text encoders"
+    for encoder, name in zip(encoders, names, strict=True):
+        shape, width = tuple(vectors[name].shape), _called_table(encoder).embedding_dim
+        if len(shape) != 2 or not shape[0] or shape[1] != width:
+            return f"'{name}' is {shape}, not (vectors, {width})"
+        if not vectors[name].is_floating_point():
+            return f"'{name}' is of {vectors[name].dtype}"
+    return (
+        "" if len({len(matrix) for matrix in vectors.values()}) == 1 else "its text encoders have different numbers of vectors"
+    )
 
 
 class WordsSD3Pipeline(TextualInversionLoaderMixin, StableDiffusion3Pipeline):

@@ -1,9 +1,11 @@
 """Resume state: one safetensors file with all that a run needs to go on as if it had never stopped; and its generators."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -12,8 +14,10 @@ from torch import Tensor
 
 from customize.errors import UserError
 from customize.files import header, tensors_of
+from customize.tensor_checks import check_finite, is_finite
 
 FILE = "resume.safetensors"
+NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")  # of a checkpoint's folder; other scripts' digits are not ours
 
 
 def _flatten(prefix: str, value, tensors: dict[str, Tensor]):
@@ -77,30 +81,119 @@ def save_state(folder: Path, accelerator, step: int, trained: dict[str, Tensor],
 
 
 def load_state(folder: Path, accelerator, trained: dict[str, Tensor], **parts) -> int:
-    """Puts the state back into the tensors and parts given, and into this process's generators; returns the step."""
+    """Puts the state back into the tensors and parts given, and into this process's generators; returns the step.
+
+    UserError if there is none, if it is damaged or not finite, or if it ran with other settings.
+    """
     path = folder / FILE
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"--resume_from_checkpoint: '{folder}' has no {FILE}; give a checkpoint-N folder or 'latest'.")
-    tensors = tensors_of(path)
-    state = _restore(json.loads(header(path)["tree"]), tensors)
+    with _damaged(path):
+        state = _read(path)
     same = {name: value.shape for name, value in state["trained"].items()} == {
         name: value.shape for name, value in trained.items()
     }
-    if not same or {name for name, part in parts.items() if part is not None} != state.keys() & parts.keys():
+    present = {name: part for name, part in parts.items() if part is not None}
+    if not same or present.keys() != state.keys() & parts.keys():
         raise UserError(f"--resume_from_checkpoint: '{folder}' ran with other settings; resume with those it was started with.")
     if len(state["random"]) != accelerator.num_processes:
         raise UserError(f"--resume_from_checkpoint: '{folder}' ran on {len(state['random'])} processes; resume on as many.")
+    with _damaged(path):
+        for name, part in present.items():
+            _check_part(name, part, state[name])
+            part.load_state_dict(state[name])
+        set_random_state(state["random"][accelerator.process_index])
     with torch.no_grad():
         for name, value in trained.items():
             value.copy_(state["trained"][name])
-    for name, part in parts.items():
-        if part is not None:
-            part.load_state_dict(state[name])
-    set_random_state(state["random"][accelerator.process_index])
     return state["step"]
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside is the file's fault."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # each part has its own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"'{path}' is damaged ({reason}); use an earlier checkpoint.") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The nested state of a file, of the form that `save_state` gives it."""
+    tensors = tensors_of(path)
+    check_finite(tensors, path)
+    state = _restore(json.loads(header(path)["tree"]), tensors)
+    if type(state["step"]) is not int or state["step"] < 0:
+        raise ValueError(f"its step is {state['step']!r}")
+    if not all(isinstance(value, Tensor) and value.is_floating_point() for value in state["trained"].values()):
+        raise ValueError("what was trained is not numbers")
+    if not isinstance(state["random"], list) or not all("cpu" in own for own in state["random"]):
+        raise ValueError("its random state is of another form")
+    return state
+
+
+def _check_part(name: str, part: Any, state: dict) -> None:
+    """ValueError unless a part's state is of the form of its present one: not every part looks when it is loaded."""
+    if not hasattr(part, "param_groups"):
+        _check_alike(name, part.state_dict(), state)
+        return
+    groups = part.param_groups
+    _check_alike(name, [{k: v for k, v in group.items() if k != "params"} for group in groups], state["param_groups"])
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for index, own in state["state"].items():
+        for key, value in own.items():
+            if not key.startswith("exp_avg"):  # those of an 8-bit optimizer are packed
+                continue
+            fits = value.is_floating_point() and value.shape == parameters[int(index)].shape
+            if not fits:
+                raise ValueError(f"{name}.{key} is {tuple(value.shape)} of {value.dtype}")
+
+
+def _check_alike(name: str, now: Any, then: Any) -> None:
+    if isinstance(now, dict):
+        for key, value in now.items():
+            _check_alike(f"{name}.{key}", value, then[key])
+    elif isinstance(now, list | tuple):
+        for i, (value, other) in enumerate(zip(now, then, strict=True)):
+            _check_alike(f"{name}.{i}", value, other)
+    elif isinstance(now, Tensor):
+        if now.shape != then.shape:
+            raise ValueError(f"{name} is {tuple(then.shape)}")
+    elif _kind(now) != _kind(then) or then != then:  # NaN equals nothing
+        raise ValueError(f"{name} is {then!r}")
+
+
+def _kind(value: Any) -> type:
+    return float if type(value) is int else type(value)
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The N of a checkpoint-N folder; None for every other name."""
+    named = NAME.fullmatch(folder.name)
+    return int(named[1]) if named else None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint-N folders from which a run can be resumed, by N."""
+    steps = {p: step for p in run.glob("checkpoint-*") if (step := checkpoint_step(p)) is not None and (p / FILE).is_file()}
+    return sorted(steps, key=lambda p: steps[p])
 
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The checkpoint-N folder with the highest N, or None."""
-    found = [p for p in run.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit() and (p / FILE).exists()]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+    return next(reversed(checkpoints(run)), None)
+
+
+def good_checkpoint(run: Path) -> Path | None:
+    """The checkpoint-N folder with the highest N among those that can be read and whose values are finite, or None."""
+    return next((folder for folder in reversed(checkpoints(run)) if _is_good(folder)), None)
+
+
+def _is_good(folder: Path) -> bool:
+    try:
+        return all(is_finite(value) for value in tensors_of(folder / FILE).values())
+    except UserError:
+        return False

@@ -3,12 +3,14 @@
 Parameters are named as in the released files: `proj` and `norm` of the plain adapter, the resampler's of the Plus one.
 """
 
+import torch
 from torch import Tensor, nn
 
 from customize.encoders.encoded import Encoded
 from customize.encoders.perceiver import Resampler
 from customize.encoders.tower import ImageTower
 from customize.errors import UserError
+from customize.tensor_checks import misfit
 
 HEAD = 64  # width of an attention head in all Plus adapters: files do not say it, and every reader assumes it
 
@@ -67,18 +69,29 @@ class ImagePrompt(nn.Module):
 
 
 def from_released(state: dict[str, Tensor]) -> ImagePrompt:
-    """The encoder for the `image_proj` part of a released file, with its weights; UserError for other kinds."""
-    if "proj.weight" in state:
-        dim = len(state["norm.weight"])
-        tokens, embed = len(state["proj.weight"]) // dim, state["proj.weight"].shape[1]
-        made: Projection | Resampler = Projection(embed, dim, tokens)
-    elif "latents" in state:
-        _, queries, dim = state["latents"].shape
-        heads = len(state["layers.0.0.to_q.weight"]) // HEAD
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
-        features, output = state["proj_in.weight"].shape[1], len(state["proj_out.weight"])
-        made = Resampler(features, dim, output, queries, depth, heads, HEAD)
-    else:
+    """The encoder for the `image_proj` part of a released file, with its weights; UserError for other kinds, KeyError or
+    ValueError for a damaged one."""
+    with torch.device("meta"):  # a damaged file may ask for more than memory holds
+        made = _projection(state) if "proj.weight" in state else _resampler(state) if "latents" in state else None
+    if made is None:
         raise UserError("this IP-Adapter is neither a plain nor a Plus one (face and full-face adapters are not supported).")
-    made.load_state_dict(state)
+    if reason := misfit(state, made.state_dict()):
+        raise ValueError(reason)
+    made.load_state_dict(state, assign=True)
     return ImagePrompt(made)
+
+
+def _projection(state: dict[str, Tensor]) -> Projection:
+    (dim,) = state["norm.weight"].shape
+    out, embed = state["proj.weight"].shape
+    if not dim or not out or out % dim:
+        raise ValueError(f"proj.weight has {out} rows, norm.weight {dim}")
+    return Projection(embed, dim, out // dim)
+
+
+def _resampler(state: dict[str, Tensor]) -> Resampler:
+    _, queries, dim = state["latents"].shape
+    output, _ = state["proj_out.weight"].shape
+    _, features = state["proj_in.weight"].shape
+    depth = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+    return Resampler(features, dim, output, queries, depth, state["layers.0.0.to_q.weight"].shape[0] // HEAD, HEAD)

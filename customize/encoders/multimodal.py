@@ -5,7 +5,7 @@ slot of cross-attention layers, which changes with the denoising time. The paper
 sizes, the fusion's normalisation and what tells a location of its subject are choices of this project.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from customize.encoders.encoded import Encoded
 from customize.encoders.perceiver import Resampler
 
+LARGEST = dict.fromkeys(
+    ("image_layers", "slots", "depth", "feature_layers", "time_bins"), 1000
+)  # what is gone through one by one
 OCTAVES = 8  # Fourier features of a number in [0, 1]: sines and cosines of so many octaves
 
 
@@ -35,6 +38,19 @@ class MultimodalConfig:
     words: bool = True  # S+; without it only visual tokens
     fusion: bool = True  # text-refined visual tokens
     location: bool = True  # location maps
+
+    def check(self) -> None:
+        """ValueError for sizes that no encoder has, as those of a damaged file."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, list[int]):
+                sizes = value if field.type == list[int] and isinstance(value, list) else [value]
+                if not all(type(size) is int and 0 < size <= LARGEST.get(field.name, 2**20) for size in sizes):
+                    raise ValueError(f"its {field.name} is {value!r:.80}")
+            elif not isinstance(value, bool):
+                raise ValueError(f"its {field.name} is {value!r:.80}")
+        if self.dim % self.heads:
+            raise ValueError(f"its dim, {self.dim}, is no multiple of its heads, {self.heads}")
 
 
 def evenly(layers: int, count: int) -> list[int]:
