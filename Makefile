@@ -4,10 +4,10 @@ BIN = .venv/bin
 .PHONY: demo test lint quick-demo
 
 demo: .venv/ready
-	$(BIN)/customize demo
+	$(BIN)/customize demo --overwrite_output_dir
 
 quick-demo: .venv/ready
-	$(BIN)/customize demo --quick --output runs/quick-demo
+	$(BIN)/customize demo --quick --output runs/quick-demo --overwrite_output_dir
 
 test: .venv/ready
 	$(BIN)/python -m pytest

@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, count, takewhile
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from customize.app.evaluate import EvaluateConfig
 from customize.config import help_text, option, parse
 from customize.errors import UserError, nearest
+from customize.privacy import without_places
 from customize.trainers.registry import METHODS, find_entry
 
 TRAINING_MEMORY = (
@@ -29,20 +31,20 @@ HELP = {"--help", "-h"}
 class GenerateConfig:
     """How `customize generate` draws."""
 
-    num_images_per_prompt: int = option(1, "pictures of each prompt; picture i is drawn with seed + i")
-    seed: int = option(0, "seed of the first picture")
-    guidance_scale: float | None = option(None, "how strongly the prompt steers; none leaves it to the pipeline")
-    num_inference_steps: int = option(25, "denoising steps")
+    num_images_per_prompt: int = option(1, "pictures of each prompt; picture i is drawn with seed + i", least=1)
+    seed: int = option(0, "seed of the first picture", least=0, most=4_000_000_000)
+    guidance_scale: float | None = option(None, "how strongly the prompt steers; none leaves it to the pipeline", least=0)
+    num_inference_steps: int = option(25, "denoising steps", least=1)
     negative_prompt: str = option("", "what should not be in the picture")
-    height: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline")
-    width: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline")
+    height: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline", least=8)
+    width: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline", least=8)
     subject_images: list[str] = field(
         default_factory=list,
         metadata={
             "help": "up to four pictures of what the prompt calls <s>, for a subject encoder; '<s2>=FILE' for a second subject"
         },
     )
-    subject_scale: float = option(1.0, "how strongly the subjects' pictures count, 0 to 1 and beyond")
+    subject_scale: float = option(1.0, "how strongly the subjects' pictures count, 0 to 1 and beyond", least=0)
     side_by_side: bool = option(False, "several subjects stand side by side, from left to right in the order <s>, <s2>, ...")
     subject_adapter: str = option(
         "", "the subject encoder: a run, a file, a released IP-Adapter; empty: RUN's own, or stickers'"
@@ -56,12 +58,17 @@ class GenerateConfig:
 @dataclass
 class DemoConfig:
     output: str = option("runs/demo", "folder of the demo's run")
+    overwrite_output_dir: bool = option(False, "replace an earlier demo or run in that folder")
     quick: bool = option(False, "fewer steps, to see that everything works")
 
 
 @dataclass
 class PushConfig:
-    private: bool = option(False, "make the repository private")
+    private: bool = option(True, "upload to a private repository; --no_private makes a new one public")
+    samples: list[str] = field(
+        default_factory=list, metadata={"help": "images to upload with the run, beside the last validation's"}
+    )
+    dry_run: bool = option(False, "only list what would be uploaded")
 
 
 def train(words: list[str]) -> None:
@@ -78,12 +85,14 @@ def train(words: list[str]) -> None:
 
 
 def generate(words: list[str]) -> None:
+    from customize.output import make_folder
+
     (run, *prompts), config = split(words, GenerateConfig, ["RUN", '"PROMPT"'], more=True)
     check_run(run)
     check_request(prompts, config)
     subjects = subject_files(config.subject_images)
     check_subjects(run, config)
-    folder, pipe = output_folder(run, config.output), load(run, config)
+    folder, pipe = make_folder(output_folder(run, config.output), "--output"), load(run, config)
     if subjects:  # of all prompts, before the first is drawn
         from customize.subject import check_words
 
@@ -100,7 +109,7 @@ def demo(words: list[str]) -> None:
     from customize.app.demo import demo
 
     quiet_libraries()
-    demo(config.output, config.quick)
+    demo(config.output, config.quick, config.overwrite_output_dir)
 
 
 def evaluate(words: list[str]) -> None:
@@ -124,7 +133,7 @@ def push(words: list[str]) -> None:
         raise UserError(f"There is no run folder {run}: check its path.")
     from customize.hub import push
 
-    print(push(run, repo_id, config.private))
+    print(push(run, repo_id, config.private, config.samples, config.dry_run))
 
 
 # What runs, how it is called, and the dataclass of its flags if the command line knows it.
@@ -134,7 +143,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, list[type]]] = {
     "demo": (demo, " [--flag value ...]: train and draw in the embedded sticker world", [DemoConfig]),
     "evaluate": (evaluate, " [RUN] [--flag value ...]: measure methods on a benchmark, or one run", [EvaluateConfig]),
     "methods": (methods, ": list the methods", []),
-    "push": (push, " RUN REPO_ID [--private]: upload a run to the Hugging Face Hub", [PushConfig]),
+    "push": (push, " RUN REPO_ID [--flag value ...]: upload a run to the Hugging Face Hub", [PushConfig]),
 }
 
 
@@ -159,19 +168,14 @@ def check_run(run: str) -> None:
 def check_request(prompts: list[str], config: GenerateConfig) -> None:
     if not all(prompt.strip() for prompt in prompts):
         raise UserError('"PROMPT" is empty: describe the picture.')
-    for name, least in {"num_images_per_prompt": 1, "num_inference_steps": 1, "seed": 0, "height": 8, "width": 8}.items():
-        number, step = getattr(config, name), max(least, 1)
-        if number is not None and (number < least or number % step):
-            raise UserError(f"--{name} must be {least} or more{' and a multiple of 8' * (step == 8)}, not {number}.")
+    for name in ("height", "width"):
+        if (getattr(config, name) or 0) % 8:
+            raise UserError(f"--{name} must be a multiple of 8, not {getattr(config, name)}.")
 
 
 def output_folder(run: str, output: str | None) -> Path:
-    folder = Path(output or (Path(run, "generated") if Path(run).is_dir() else "generated"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"Cannot make the folder {folder} ({error.strerror}): choose another with --output.") from error
-    return folder
+    """Where pictures go: a base model's own folder is left alone."""
+    return Path(output or (Path(run, "generated") if Path(run, "run.json").exists() else "generated"))
 
 
 def load(run: str, config: GenerateConfig) -> Any:
@@ -235,7 +239,7 @@ def draw(pipe: Any, prompt: str, seeds: Sequence[int], config: GenerateConfig, s
 
 def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: GenerateConfig) -> Path:
     """Writes the picture with what re-makes it, under a name that is still free."""
-    from PIL.PngImagePlugin import PngInfo
+    from customize.output import save_image
 
     parameters = {"run": run, "prompt": prompt, "negative_prompt": config.negative_prompt, "seed": seed}
     parameters |= {"steps": config.num_inference_steps, "scale": config.guidance_scale, "dtype": config.dtype}
@@ -243,16 +247,18 @@ def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: Gen
     if config.subject_images:
         names = ("subject_images", "subject_scale", "side_by_side", "subject_adapter", "image_encoder")
         parameters |= {name: getattr(config, name) for name in names}
-    info, stem = PngInfo(), f"{slug(prompt)}-{seed}"
-    info.add_text("parameters", json.dumps(parameters))
-    paths = (folder / f"{stem}{ending}.png" for ending in chain([""], (f"-{number}" for number in count(2))))
-    path = next(path for path in paths if not path.exists())
-    image.save(path, pnginfo=info)
+    stem, text = f"{slug(prompt)}-{seed}", json.dumps(without_places(parameters))
+    for path in (folder / f"{stem}{ending}.png" for ending in chain([""], (f"-{number}" for number in count(2)))):
+        if not path.exists():
+            with suppress(FileExistsError):  # another program draws into the folder too
+                save_image(image, path, exclusive=True, parameters=text)
+                break
     return path
 
 
 def slug(prompt: str) -> str:
-    return re.sub(r"[\W_]+", "-", prompt.lower())[:50].strip("-") or "image"
+    words = re.sub(r"[\W_]+", "-", prompt.lower())[:50].strip("-")
+    return words.encode()[:150].decode(errors="ignore") or "image"  # names of files have at most 255 bytes
 
 
 def run_command(words: list[str]) -> None:
@@ -261,11 +267,18 @@ def run_command(words: list[str]) -> None:
         return print("Teach a text-to-image model your subject.", *lines, sep="\n")
     if words[0] not in COMMANDS:
         raise UserError(f"There is no command '{words[0]}': `customize --help` lists them.{nearest(words[0], COMMANDS)}")
+    if not all(_is_text(word) for word in words):
+        raise UserError("The command line holds bytes that are no UTF-8 text: type the words anew.")
     command, usage, configs = COMMANDS[words[0]]
     # A method prints its own help.
     if not HELP & set(words[1:2] if command is train else words):
         return command(words[1:])
     print(f"customize {words[0]}{usage}\n{help_text(configs)}")
+
+
+def _is_text(word: str) -> bool:
+    """Python reads bytes that are no UTF-8 as half characters, which nothing else takes."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in word)
 
 
 def remedy(error: Exception, command: str) -> str | None:
@@ -278,6 +291,13 @@ def remedy(error: Exception, command: str) -> str | None:
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return "The disk is full: free some space, or write elsewhere with --output (generate, demo) or --output_dir (train)."
     return None
+
+
+def end_bars() -> None:
+    """Ends the lines of progress bars that an error left open."""
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()
 
 
 def quiet_libraries() -> None:
@@ -306,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not (message := remedy(error, words[0])):
             raise
+        end_bars()
         print(f"error: {message}", file=sys.stderr)
         return 2
     return 0

@@ -7,8 +7,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from customize.data import DataConfig
+from customize.errors import UserError
 from customize.loading import load_base
+from customize.output import is_own_image, make_folder, save_image
 from customize.pipelines import load_pipeline
+from customize.run_folder import check_free
 from customize.stickers import BACKGROUNDS, Drawing, World
 from customize.stickers.bench import write_references
 from customize.stickers.measure import masked_correlation
@@ -19,17 +22,22 @@ from customize.trainers.settings import TrainConfig
 SUBJECT = Drawing("fox", "flat")  # a drawing that the base model has never seen, of a class that it knows
 UNSEEN = ("beach", "night", "bricks", "wood", "pink", "sunset")
 WORD = "sks"
+PAGE = "demo.png"
 
 
-def demo(output: str = "runs/demo", quick: bool = False) -> Path:
-    """Trains and draws in `output`; returns the path of the picture that shows it all. `quick` only proves that it runs."""
-    folder = Path(output)
+def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False) -> Path:
+    """Trains and draws in `output`; returns the path of the picture that shows it all. `quick` only proves that it runs.
+
+    UserError where `output` holds what is not of an earlier demo, or an earlier demo or run without `overwrite`.
+    """
+    folder = make_folder(Path(output), "--output")
+    check_output(folder, overwrite)
     pictures = write_references(folder / "pictures", SUBJECT, f"{WORD} {SUBJECT.word}")
     prompts = [f"a {WORD} {SUBJECT.word} {BACKGROUNDS[b]}" for b in UNSEEN]
     before = draw(load_base("stickers"), prompts)
     settings = TrainConfig(
         output_dir=str(folder),
-        overwrite_output_dir=True,
+        overwrite_output_dir=overwrite,
         train_batch_size=4,
         max_train_steps=20 if quick else 500,
         learning_rate=1e-3,
@@ -39,13 +47,24 @@ def demo(output: str = "runs/demo", quick: bool = False) -> Path:
     data = DataConfig(instance_data_dir=str(folder / "pictures"), instance_prompt=f"a {WORD} {SUBJECT.word}", resolution=64)
     launch("dreambooth", ModelConfig(), data, settings, DreamBoothConfig(rank=16, lora_layers="all"))
     after = draw(load_pipeline(folder), prompts)
-    page = folder / "demo.png"
-    compose(pictures, before, after, prompts).save(page)
+    page = folder / PAGE
+    save_image(compose(pictures, before, after, prompts), page)
     sprite = World().sprite(SUBJECT)
     scores = [np.mean([masked_correlation(picture, sprite) for picture in drawn]) for drawn in (pictures, before, after)]
     print(f"correlation with the subject: its own pictures {scores[0]:.2f}, before {scores[1]:.2f}, after {scores[2]:.2f}")
     print(f'look at {page}; draw more with: customize generate {folder} "{prompts[0]}"')
     return page
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """UserError where the demo would replace what it has not written, or an earlier one without being asked to."""
+    check_free(folder, overwrite, resumed=False, flag="--output")
+    own = [path for path in (folder / PAGE, *(folder / "pictures").glob("*")) if path.exists()]
+    if own and not overwrite:
+        raise UserError(f"'{folder}' holds an earlier demo; choose another --output, or add --overwrite_output_dir.")
+    for path in own:
+        if not is_own_image(path.with_suffix(".png")):  # captions stand beside their pictures
+            raise UserError(f"--output: '{path}' is not of an earlier demo; move it away, or choose another folder.")
 
 
 def draw(pipe, prompts: list[str], seed: int = 0, steps: int = 25, guidance_scale: float = 4.0) -> list[Image.Image]:

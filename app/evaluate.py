@@ -28,12 +28,13 @@ class EvaluateConfig:
         metadata={"help": "what is compared: methods, base (the untouched model), real (pictures), or folders of encoder runs"},
     )
     quick: bool = option(False, "stickers: 6 subjects, 8 prompts, 1 picture instead of 30, 25 and 4")
-    max_train_steps: int = option(200, "stickers: training steps of every method")
+    max_train_steps: int = option(200, "stickers: training steps of every method", least=1)
     group: Literal["all", "known", "unknown"] = option(
         "all", "stickers: subjects whose class the base model knows by other drawings, or does not know, or both"
     )
     output: str = option("", "folder of pictures and report; empty: runs/BENCH, or RUN/evaluation")
-    seed: int = option(0, "seed of training and of the first picture")
+    overwrite_output_dir: bool = option(False, "replace an earlier evaluation in the output folder instead of going on with it")
+    seed: int = option(0, "seed of training and of the first picture", least=0, most=4_000_000_000)
     data_dir: str = option("", "dreambench: the dataset's folder, with prompts_and_classes.txt")
     pretrained_model_name_or_path: str = option("", "dreambench: base model, a diffusers folder or a hub id")
     revision: str = option("", "dreambench: revision of the model on the hub")
@@ -45,13 +46,13 @@ class EvaluateConfig:
     references: Literal["all", "one"] = option(
         "all", "dreambench: teach and compare with all pictures of a subject, or the first"
     )
-    num_images_per_prompt: int = option(4, "dreambench: pictures of each prompt")
-    num_inference_steps: int = option(50, "dreambench: denoising steps")
-    guidance_scale: float = option(7.5, "dreambench: how strongly prompts steer")
-    resolution: int | None = option(None, "dreambench: side of the pictures in pixels; none leaves it to the pipeline")
-    batch_size: int = option(4, "dreambench: pictures drawn at once")
-    limit_subjects: int | None = option(None, "dreambench: only the first subjects")
-    limit_prompts: int | None = option(None, "dreambench: only the first prompts")
+    num_images_per_prompt: int = option(4, "dreambench: pictures of each prompt", least=1)
+    num_inference_steps: int = option(50, "dreambench: denoising steps", least=1)
+    guidance_scale: float = option(7.5, "dreambench: how strongly prompts steer", least=0)
+    resolution: int | None = option(None, "dreambench: side of the pictures in pixels; none leaves it to the pipeline", least=8)
+    batch_size: int = option(4, "dreambench: pictures drawn at once", least=1)
+    limit_subjects: int | None = option(None, "dreambench: only the first subjects", least=1)
+    limit_prompts: int | None = option(None, "dreambench: only the first prompts", least=1)
     subject: str = option("", "a run on stickers: the drawing it learned, such as 'flat fox'; empty: what its pictures show")
 
 
@@ -60,39 +61,37 @@ def evaluate(run: str, config: EvaluateConfig) -> Path:
     try:
         import matplotlib  # noqa: F401  needed at the very end
 
+        from customize.app.bench.earlier import check_folder
         from customize.app.bench.report import write_report
         from customize.app.bench.summary import summary
     except ModuleNotFoundError as error:
         raise UserError(f"Evaluation needs {error.name}: pip install 'customize[evaluate]'.") from error
+    from customize.output import locked
+
     bench = make_run_bench(run, config) if run else make_bench(config)
-    results = bench.run()
-    print(summary(results))
-    return write_report(results, bench.folder)
+    with locked(bench.folder, "--output"):
+        check_folder(bench.folder, bench.methods, config.overwrite_output_dir)
+        results = bench.run()
+        print(summary(results))
+        return write_report(results, bench.folder)
 
 
 def check(config: EvaluateConfig, kind: str) -> None:
     """UserError for numbers that cannot be, for flags that `kind` has no use for, and for a folder that cannot be made."""
-    least = {name: 1 for name in ("max_train_steps", "num_images_per_prompt", "num_inference_steps", "batch_size")}
-    least |= {"limit_subjects": 1, "limit_prompts": 1, "seed": 0, "resolution": 8}
-    for name, smallest in least.items():
-        if (number := getattr(config, name)) is not None and number < smallest:
-            raise UserError(f"--{name} must be at least {smallest}, not {number}.")
     if config.resolution is not None and config.resolution % 8:
         raise UserError(f"--resolution must be a multiple of 8, not {config.resolution}.")
     if len(set(config.methods)) != len(config.methods):
         raise UserError("--methods names a method twice: keep one of the two.")
+    used = USED[kind] | {"bench", "output", "overwrite_output_dir", "seed"}
     for flag in fields(config):
-        if flag.name not in USED[kind] | {"bench", "output", "seed"} and getattr(config, flag.name) != default(flag):
+        if flag.name not in used and getattr(config, flag.name) != default(flag):
             raise UserError(f"--{flag.name} has no effect on {kind}: leave it out.")
 
 
 def output(config: EvaluateConfig, otherwise: str) -> Path:
-    folder = Path(config.output or otherwise)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: cannot make the folder '{folder}' ({error.strerror}); choose another.") from error
-    return folder
+    from customize.output import make_folder
+
+    return make_folder(Path(config.output or otherwise), "--output")
 
 
 def make_bench(config: EvaluateConfig) -> Any:

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from customize.errors import UserError
+from customize.files import atomic_file
 
 
 class TensorCache:
@@ -53,24 +52,13 @@ class TensorCache:
     def _write(self, key: str, computed: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in computed.items()}
         if path := self._path(key):
-            _write_atomically(path, save(tensors, metadata={"sha256": _digest(tensors)}))
+            with atomic_file(path) as partial:
+                partial.write_bytes(save(tensors, metadata={"sha256": _digest(tensors)}))
         return tensors
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(save(tensors)).hexdigest()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def key_of(*parts) -> str:

@@ -1,52 +1,64 @@
-"""The model card that every run gets."""
+"""The model card that every run gets. It names no place on the user's machine."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from customize import stickers
-from customize.checkpoint import LORA, read_info
 from customize.files import tensors_of
-from customize.subject import ADAPTER_FILES
+from customize.privacy import without_places
+from customize.run_folder import ADAPTER_FILES, CARD, LORA, read_info, staged
 
 USE = """```python
 from customize.pipelines import load_pipeline
 
-pipe = load_pipeline("{folder}")
+pipe = load_pipeline("{folder}")  # the folder of these files
 pipe({prompt}).images[0].save("picture.png")
 ```"""
 USE_ENCODER = """```python
 from customize.pipelines import load_subject_pipeline
 
-pipe = load_subject_pipeline("{folder}")
+pipe = load_subject_pipeline("{folder}")  # the folder of these files
 pipe("{prompt}", subject_images=["1.png", "2.png"]).images[0].save("picture.png")
 ```"""
 STOCK = """The files are diffusers' own; without this toolkit:
 
 ```python
 from diffusers import AutoPipelineForText2Image
-
-pipe = AutoPipelineForText2Image.from_pretrained("{base}")
+{imports}
+pipe = AutoPipelineForText2Image.from_pretrained({base})
 {loads}
 ```"""
 
 
-def write_card(folder: Path, info: dict, concepts) -> None:
+def write_card(folder: Path, concepts) -> None:
     """`README.md` with front matter for the hub, how to use the run, its settings and its last validation pictures."""
+    info = read_info(folder)
+    with staged(folder, info) as (new, _):
+        (new / CARD).write_text(card(folder, info, concepts), encoding="utf-8")
+
+
+def last_sample(folder: Path) -> Path | None:
+    """The sheet of the last validation, which the card shows."""
+    return max((folder / "samples").glob("step-*.png"), default=None)
+
+
+def card(folder: Path, info: dict[str, Any], concepts) -> str:
+    name, base, local = folder.resolve().name, without_places(info["base_model"]), is_local(info["base_model"])
     prompts = [concept.instance_prompt for concept in concepts if concept.instance_prompt] or ["..."]
-    samples = sorted((folder / "samples").glob("step-*.png"))
-    pictures = f"## Pictures\n\n![validation pictures](samples/{samples[-1].name})\n\n" if samples else ""
-    defaults_last = sorted(info["config"].items())
-    settings = "\n".join(f"| {name} | {value} |" for name, value in defaults_last if value not in ("", [], False, 0))
-    about = f"""A subject taught to `{info["base_model"]}` by **{info["method"]}** in {info["step"]} steps.
+    sample = last_sample(folder)
+    pictures = f"## Pictures\n\n![validation pictures](samples/{sample.name})\n\n" if sample else ""
+    config = sorted(without_places(info["config"]).items())
+    settings = "\n".join(f"| {key} | {value} |" for key, value in config if value not in ("", [], False, 0))
+    about = f"""A subject taught to `{base}` by **{info["method"]}** in {info["step"]} steps.
 {"Prompt" if len(prompts) == 1 else "Prompts"} of the subject: {", ".join(f"`{p}`" for p in prompts)}."""
-    use = USE.format(folder=folder, prompt=json.dumps(prompts[0]))
-    if any((folder / name).exists() for name in ADAPTER_FILES):
-        about = f"An encoder of subjects for `{info['base_model']}`, trained by **{info['method']}** in {info['step']} steps."
+    use = USE.format(folder=name, prompt=json.dumps(prompts[0]))
+    if any((folder / file).exists() for file in ADAPTER_FILES):
+        about = f"An encoder of subjects for `{base}`, trained by **{info['method']}** in {info['step']} steps."
         prompts = ["a photo of <s>"]
-        use = USE_ENCODER.format(folder=folder, prompt="a photo of a <s> dog on the beach")
-    text = f"""# {folder.name}
+        use = USE_ENCODER.format(folder=name, prompt="a photo of a <s> dog on the beach")
+    text = f"""# {name}
 
 {about}
 
@@ -54,7 +66,7 @@ def write_card(folder: Path, info: dict, concepts) -> None:
 
 {use}
 
-{_stock(folder, info["base_model"])}
+{_stock(folder, info)}
 
 ## Settings
 
@@ -63,17 +75,21 @@ def write_card(folder: Path, info: dict, concepts) -> None:
 {settings}
 """
     tags = ["text-to-image", "diffusers", "diffusers-training", info["method"], *(["lora"] if (folder / LORA).exists() else [])]
-    base = None if info["base_model"] == "stickers" or Path(info["base_model"]).exists() else info["base_model"]
-    data = ModelCardData(library_name="diffusers", base_model=base, tags=tags, instance_prompt=prompts[0])
-    (folder / "README.md").write_text(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")))
+    data = ModelCardData(library_name="diffusers", base_model=None if local else base, tags=tags, instance_prompt=prompts[0])
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 
-def _stock(folder: Path, base: str) -> str:
-    base = str(stickers.MODEL) if base == "stickers" else base
-    info, loads = read_info(folder), []
+def is_local(base: str) -> bool:
+    return base == "stickers" or Path(base).exists()
+
+
+def _stock(folder: Path, info: dict[str, Any]) -> str:
+    name, base, loads = folder.resolve().name, info["base_model"], []
     if (folder / LORA).exists():
-        loads.append(f'pipe.load_lora_weights("{folder}", weight_name="{LORA}")')
-    for word, name in info["words"].items():
-        if "clip_l" not in tensors_of(folder / name):
-            loads.append(f'pipe.load_textual_inversion("{folder / name}", token="{word}")')
-    return STOCK.format(base=base, loads="\n".join(loads)) if loads else ""
+        loads.append(f'pipe.load_lora_weights("{name}", weight_name="{LORA}")')
+    for word, file in info["words"].items():
+        if "clip_l" not in tensors_of(folder / file):
+            loads.append(f'pipe.load_textual_inversion("{name}", weight_name="{file}", token="{word}")')
+    imports = "\nfrom customize.stickers import MODEL  # a folder\n" if base == "stickers" else ""
+    shown = "MODEL" if base == "stickers" else f'"{without_places(base)}"'
+    return STOCK.format(base=shown, imports=imports, loads="\n".join(loads)) if loads else ""

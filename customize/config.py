@@ -96,13 +96,6 @@ def parse(dataclasses: list[type], words: Sequence[str]) -> list[Any]:
     return [build(cls, values) for cls in dataclasses]
 
 
-def at_least_one(config: Any, flags: Sequence[str]) -> None:
-    """UserError for the first of these numbers of a configuration that is below 1."""
-    for flag in flags:
-        if getattr(config, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1.")
-
-
 def check_ranges(config: Any) -> None:
     """UserError for the first number of a configuration that is not finite or outside its range."""
     for flag in flags_of(type(config)):

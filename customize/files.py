@@ -1,6 +1,14 @@
-"""Reading safetensors files."""
+"""Reading and writing files: a file or a folder appears under its name only when it is complete."""
 
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -8,11 +16,19 @@ from torch import Tensor
 
 from customize.errors import UserError
 
+HIDDEN = ".customize-"  # what begins so was begun by this toolkit and not finished
+NEW, OLD = HIDDEN + "new-", HIDDEN + "old-"
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
 
 def header(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    """The metadata of a safetensors file; UserError if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, error) from error
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -20,4 +36,100 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"'{path}' is damaged ({error}); use an earlier checkpoint.") from error
+        raise damaged(path, error) from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; UserError if it is no file or no JSON, FileNotFoundError if there is none."""
+    if path.exists() and not path.is_file():  # a pipe would block for ever
+        raise UserError(f"'{path}' is not a regular file; remove it.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"'{path}' is damaged ({reason}); use an earlier checkpoint.")
+
+
+@contextmanager
+def atomic_file(path: Path, exclusive: bool = False) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when it is written and flushed to disk.
+
+    With `exclusive`, FileExistsError where `path` exists by then: two programs never write one file.
+    """
+    partial = path.with_name(f"{NEW}{uuid.uuid4().hex[:12]}{path.suffix}")
+    try:
+        yield partial
+        _settle(partial)
+        _link(partial, path) if exclusive else os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _link(partial: Path, path: Path) -> None:
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "exists", str(path)) from None
+        os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file under its name only when it is complete."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `folder` only when all is written and flushed to disk.
+
+    Raises UserError when the disk is full; what stood there before is then untouched. After a kill, `recover` puts it right.
+    """
+    partial, old = folder.with_name(NEW + folder.name), folder.with_name(OLD + folder.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _settle(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_full(error):
+            raise UserError(f"the disk is full: '{folder}' was not written; free some space.") from error
+        raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(parent: Path) -> None:
+    """Puts right what a kill left of `atomic_folder` and `atomic_file` in `parent`: removes what was not finished, and puts
+    back what was on its way to be replaced."""
+    for path in parent.glob(f"{OLD}*"):
+        target = path.with_name(path.name.removeprefix(OLD))
+        shutil.rmtree(path, ignore_errors=True) if target.exists() else os.replace(path, target)
+    for path in parent.glob(f"{NEW}*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk is full: safetensors tells it in words."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+def _settle(path: Path) -> None:
+    """Flushes a file to disk, with the access rights of other new files: safetensors writes for the owner alone."""
+    os.chmod(path, 0o666 & ~_UMASK)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

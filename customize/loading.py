@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from customize import stickers
 from customize.backbone import BACKBONES
 from customize.errors import UserError
-from customize.tensor_checks import is_finite
+from customize.tensor_checks import load_whole
 from customize.tokens import WordsSD3Pipeline, text_parts
 
 FLAG = "--pretrained_model_name_or_path"
@@ -134,15 +134,7 @@ def _model(folder: Path, kind: type, dtype: torch.dtype, options: dict[str, Any]
     variant = options.get("variant")
     named = {"variant": variant} if variant and any(f".{variant}" in path.name for path in folder.iterdir()) else {}
     placed = {"device_map": options["device_map"]} if "device_map" in options else {}
-    loader: Any = kind
-    model, info = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **named, **placed)
-    if missing := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"its {folder.name} lacks weights: {missing[0]}{more}; save or download it anew")
-    for key, value in model.state_dict().items():
-        if not is_finite(value):
-            raise ValueError(f"its {folder.name} holds values that are not finite: {key}; download it anew")
-    return model
+    return load_whole(kind, folder, dtype=dtype, **named, **placed)
 
 
 # what was loaded

@@ -223,10 +223,3 @@ def read_picture(picture: Picture) -> Decoded:
     if image.size != picture.size or (mask and mask.size != picture.size):
         raise UserError(f"{picture.path} or its mask changed its size during the run; start again.")
     return image, mask
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG under its name only when it is complete."""
-    partial = path.with_name(f".{path.stem}.partial")
-    picture.save(partial, format="PNG")
-    partial.rename(path)

@@ -21,7 +21,7 @@ from customize.encoders.image_prompt import HEAD, ImagePrompt, Projection, from_
 from customize.encoders.multimodal import MultimodalConfig, MultimodalEncoder
 from customize.encoders.perceiver import Resampler
 from customize.encoders.tower import ImageTower
-from customize.errors import UserError, nearest
+from customize.errors import UserError, nearest, shortened
 from customize.files import header, tensors_of
 from customize.tensor_checks import check_finite, misfit
 from customize.tokens import add_words, replaced_words, text_parts
@@ -269,7 +269,7 @@ def check_words(prompt: str, subjects: Collection[str], has_words: bool) -> None
             )
         if has_words and word not in prompt:
             raise UserError(
-                f"the prompt '{prompt}' does not say {word}: write it before the subject's noun, as in 'a {word} dog'."
+                f"the prompt '{shortened(prompt)}' does not say {word}: write it before the noun, as in 'a {word} dog'."
             )
     if has_words:
         check_shown(prompt, subjects)
@@ -279,7 +279,7 @@ def check_shown(prompt: str, subjects: Collection[str] = (), why: str = "there a
     """UserError if the prompt says the word of a subject that is not among `subjects`."""
     for word in WORDS:
         if word in prompt and word not in subjects:
-            raise UserError(f"the prompt '{prompt}' says {word}, but {why}.")
+            raise UserError(f"the prompt '{shortened(prompt)}' says {word}, but {why}.")
 
 
 def adapter_file(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -35,3 +36,17 @@ def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
         if not value.is_floating_point():
             return f"'{name}' is of {value.dtype}"
     return ""
+
+
+def load_whole(kind: Any, place: str | Path, **options: Any) -> Any:
+    """`kind.from_pretrained(place)` with all of its weights, finite: diffusers and transformers leave those that a file lacks
+    at random. ValueError if it is not whole."""
+    model, info = kind.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
+    name = Path(place).name
+    if missing := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"its {name} lacks weights: {missing[0]}{more}; save or download it anew")
+    for key, value in model.state_dict().items():
+        if not is_finite(value):
+            raise ValueError(f"its {name} holds values that are not finite: {key}; download it anew")
+    return model

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from customize import stickers
 from customize.attention import Injected, is_installed, text_layers, use_xformers
-from customize.checkpoint import load_pipeline, read_info
+from customize.checkpoint import load_pipeline, open_run
 from customize.encoders import ImagePrompt, ImageTower, load_tower
 from customize.encoders.encoded import Encoded
 from customize.encoders.tower import tower_of
@@ -40,6 +40,7 @@ from customize.pipelines.call import (
     with_words,
     without_subjects,
 )
+from customize.run_folder import INFO, read_info
 from customize.subject import ADAPTER_FILES, MAX_REFERENCES, WORDS, adapter_file, check_shown, check_words, load_adapter
 from customize.tokens import replaced_words, text_parts
 
@@ -65,13 +66,15 @@ class SubjectMixin(Stock):
         if any(hasattr(part, "_hf_hook") for part in self.components.values()):
             raise UserError("load the subject encoder before offloading: its image tower must be offloaded with the others.")
         file = stickers.ENCODER if str(name) == "stickers" else adapter_file(str(name))
+        if (file.parent / INFO).exists():
+            open_run(file.parent)  # says so if its files are not as they were written
         tower = image_encoder if isinstance(image_encoder, ImageTower) else self._find_tower(file, image_encoder)
         self.adapter = load_adapter(file, self, tower).to(self.unet.dtype)
         tower.vision.to(self.unet.device, self.unet.dtype)
         self.register_modules(image_encoder=tower.vision, feature_extractor=tower.processor)
 
     def _find_tower(self, file: Path, name: str) -> ImageTower:
-        if not name and (file.parent / "run.json").exists():
+        if not name and (file.parent / INFO).exists():
             info = read_info(file.parent)
             name = info["config"].get("image_encoder") or ("stickers" if info["base_model"] == "stickers" else "")
         if not name and file == stickers.ENCODER:

@@ -18,9 +18,10 @@ from customize.errors import UserError
 from customize.files import header
 from customize.loading import load_base
 from customize.lora import METADATA, TEXT_ATTENTION, LoraFields, add_lora, check_lora
+from customize.run_folder import RESUME, checkpoint_step, latest_checkpoint
 from customize.subject import image_prompt, load_adapter, multimodal, save_adapter
 from customize.tokens import ENCODER_NAMES, ConceptTokens, load_words
-from customize.trainers.state import FILE, checkpoint_step, good_checkpoint, latest_checkpoint, load_state, save_state
+from customize.trainers.state import good_checkpoint, load_state, save_state
 from tiny import BASES, tiny
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -666,7 +667,7 @@ def resume_refused(folder, match: str = "is damaged .*use an earlier checkpoint|
 
 
 def rewrite(folder, edit_tree=None, edit=None, about=None):
-    path = folder / FILE
+    path = folder / RESUME
     tensors, own = load_file(path), header(path)
     tree = json.loads(own["tree"])
     if edit_tree:
@@ -680,7 +681,7 @@ def test_a_whole_resume_file_is_restored(resumable):
     trained, others = parts()
     assert load_state(resumable, Alone(), trained, **others) == 3
     assert others["schedule"].last_epoch == 1
-    assert torch.equal(trained["a"], load_file(resumable / FILE)["state.trained.a"])
+    assert torch.equal(trained["a"], load_file(resumable / RESUME)["state.trained.a"])
 
 
 TREES = ["", "{", "[]", "3", "null", '"x"', "{}", DEEP, '{"dict": 3}', '{"dict": [[1]]}', '{"dict": []}', '{"tensor": "no"}']
@@ -769,8 +770,8 @@ def test_a_refused_resume_file_leaves_what_is_trained_as_it_was(resumable):
 
 
 def test_a_pipe_in_the_place_of_a_resume_file(resumable):
-    (resumable / FILE).unlink()
-    os.mkfifo(resumable / FILE)
+    (resumable / RESUME).unlink()
+    os.mkfifo(resumable / RESUME)
     resume_refused(resumable, "has no resume.safetensors")
     assert latest_checkpoint(resumable.parent) is None
 
@@ -789,7 +790,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_called_good(resumable):
     newer = shutil.copytree(resumable, resumable.with_name("checkpoint-10"))
     shutil.copytree(resumable, resumable.with_name("checkpoint-20"))
     rewrite(newer, edit=lambda tensors: tensors["state.trained.a"].fill_(math.inf))
-    (resumable.with_name("checkpoint-20") / FILE).write_bytes(b"")
+    (resumable.with_name("checkpoint-20") / RESUME).write_bytes(b"")
     assert good_checkpoint(resumable.parent) == resumable
     assert latest_checkpoint(resumable.parent) == resumable.with_name("checkpoint-20")
     shutil.rmtree(resumable)

@@ -2,12 +2,16 @@
 
 import copy
 import errno
+import fcntl
 import json
 import os
+import pty
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from contextlib import contextmanager
 from functools import partial
 
@@ -21,6 +25,7 @@ from customize.backbone import wrap
 from customize.data import Concept, DataConfig, SubjectDataset
 from customize.errors import UserError
 from customize.pictures import find_pictures
+from customize.run_folder import RESUME, latest_checkpoint
 from customize.trainers import loop, session, state, validation
 from customize.trainers.__main__ import run
 from customize.trainers.dreambooth import DreamBooth
@@ -163,9 +168,9 @@ def test_a_resumed_run_ends_with_the_same_bits(case, kind, pictures, tmp_path):
 
 def test_latest_is_the_highest_number_that_is_complete(pictures, tmp_path):
     go(pictures, tmp_path, checkpointing_steps=1, max_train_steps=10, checkpoints_total_limit=0)
-    (tmp_path / "checkpoint-10" / state.FILE).unlink()
+    (tmp_path / "checkpoint-10" / RESUME).unlink()
     (tmp_path / "checkpoint-11.partial").mkdir()
-    assert state.latest_checkpoint(tmp_path).name == "checkpoint-9"
+    assert latest_checkpoint(tmp_path).name == "checkpoint-9"
     _, step = go(pictures, tmp_path, max_train_steps=10, resume_from_checkpoint="latest")
     assert step == 10
 
@@ -200,7 +205,7 @@ def test_resuming_with_an_average_that_was_not_kept(pictures, tmp_path, stopped)
 
 
 def test_resuming_from_a_damaged_file(pictures, tmp_path, stopped):
-    file = stopped / state.FILE
+    file = stopped / RESUME
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match="damaged"):
         go(pictures, tmp_path, resume_from_checkpoint=str(stopped))
@@ -263,7 +268,7 @@ def test_a_killed_process_is_resumed_to_the_same_bits(function, call, kept, word
     """Killed within a step, and while it writes its second checkpoint."""
     process = die(function, call, "SIGKILL", words, tmp_path / "killed")
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert state.latest_checkpoint(tmp_path / "killed").name == kept
+    assert latest_checkpoint(tmp_path / "killed").name == kept
     assert not (tmp_path / "killed" / FILES["dreambooth"]).exists()
     run([*words, "--output_dir", str(tmp_path / "killed"), "--resume_from_checkpoint", "latest"])
     run([*words, "--output_dir", str(tmp_path / "whole")])
@@ -271,17 +276,65 @@ def test_a_killed_process_is_resumed_to_the_same_bits(function, call, kept, word
     assert {p.name for p in (tmp_path / "killed").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(words, tmp_path):
-    process = die("loop.accumulate_gradients", 5, "SIGINT", words, tmp_path / "stopped")
+STOPPING = ["SIGINT", "SIGTERM", "SIGHUP"]
+
+
+@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize(
+    ("function", "call", "step"), [("loop.accumulate_gradients", 5, 5), ("session.save_state", 1, 4), ("loop.validate", 2, 2)]
+)
+def test_a_signal_saves_and_says_how_to_go_on(number, function, call, step, words, tmp_path):
+    """In a step, while a checkpoint is saved, and in a validation."""
+    validating = ["--holdout", "1", "--validation_steps", "1"] if function == "loop.validate" else []
+    words = [*words, *validating]
+    process = die(function, call, number, words, tmp_path / "stopped")
     assert process.returncode == 2, process.stderr
     [said] = [line for line in process.stderr.splitlines() if line.startswith("error: ")]  # on a line of its own
     assert f"--resume_from_checkpoint latest --output_dir {tmp_path / 'stopped'}" in said
-    assert "stopped at step 5" in said
+    assert f"stopped at step {step}" in said
     assert "Traceback" not in process.stderr
-    assert state.latest_checkpoint(tmp_path / "stopped").name == "checkpoint-5"
+    assert latest_checkpoint(tmp_path / "stopped").name == f"checkpoint-{step}"
     run([*words, "--output_dir", str(tmp_path / "stopped"), "--resume_from_checkpoint", "latest"])
     run([*words, "--output_dir", str(tmp_path / "whole")])
     assert same_tensors(tmp_path / "stopped" / FILES["dreambooth"], tmp_path / "whole" / FILES["dreambooth"])
+
+
+def test_a_signal_after_the_last_step_does_not_undo_the_run(words, tmp_path):
+    words = [*words, "--holdout", "1", "--validation_steps", "8"]
+    process = die("loop.validate", 1, "SIGTERM", words, tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    assert step_of(tmp_path / "run") == 8
+    assert (tmp_path / "run" / "README.md").exists()
+
+
+def test_a_run_under_nohup_outlives_its_terminal(words, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does; the process inherits it
+    try:
+        process = die("loop.accumulate_gradients", 5, "SIGHUP", words, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert process.returncode == 0, process.stderr
+    assert step_of(tmp_path / "run") == 8
+
+
+def test_a_terminal_that_closes(words, tmp_path):
+    """The words of the run then go nowhere, instead of ending it with an error."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        changed = ["--max_train_steps", "100000", "--checkpointing_steps", "100000", "--output_dir", str(tmp_path / "run")]
+        os.environ["OMP_NUM_THREADS"] = "1"
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # bars need a width
+        os.execv(sys.executable, [sys.executable, "-m", "customize.trainers", *words, *changed])
+    said = b""
+    while b"denoise=" not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 2
+    kept = latest_checkpoint(tmp_path / "run")
+    assert kept is not None
+    assert (kept / RESUME).is_file()
+    assert step_of(kept) == int(kept.name.removeprefix("checkpoint-"))
 
 
 @pytest.mark.parametrize("late", [1, 2, 3, 4])
@@ -296,18 +349,35 @@ def test_wherever_ctrl_c_comes_the_step_is_saved(late, pictures, tmp_path, monke
     monkeypatch.setattr(loop, "interruption", pressed)
     with pytest.raises(UserError, match="stopped at step") as error:
         go(pictures, tmp_path)
-    assert f"stopped at step {step_of(state.latest_checkpoint(tmp_path) or tmp_path / 'none')};" in str(error.value)
+    assert f"stopped at step {step_of(latest_checkpoint(tmp_path) or tmp_path / 'none')};" in str(error.value)
 
 
-def test_a_second_ctrl_c_is_immediate_and_the_handler_is_put_back():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("second", STOPPING)
+@pytest.mark.parametrize("first", STOPPING)
+def test_a_second_signal_is_immediate_and_the_handlers_are_put_back(first, second):
+    before = {name: signal.getsignal(getattr(signal, name)) for name in STOPPING}
     with interruption() as interrupted:
         assert not interrupted()
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), getattr(signal, first))
         assert interrupted()
         with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), getattr(signal, second))
+    assert {name: signal.getsignal(getattr(signal, name)) for name in STOPPING} == before
+
+
+def test_signals_of_a_launcher_count_as_one(monkeypatch):
+    """A terminal sends Ctrl-C to the launcher and to its processes, and the launcher sends it on."""
+    now = [100.0]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(loop.time, "time", lambda: now[0])
+    with interruption() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupted()
+        now[0] += 2
+        with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 # losses that are not finite, full disks

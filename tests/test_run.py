@@ -1,24 +1,26 @@
 """Whole runs, as the command line starts them, on a tiny base model on disk."""
 
+import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
 
-from customize import hub
+from customize import checkpoint, hub
 from customize.backbone import SD, Backbone, Condition, Step, wrap
 from customize.card import write_card
 from customize.checkpoint import read_info
 from customize.data import Concept
 from customize.errors import UserError
+from customize.output import save_image
 from customize.pipelines import load_pipeline
 from customize.trainers.__main__ import run, usage
 from customize.trainers.dreambooth import DreamBooth
@@ -483,7 +485,7 @@ def test_a_damaged_description(finished):
 
 def test_a_damaged_adapter(finished):
     (finished / LORA).write_bytes((finished / LORA).read_bytes()[:100])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="not the file that the run wrote"):
         load_pipeline(finished)
 
 
@@ -518,7 +520,8 @@ def test_the_cards_front_matter(start):
 @pytest.mark.parametrize("prompt", ['a "photo": of sks #dog', "- sks: [dog] & *cat", "sks 'dog' {x} | y"])
 def test_the_card_of_any_prompt_parses(finished, prompt):
     info = read_info(finished) | {"base_model": "someone/model", "step": 1}
-    write_card(finished, info, [Concept("", prompt)])
+    (finished / "run.json").write_text(json.dumps(info))
+    write_card(finished, [Concept("", prompt)])
     data = ModelCard.load(finished / "README.md").data.to_dict()
     assert data["instance_prompt"] == prompt
     assert data["base_model"] == "someone/model"
@@ -536,49 +539,143 @@ def test_the_code_of_the_card_is_code(start):
 def test_the_card_of_words_says_how_to_load_them(start):
     folder = start("textual_inversion", **WORDS)
     text = (folder / "README.md").read_text()
-    assert f'load_textual_inversion("{folder / "learned_embeds.safetensors"}", token="<toy>")' in text
+    assert 'load_textual_inversion("run", weight_name="learned_embeds.safetensors", token="<toy>")' in text
     assert "lora" not in ModelCard.load(folder / "README.md").data.tags
 
 
 class FakeApi:
     calls: list = []  # noqa: RUF012
 
-    def create_repo(self, repo_id, **options):
-        self.calls.append(("create", repo_id, options))
+    private: bool | None = None  # of a repository that is there already
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        assert exist_ok
+        self.calls.append(("create", repo_id, private))
+        self.private = private if self.private is None else self.private
         return f"https://huggingface.co/{repo_id}"
 
-    def upload_folder(self, *, folder_path, ignore_patterns, **options):
-        paths = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
-        self.calls.append(("upload", options["repo_id"], sorted(filter_repo_objects(paths, ignore_patterns=ignore_patterns))))
+    def repo_info(self, repo_id):
+        return SimpleNamespace(private=self.private)
+
+    def create_commit(self, repo_id, operations, commit_message):
+        contents = {}
+        for operation in operations:
+            with operation.as_file() as file:
+                contents[operation.path_in_repo] = file.read()
+        self.calls.append(("upload", repo_id, contents))
 
 
-def test_push_uploads_the_run_without_its_checkpoints(start, monkeypatch, capsys):
+@pytest.fixture
+def uploads(monkeypatch):
     monkeypatch.setattr(FakeApi, "calls", calls := [])
     monkeypatch.setattr(hub, "HfApi", FakeApi)
+    return calls
+
+
+def test_push_uploads_the_run_without_its_checkpoints(start, uploads, capsys):
     options = {"push_to_hub": True, "hub_model_id": "me/dog", "checkpointing_steps": 1, "validation_prompt": ["a dog"]}
     prior = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 1}
     folder = start(**options, **prior, report_to="tensorboard")
     assert (folder / "checkpoint-3" / LORA).exists()
     assert any((folder / "logs").rglob("*"))
-    assert calls[0] == ("create", "me/dog", {"private": False, "exist_ok": True})
-    assert calls[1] == ("upload", "me/dog", sorted(["README.md", LORA, "run.json", "samples/step-000003.png"]))
-    assert "https://huggingface.co/me/dog" in capsys.readouterr().out
+    assert uploads[0] == ("create", "me/dog", True)
+    assert uploads[1][:2] == ("upload", "me/dog")
+    assert uploads[1][2].keys() == {"README.md", LORA, "run.json", "samples/step-000003.png"}
+    assert uploads[1][2][LORA] == (folder / LORA).read_bytes()
+    said = capsys.readouterr().out
+    assert "https://huggingface.co/me/dog" in said
+    assert said.index(LORA) < said.index("https://")  # the list comes first
 
 
-def test_push_leaves_out_what_an_interrupted_save_left(finished, monkeypatch):
-    monkeypatch.setattr(FakeApi, "calls", calls := [])
-    monkeypatch.setattr(hub, "HfApi", FakeApi)
-    for name in ("saving.partial", "checkpoint-5.old", "best.partial"):
-        (finished / name).mkdir()
-        (finished / name / LORA).write_bytes(b"")
-    hub.push(str(finished), "me/dog", private=True)
-    assert calls[0][2]["private"] is True
-    assert calls[1][2] == sorted(["README.md", LORA, "run.json"])
+def test_push_uploads_nothing_that_a_user_put_into_the_folder(finished, uploads):
+    for name in (".env", "holiday.jpg", "wandb/run-1/output.log", "generated/a-dog-0.png", "cache/0.safetensors", "notes.md"):
+        (finished / name).parent.mkdir(parents=True, exist_ok=True)
+        (finished / name).write_bytes(b"secret")
+    (finished / "samples").mkdir()
+    (finished / "samples" / "mother.png").write_bytes(b"secret")
+    hub.push(finished, "me/dog")
+    assert uploads[1][2].keys() == {"README.md", LORA, "run.json"}
+
+
+def test_what_is_uploaded_names_no_place_on_this_machine(start, bases, pictures, tmp_path, uploads):
+    """The base model, the pictures, the caches and the outputs all lie in folders whose names are in no uploaded byte."""
+    options = {"full_finetune": True, "rank": None, "cache_dir": tmp_path / "cache", "validation_prompt": ["a dog"]}
+    folder = start(max_train_steps=1, **options)
+    generated = tmp_path / "generated.png"
+    parameters = json.dumps({"run": str(folder), "subject_images": [str(pictures / "0.png")], "prompt": "a dog"})
+    save_image(Image.new("RGB", (8, 8)), generated, parameters=parameters)
+    hub.push(folder, "me/dog", samples=[str(generated)])
+    contents = uploads[1][2]
+    assert {"unet/config.json", "samples/generated.png", "samples/step-000001.png", "README.md", "run.json"} <= contents.keys()
+    for name, content in contents.items():
+        for place in (str(tmp_path), str(bases), str(Path.home()) + "/", "/tmp/"):
+            assert place.encode() not in content, f"{name} names {place}"
+    info = json.loads(contents["run.json"])
+    assert (info["base_model"], info["config"]["instance_data_dir"]) == ("sd15", "pictures")
+    with Image.open(io.BytesIO(contents["samples/generated.png"])) as image:
+        assert json.loads(image.info["parameters"]) == {"run": "run", "subject_images": ["0.png"], "prompt": "a dog"}
+
+
+def test_an_uploaded_run_can_be_loaded_after_download(start, bases, uploads, tmp_path):
+    hub.push(start(max_train_steps=1, full_finetune=True, rank=None), "me/dog")
+    for name, content in uploads[1][2].items():
+        (tmp_path / "downloaded" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "downloaded" / name).write_bytes(content)
+    checkpoint.open_run(tmp_path / "downloaded")  # the hashes are those of what was uploaded
+
+
+def test_a_dry_run_uploads_nothing(finished, uploads, capsys):
+    assert "nothing was uploaded" in hub.push(finished, "me/dog", dry_run=True)
+    assert uploads == []
+    assert LORA in capsys.readouterr().out
+
+
+def test_a_public_repository_must_be_asked_for(finished, uploads, monkeypatch):
+    monkeypatch.setattr(FakeApi, "private", False)
+    with pytest.raises(UserError, match=r"me/dog is public.*--no_private"):
+        hub.push(finished, "me/dog")
+    assert [call[0] for call in uploads] == ["create"]
+    hub.push(finished, "me/dog", private=False)
+    assert uploads[-1][0] == "upload"
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host"), ValueError("Repo id must be"), RuntimeError("")])
+def test_without_a_network_push_says_how_to_push_later(finished, uploads, monkeypatch, error):
+    def failing(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(FakeApi, "create_repo", failing)
+    with pytest.raises(UserError, match="not uploaded") as said:
+        hub.push(finished, "me/dog")
+    assert f"customize push {finished} me/dog" in str(said.value)
+    assert "\n" not in str(said.value)
+
+
+def test_a_finished_training_survives_a_failing_upload(start, monkeypatch):
+    with pytest.raises(UserError, match=r"is complete, but was not uploaded.*customize push"):
+        start(push_to_hub=True, hub_model_id="me/dog")  # no test reaches the network
+    with pytest.raises(UserError, match="holds an earlier run"):
+        start()  # the run is there
+
+
+@pytest.mark.parametrize("sample", ["nowhere.png", "notes.txt"])
+def test_a_sample_that_is_no_image(finished, uploads, tmp_path, sample):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="--samples"):
+        hub.push(finished, "me/dog", samples=[str(tmp_path / sample)])
+    assert uploads == []
 
 
 def test_push_wants_a_run(tmp_path):
     with pytest.raises(UserError, match="not a run folder"):
         hub.push(str(tmp_path), "me/dog")
+
+
+def test_push_of_a_damaged_run(finished, uploads):
+    (finished / LORA).write_bytes((finished / LORA).read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="not the file that the run wrote"):
+        hub.push(finished, "me/dog")
+    assert uploads == []
 
 
 @pytest.mark.parametrize("name", ["dreambooth", "textual_inversion", "pivotal_tuning"])

@@ -7,9 +7,9 @@ from typing import Any
 
 from customize.cache import TensorCache
 from customize.card import write_card
-from customize.config import help_text, parse
+from customize.config import check_ranges, help_text, parse
 from customize.data import Concept, DataConfig, SubjectDataset, read_concepts, split_holdout
-from customize.errors import UserError
+from customize.errors import UserError, shortened
 from customize.pictures import Picture
 from customize.trainers.loop import train
 from customize.trainers.method import Method
@@ -17,6 +17,7 @@ from customize.trainers.prepare import (
     LatentDataset,
     cache_text,
     check_captions,
+    check_lengths,
     class_pictures,
     held_out_batches,
     read_pictures,
@@ -25,7 +26,7 @@ from customize.trainers.references import ReferenceConfig
 from customize.trainers.registry import find_method
 from customize.trainers.selection import make_scorer
 from customize.trainers.settings import TrainConfig, make_accelerator
-from customize.trainers.setup import ModelConfig, check_settings, clear_output, load_backbone
+from customize.trainers.setup import ModelConfig, check_settings, claimed_output, clear_output, load_backbone
 from customize.trainers.sources import read_references
 from customize.trainers.state import fixed_randomness
 
@@ -49,12 +50,19 @@ def run(words: list[str]) -> Path:
 
 def launch(name: str, model: ModelConfig, data: DataConfig | ReferenceConfig, settings: TrainConfig, options) -> Path:
     """Checks what can be checked, prepares, trains, and writes the run folder with its model card."""
-    if isinstance(data, ReferenceConfig):
-        return launch_encoder(name, model, data, settings, options)
+    for part in (model, data, settings, options):
+        check_ranges(part)  # of configurations that were made in Python
+    check_settings(model, data, settings)
+    config = {k: v for part in (model, data, settings, options) for k, v in asdict(part).items()}
+    with claimed_output(model, settings, config):
+        start = launch_encoder if isinstance(data, ReferenceConfig) else launch_subject
+        return start(name, model, data, settings, options, config)
+
+
+def launch_subject(name: str, model: ModelConfig, data: DataConfig, settings: TrainConfig, options, config: dict) -> Path:
     concepts = read_concepts(data)
     pictures = read_pictures(concepts, data)
     train_pictures, held_out = split_holdout(pictures, data.holdout, settings.seed)
-    check_settings(model, data, settings)
     accelerator = make_accelerator(settings)
     scorer = None
     if settings.validation_metric == "score":
@@ -62,25 +70,22 @@ def launch(name: str, model: ModelConfig, data: DataConfig | ReferenceConfig, se
         with fixed_randomness(settings.seed):  # loading encoders draws random numbers
             scorer = make_scorer(settings, base, concepts, train_pictures, starts)
     backbone = load_backbone(model, data, accelerator)
+    prompts = {f"class prompt '{shortened(concept.class_prompt)}'": concept.class_prompt for concept in concepts}
+    check_lengths(backbone, prompts | {f"caption of '{p.path}'": p.caption for p in [*train_pictures, *held_out]})
     if getattr(options, "with_prior_preservation", False) and options.prior_source == "images":
         train_pictures += prior_pictures(backbone, concepts, settings, data, options, accelerator)
     method = find_method(name)(backbone, options, concepts).to(accelerator.device)
     check_captions(method, [*train_pictures, *held_out])
-    info: dict[str, Any] = {
-        "base_model": model.pretrained_model_name_or_path,
-        "method": name,
-        "dataset": sorted(p.digest for p in train_pictures),
-    }
-    info["config"] = {k: v for part in (model, data, settings, options) for k, v in asdict(part).items()}
     dataset, validation = prepared(method, train_pictures, held_out, model, data, settings)
     clear_output(settings, accelerator)
-    step = train(method, dataset, settings, accelerator, validation, info, scorer)
-    return finish(model, settings, info | {"step": step}, concepts, accelerator)
+    info: dict[str, Any] = {"base_model": model.pretrained_model_name_or_path, "method": name, "config": config}
+    info["dataset"] = sorted(p.digest for p in train_pictures)
+    train(method, dataset, settings, accelerator, validation, info, scorer)
+    return finish(model, settings, concepts, accelerator)
 
 
-def launch_encoder(name: str, model: ModelConfig, data: ReferenceConfig, settings: TrainConfig, options) -> Path:
+def launch_encoder(name: str, model: ModelConfig, data: ReferenceConfig, settings: TrainConfig, options, config: dict) -> Path:
     """The same for a method that trains a subject encoder, from many subjects."""
-    check_settings(model, data, settings)
     if settings.validation_prompt and not options.validation_images:
         raise UserError("--validation_prompt: name pictures of the subject to draw with --validation_images.")
     if settings.validation_metric == "score":
@@ -94,21 +99,20 @@ def launch_encoder(name: str, model: ModelConfig, data: ReferenceConfig, setting
     method.check_drawing(settings.validation_prompt)
     train_set, held_out = read_references(model, data, settings, method.tower.pixels, accelerator)
     clear_output(settings, accelerator)
-    info: dict[str, Any] = {"base_model": model.pretrained_model_name_or_path, "method": name}
-    info["config"] = {k: v for part in (model, data, settings, options) for k, v in asdict(part).items()}
-    step = train(method, train_set, settings, accelerator, held_out, info)
-    return finish(model, settings, info | {"step": step}, [], accelerator)
+    info: dict[str, Any] = {"base_model": model.pretrained_model_name_or_path, "method": name, "config": config}
+    train(method, train_set, settings, accelerator, held_out, info)
+    return finish(model, settings, [], accelerator)
 
 
-def finish(model: ModelConfig, settings: TrainConfig, info: dict, concepts: list[Concept], accelerator) -> Path:
+def finish(model: ModelConfig, settings: TrainConfig, concepts: list[Concept], accelerator) -> Path:
     """Writes the model card of the run folder, and uploads it if that was asked for."""
     output = Path(settings.output_dir)
     if accelerator.is_main_process:
-        write_card(output, info, concepts)
+        write_card(output, concepts)
         if model.push_to_hub:
             from customize.hub import push
 
-            print(push(str(output), model.hub_model_id))
+            print(push(output, model.hub_model_id, model.hub_private_repo))
     return output
 
 

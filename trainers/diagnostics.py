@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize.losses.contrastive import cosines
+from customize.output import save_image
 
 
 def view_retrieval(anchors: Tensor, positives: Tensor, identity: Tensor) -> list[float]:
@@ -56,4 +57,4 @@ def gradient_ratios(losses: dict[str, Tensor], parameters: list[Tensor]) -> dict
 
 def write_similarity(folder: Path, step: int, anchors: Tensor, positives: Tensor, looks: Tensor) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    similarity_picture(anchors, positives, looks).save(folder / f"similarity-{step:06d}.png")
+    save_image(similarity_picture(anchors, positives, looks), folder / f"similarity-{step:06d}.png")

@@ -1,10 +1,12 @@
 """The one training loop."""
 
+import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from accelerate import Accelerator
@@ -58,10 +60,11 @@ def train(
                 session.write(session.output)  # before anything that the last validation may meet
             if session.step % config.validation_steps == 0 or done:
                 validate(session, bar)
-            stop = interrupted()
+            stop = stops(accelerator, interrupted()) and not done
             if session.step % config.checkpointing_steps == 0 or stop:
                 session.write_checkpoint()
             if stop:
+                end(accelerator)
                 again = f"--resume_from_checkpoint latest --output_dir {session.output}"
                 raise UserError(f"stopped at step {session.step}; go on with {again}.")
             if config.early_stopping_patience and best.since >= config.early_stopping_patience:
@@ -124,23 +127,53 @@ def make_loader(dataset, config: TrainConfig, accelerator: Accelerator, step: in
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **options)
 
 
+STOPPING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+TOGETHER = 2.0  # seconds in which several signals are one: a launcher passes on what the terminal has sent already
+
+
 @contextmanager
 def interruption():
-    """Gives a function that says whether Ctrl-C was pressed: the step is finished and saved first; a second is immediate."""
+    """Gives a function that says whether the run was asked to stop, by Ctrl-C (SIGINT), a scheduler (SIGTERM) or a closing
+    terminal (SIGHUP): the step is finished and saved first; a second signal stops at once."""
     pressed: list[float] = []
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
 
     def handle(signum, frame):
-        if pressed:
+        if signum == getattr(signal, "SIGHUP", None):
+            leave_terminal()
+        if pressed and (alone or time.time() - pressed[0] > TOGETHER):
             raise KeyboardInterrupt
         pressed.append(time.time())
-        print("\nfinishing this step and saving; press Ctrl-C again to stop at once", file=sys.stderr)
+        with suppress(OSError):  # not print: it may be interrupted itself
+            os.write(2, b"\nfinishing this step and saving; press Ctrl-C again to stop at once\n")
 
+    # nohup has SIGHUP ignored, and means it
+    wanted = [number for number in STOPPING if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
     try:
-        before = signal.signal(signal.SIGINT, handle)
+        before = {number: signal.signal(number, handle) for number in wanted}
     except ValueError:  # not in the main thread, as under the web page
         yield lambda: False
         return
     try:
         yield lambda: bool(pressed)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_terminal() -> None:
+    """Output goes nowhere from now on: a terminal that is gone gives an error at every word."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):  # isatty says no where the terminal is gone
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
+
+
+def stops(accelerator: Accelerator, asked: bool) -> bool:
+    """Whether any process was asked to stop: all of them must save the same step."""
+    if accelerator.num_processes == 1:
+        return asked
+    if asked:
+        accelerator.set_trigger()
+    return accelerator.check_trigger()

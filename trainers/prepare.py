@@ -13,8 +13,9 @@ from tqdm import tqdm
 from customize.backbone import Backbone
 from customize.cache import TensorCache, fingerprint, key_of
 from customize.data import Bucket, Concept, DataConfig, Key, SubjectDataset, collate, to_device
-from customize.errors import UserError
-from customize.pictures import Picture, find_pictures, save_picture
+from customize.errors import UserError, shortened
+from customize.output import save_image
+from customize.pictures import Picture, find_pictures
 from customize.trainers.method import Method
 
 
@@ -31,7 +32,16 @@ def class_pictures(
     """The concept's prior pictures. What `folder` lacks of `count` is drawn by the base model from the class prompt,
     so call this before any adapter is added. Pictures that are there already are used as they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    read = partial(find_pictures, folder, concept.class_prompt, index, True, config.strict, config.max_pixels)
+    read = partial(
+        find_pictures,
+        folder,
+        concept.class_prompt,
+        index,
+        True,
+        config.strict,
+        config.max_pixels,
+        allow_outside_files=config.allow_outside_files,
+    )
     have = read() if any(not path.name.startswith(".") for path in folder.iterdir()) else []
     pipe = backbone.pipe
     pipe.set_progress_bar_config(disable=True)
@@ -43,7 +53,7 @@ def class_pictures(
         options = {"height": config.resolution, "width": config.resolution, "generator": generators}
         pictures = pipe([concept.class_prompt] * len(numbers), **options).images
         for i, picture in zip(numbers, pictures, strict=True):
-            save_picture(picture, folder / f"class-{i:05d}.png")
+            save_image(picture, folder / f"class-{i:05d}.png")
     return (have if len(have) >= count else read())[:count]
 
 
@@ -53,7 +63,13 @@ def read_pictures(concepts: list[Concept], config: DataConfig) -> list[Picture]:
         picture
         for i, concept in enumerate(concepts)
         for picture in find_pictures(
-            concept.instance_data_dir, concept.instance_prompt, i, False, config.strict, config.max_pixels
+            concept.instance_data_dir,
+            concept.instance_prompt,
+            i,
+            False,
+            config.strict,
+            config.max_pixels,
+            allow_outside_files=config.allow_outside_files,
         )
     ]
 
@@ -116,17 +132,20 @@ def cache_text(method: Method, pictures: Iterable[Picture], validation_prompts: 
     method.backbone.release_text_encoders()
 
 
-def check_captions(method: Method, pictures: Iterable[Picture]) -> None:
-    """UserError for a caption that is too long for the text encoder, or that has none of the words being learned."""
-    tokenizer, words = method.backbone.tokenizers[0], method.tokens.words if method.tokens is not None else []
-    for picture in pictures:
-        length, limit = len(tokenizer(picture.caption).input_ids), tokenizer.model_max_length
+def check_lengths(backbone: Backbone, prompts: dict[str, str]) -> None:
+    """UserError for a prompt that is too long for the text encoder, by what it is called."""
+    tokenizer = backbone.tokenizers[0]
+    for name, prompt in prompts.items():
+        length, limit = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
         if length > limit:
-            raise UserError(
-                f"the caption of '{picture.path}' has {length} tokens, more than {limit}: shorten '{picture.caption}'."
-            )
+            raise UserError(f"the {name} has {length} tokens, more than {limit}: shorten '{shortened(prompt)}'.")
+
+
+def check_captions(method: Method, pictures: Iterable[Picture]) -> None:
+    """UserError for a caption that is too long with the words being learned, or has none of them."""
+    words = method.tokens.words if method.tokens is not None else []
+    for picture in pictures:
+        check_lengths(method.backbone, {f"caption of '{picture.path}'": picture.caption})
         if words and not picture.is_prior and not any(word in picture.caption for word in words):
-            needed = " or ".join(words)
-            raise UserError(
-                f"--instance_prompt: the caption '{picture.caption}' of '{picture.path}' does not contain {needed}."
-            )
+            caption, needed = shortened(picture.caption), " or ".join(words)
+            raise UserError(f"--instance_prompt: the caption '{caption}' of '{picture.path}' does not contain {needed}.")

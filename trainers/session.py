@@ -1,6 +1,5 @@
 """A run in progress: what it trains, how it starts or resumes, and what it writes."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -14,10 +13,13 @@ from diffusers.training_utils import EMAModel
 from customize import checkpoint
 from customize.attention import use_xformers
 from customize.errors import UserError
+from customize.files import atomic_folder
+from customize.output import remove
+from customize.run_folder import checkpoints, latest_checkpoint
 from customize.trainers.method import Method
 from customize.trainers.selection import Scorer
 from customize.trainers.settings import TrainConfig, make_optimizer
-from customize.trainers.state import latest_checkpoint, load_state, save_state
+from customize.trainers.state import good_checkpoint, load_state, save_state
 
 
 class Best:
@@ -69,6 +71,9 @@ class Session:
             ema.restore(self.trained.values())
 
     def write(self, folder: Path) -> None:
+        """Writes what is trained into `folder`, unless the last update spoilt it."""
+        if not all(value.isfinite().all() for value in self.trained.values()):
+            raise UserError(not_finite(self.step, self.output))
         if self.accelerator.is_main_process:
             with self.averaged():
                 info = self.info | {"step": self.step}
@@ -76,11 +81,9 @@ class Session:
                 checkpoint.save(folder, method.backbone, method.tokens, info, self.config.export_kohya, method.adapter)
 
     def write_checkpoint(self) -> None:
-        """Writes checkpoint-STEP, from which the run can be resumed, unless the last update spoilt the weights."""
-        if not all(value.isfinite().all() for value in self.trained.values()):
-            raise UserError(not_finite(self.step, self.output))
+        """Writes checkpoint-STEP, from which the run can be resumed."""
         target, main = self.output / f"checkpoint-{self.step}", self.accelerator.is_main_process
-        with checkpoint.atomic_folder(target) if main else nullcontext(target) as folder:
+        with atomic_folder(target) if main else nullcontext(target) as folder:
             self.write(folder)
             save_state(folder, self.accelerator, self.step, self.trained, **self.parts)
         if main and self.config.checkpoints_total_limit:
@@ -139,11 +142,14 @@ def resume(session: Session) -> int:
         raise UserError(
             f"--resume_from_checkpoint latest: '{session.output}' holds no checkpoint; leave the flag out to start anew."
         )
-    return load_state(folder, session.accelerator, session.trained, **session.parts)
+    step = load_state(folder, session.accelerator, session.trained, **session.parts)
+    if step > config.max_train_steps:
+        raise UserError(f"--max_train_steps {config.max_train_steps}: '{folder}' has {step} steps already; ask for more.")
+    return step
 
 
 def not_finite(step: int, output: Path) -> str:
-    kept = latest_checkpoint(output)
+    kept = good_checkpoint(output)
     good = f"'{kept}' is the last good checkpoint" if kept else "no checkpoint was written yet"
     return (
         f"the loss is not finite at step {step}; {good}. Lower --learning_rate, or use --mixed_precision bf16 instead of fp16."
@@ -151,8 +157,5 @@ def not_finite(step: int, output: Path) -> str:
 
 
 def drop_old_checkpoints(output: Path, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints."""
-    found = [p for p in output.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    found.sort(key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)
-    for folder in found[keep:]:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Removes all but the last `keep` checkpoints that can be resumed."""
+    remove(checkpoints(output)[:-keep])

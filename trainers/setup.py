@@ -1,6 +1,8 @@
 """What every run begins with: its base model, and settings that can be checked at once."""
 
-import shutil
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,12 @@ import torch
 from accelerate import Accelerator
 
 from customize.backbone import Backbone, wrap
-from customize.config import at_least_one
 from customize.data import check_resolution
 from customize.errors import UserError
 from customize.loading import load_base
-from customize.trainers.session import drop_old_checkpoints
+from customize.output import locked, make_folder, refuse_model, remove
+from customize.run_folder import INFO, check_free, check_inputs, checkpoint_step, clear, publish, read_info, taken
 from customize.trainers.settings import TrainConfig
-from customize.trainers.state import latest_checkpoint
 
 
 @dataclass
@@ -33,6 +34,9 @@ class ModelConfig:
     )
     push_to_hub: bool = field(default=False, metadata={"help": "upload the finished run"})
     hub_model_id: str = field(default="", metadata={"help": "the repository to upload to, as USER/NAME"})
+    hub_private_repo: bool = field(
+        default=True, metadata={"help": "upload to a private repository; --no_hub_private_repo makes a new one public"}
+    )
 
 
 def check_settings(model: ModelConfig, data: Any, settings: TrainConfig) -> None:
@@ -42,25 +46,61 @@ def check_settings(model: ModelConfig, data: Any, settings: TrainConfig) -> None
         raise UserError("--validation_metric score needs --validation_prompt, prompts of the subject to draw and rate.")
     if settings.early_stopping_patience and settings.validation_metric == "loss" and not data.holdout:
         raise UserError("--early_stopping_patience needs --holdout N, pictures kept from training for the validation loss.")
+
+
+@contextmanager
+def claimed_output(model: ModelConfig, settings: TrainConfig, config: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, the output folder is this run's alone: it can be written, holds nothing that is not a run's, and no earlier run
+    that was not given up. `config` holds all settings. UserError otherwise, on the first process.
+    """
+    if int(os.environ.get("RANK", 0)):
+        yield
+        return
+    output, flag = Path(settings.output_dir), "--output_dir"
+    refuse_model(output, flag, model.pretrained_model_name_or_path)
+    with locked(make_folder(output, flag), flag):
+        publish(output)
+        check_free(output, settings.overwrite_output_dir, resumes_here(settings), flag)
+        if settings.resume_from_checkpoint and not settings.overwrite_output_dir:
+            check_progress(settings)
+        if settings.overwrite_output_dir:
+            check_inputs(output, config)
+        yield
+
+
+def resumes_here(settings: TrainConfig) -> bool:
+    """Whether the run goes on from a checkpoint in its own output folder."""
+    where, output = settings.resume_from_checkpoint, Path(settings.output_dir).resolve()
+    return where == "latest" or (bool(where) and Path(where).resolve().parent == output)
+
+
+def check_progress(settings: TrainConfig) -> None:
+    """UserError if resuming would leave less than the output folder holds: a result or a checkpoint of a later step."""
     output = Path(settings.output_dir)
-    earlier = latest_checkpoint(output) or any((folder / "run.json").exists() for folder in (output, output / "best"))
-    if earlier and not settings.resume_from_checkpoint and not settings.overwrite_output_dir:
+    another = "choose another --output_dir, or replace what is there with --overwrite_output_dir."
+    done = read_info(output).get("step", 0) if (output / INFO).exists() else 0
+    if done > settings.max_train_steps:
         raise UserError(
-            f"'{output}' holds an earlier run; choose another --output_dir, go on with --resume_from_checkpoint latest, "
-            "or replace it with --overwrite_output_dir."
+            f"'{output}' was trained for {done} steps, more than --max_train_steps {settings.max_train_steps}; {another}"
         )
-    numbers = ("num_validation_images", "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
-    at_least_one(settings, (*numbers, "validation_steps", "checkpointing_steps"))
+    if later := later_checkpoints(settings):
+        raise UserError(f"--resume_from_checkpoint: '{output}' holds {later[0].name}, which is later; {another}")
+
+
+def later_checkpoints(settings: TrainConfig) -> list[Path]:
+    """Those of the output folder that come after the one that is resumed."""
+    start = checkpoint_step(Path(settings.resume_from_checkpoint))  # None of `latest`, after which there is none
+    return [path for path in taken(Path(settings.output_dir)) if start is not None and (checkpoint_step(path) or 0) > start]
 
 
 def clear_output(settings: TrainConfig, accelerator: Accelerator) -> None:
     """Removes what an earlier run left that this one replaces: only once all that it needs was found."""
-    if settings.resume_from_checkpoint or not accelerator.is_main_process:
+    if not accelerator.is_main_process:
         return
-    output = Path(settings.output_dir)
-    drop_old_checkpoints(output, keep=0)
-    shutil.rmtree(output / "best", ignore_errors=True)
-    (output / "validation.jsonl").unlink(missing_ok=True)
+    if not settings.resume_from_checkpoint:
+        clear(Path(settings.output_dir))
+    elif settings.overwrite_output_dir:
+        remove(later_checkpoints(settings))
 
 
 def load_backbone(model: ModelConfig, data: Any, accelerator: Accelerator) -> Backbone:

@@ -1,7 +1,6 @@
 """Resume state: one safetensors file with all that a run needs to go on as if it had never stopped; and its generators."""
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +13,8 @@ from torch import Tensor
 
 from customize.errors import UserError
 from customize.files import header, tensors_of
+from customize.run_folder import RESUME, checkpoints
 from customize.tensor_checks import check_finite, is_finite
-
-FILE = "resume.safetensors"
-NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")  # of a checkpoint's folder; other scripts' digits are not ours
 
 
 def _flatten(prefix: str, value, tensors: dict[str, Tensor]):
@@ -77,7 +74,7 @@ def save_state(folder: Path, accelerator, step: int, trained: dict[str, Tensor],
     }
     tensors: dict[str, Tensor] = {}
     tree = _flatten("state", everything, tensors)
-    save_file(tensors, folder / FILE, {"tree": json.dumps(tree)})
+    save_file(tensors, folder / RESUME, {"tree": json.dumps(tree)})
 
 
 def load_state(folder: Path, accelerator, trained: dict[str, Tensor], **parts) -> int:
@@ -85,9 +82,9 @@ def load_state(folder: Path, accelerator, trained: dict[str, Tensor], **parts) -
 
     UserError if there is none, if it is damaged or not finite, or if it ran with other settings.
     """
-    path = folder / FILE
+    path = folder / RESUME
     if not path.is_file():
-        raise UserError(f"--resume_from_checkpoint: '{folder}' has no {FILE}; give a checkpoint-N folder or 'latest'.")
+        raise UserError(f"--resume_from_checkpoint: '{folder}' has no {RESUME}; give a checkpoint-N folder or 'latest'.")
     with _damaged(path):
         state = _read(path)
     same = {name: value.shape for name, value in state["trained"].items()} == {
@@ -170,23 +167,6 @@ def _kind(value: Any) -> type:
     return float if type(value) is int else type(value)
 
 
-def checkpoint_step(folder: Path) -> int | None:
-    """The N of a checkpoint-N folder; None for every other name."""
-    named = NAME.fullmatch(folder.name)
-    return int(named[1]) if named else None
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint-N folders from which a run can be resumed, by N."""
-    steps = {p: step for p in run.glob("checkpoint-*") if (step := checkpoint_step(p)) is not None and (p / FILE).is_file()}
-    return sorted(steps, key=lambda p: steps[p])
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint-N folder with the highest N, or None."""
-    return next(reversed(checkpoints(run)), None)
-
-
 def good_checkpoint(run: Path) -> Path | None:
     """The checkpoint-N folder with the highest N among those that can be read and whose values are finite, or None."""
     return next((folder for folder in reversed(checkpoints(run)) if _is_good(folder)), None)
@@ -194,6 +174,6 @@ def good_checkpoint(run: Path) -> Path | None:
 
 def _is_good(folder: Path) -> bool:
     try:
-        return all(is_finite(value) for value in tensors_of(folder / FILE).values())
+        return all(is_finite(value) for value in tensors_of(folder / RESUME).values())
     except UserError:
         return False

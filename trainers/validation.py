@@ -8,6 +8,8 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 from tqdm import tqdm
 
+from customize.output import save_image
+from customize.run_folder import LOG
 from customize.trainers.method import Method
 from customize.trainers.session import Session
 from customize.trainers.state import fixed_randomness
@@ -28,7 +30,7 @@ def validate(session: Session, bar: tqdm) -> None:
     accelerator.log(found, step)
     if accelerator.is_main_process:
         session.output.mkdir(parents=True, exist_ok=True)
-        with open(session.output / "validation.jsonl", "a") as file:
+        with open(session.output / LOG, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **found}) + "\n")
     decisive = -found["score"] if "score" in found else found["validation_loss"]
     best.add(decisive)
@@ -58,7 +60,7 @@ def draw_validation(session: Session) -> dict[str, float]:
         drawn = sample(session.method, config.validation_prompt, config.num_validation_images, resolution, config.seed)
         folder = session.output / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        sheet(drawn).save(folder / f"step-{session.step:06d}.png")
+        save_image(sheet(drawn), folder / f"step-{session.step:06d}.png")
         if session.scorer:
             with torch.autocast(session.accelerator.device.type, enabled=False):  # scores do not depend on training's precision
                 rated = session.scorer(drawn)

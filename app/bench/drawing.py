@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from customize.checkpoint import KOHYA
 from customize.errors import UserError
-from customize.pictures import save_picture
-from customize.tokens import SUFFIXES
+from customize.files import write_text
+from customize.output import is_own_image, remove, save_image
+from customize.run_folder import COMPONENTS, KOHYA
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def draw_missing(load: Callable, shots: Sequence[Shot], folder: Path, sampling: 
         pictures = pipe([shot.prompt for shot in group], generator=generators, **sampling.options).images
         took = (time.perf_counter() - begin) / len(group)
         for picture, path in zip(pictures, paths, strict=True):
-            save_picture(picture, path)
+            save_image(picture, path)
         write_json({"seconds a picture": took}, folder / "drawing.json")
     return [Image.open(path).convert("RGB") for _, paths in groups for path in paths]
 
@@ -76,10 +76,9 @@ def write_pictures(pictures: Sequence[Image.Image], folder: Path) -> list[Image.
     """Writes the pictures as all that `folder` holds, and returns them."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:02d}.png" for i in range(len(pictures))]
-    for stale in set(folder.glob("*.png")) - set(paths):
-        stale.unlink()
+    remove(path for path in set(folder.glob("*.png")) - set(paths) if is_own_image(path))
     for picture, path in zip(pictures, paths, strict=True):
-        save_picture(picture, path)
+        save_image(picture, path)
     return list(pictures)
 
 
@@ -101,10 +100,7 @@ def measured(path: Path):
 
 
 def write_json(value: dict, path: Path) -> None:
-    """Writes a file under its name only when it is complete."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.rename(path)
+    write_text(path, json.dumps(value, indent=1))
 
 
 def _peak_resident() -> float:
@@ -144,7 +140,7 @@ def cost_of(folder: Path) -> dict[str, float]:
 
 def weights_of(run: Path) -> list[Path]:
     """The weights that a run left, without checkpoints and copies in other layouts."""
-    parts = [run / part for part in ("unet", "transformer", *(f"text_encoder{suffix}" for suffix in SUFFIXES))]
+    parts = [run / part for part in COMPONENTS]
     own = [path for path in sorted(run.glob("*.safetensors")) if path.name != KOHYA]
     return own + [path for part in parts for path in sorted(part.glob("*.safetensors"))]
 

@@ -13,6 +13,7 @@ from statistics import fmean
 from PIL import Image, ImageOps
 
 from customize.app.bench.plot import ARROWS, KINDS, numbers, scatter
+from customize.files import atomic_file, write_text
 from customize.metrics.scores import confidence_interval
 
 COLOURS = ("#2f6fb3", "#c8591d", "#2a8a62", "#98479a", "#a8811a", "#c03f58", "#3a8fa3", "#6f62c4", "#7d6348", "#6c8a2b")
@@ -72,11 +73,11 @@ def write_report(results: dict, folder: Path) -> Path:
     page."""
     results = json.loads(json.dumps(results), parse_constant=lambda _: None)  # NaN is no JSON, and means missing
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    with atomic_file(folder / "results.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("method", "subject", "group", "metric", "value"), *_rows(results)])
     page = folder / "report.html"
-    page.write_text(render(results, folder), encoding="utf-8")
+    write_text(page, render(results, folder))
     return page
 
 

@@ -14,7 +14,7 @@ from customize.app.bench.drawing import Sampling
 from customize.app.bench.sticker_scores import METRICS, score
 from customize.errors import UserError, nearest
 from customize.metrics import load_sticker_clip
-from customize.pictures import save_picture
+from customize.output import save_image
 from customize.pipelines import load_subject_pipeline
 from customize.stickers import ENCODER, MODEL, Drawing, World, draw_scene
 from customize.stickers.bench import bench_prompts, bench_subjects, reference_scenes, true_scene, write_references
@@ -201,7 +201,7 @@ class StickerBench(Bench):
         shots = self.shots(subject, subject.word)
         pictures = [true_scene(subject.source, shot.prompt, 10_000 + shot.seed) for shot in shots]
         for shot, picture in zip(shots, pictures, strict=True):
-            save_picture(picture, folder / f"{shot.name}.png")
+            save_image(picture, folder / f"{shot.name}.png")
         return pictures
 
     def taken(self, subject, pictures, references, prior, before):

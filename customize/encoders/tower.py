@@ -11,6 +11,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from customize import stickers
 from customize.errors import UserError
+from customize.tensor_checks import load_whole
 
 OPENAI = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 
@@ -67,8 +68,10 @@ def load_tower(name: str, dtype: torch.dtype = torch.float32) -> ImageTower:
         owner, repository, folder = name.split("/", 2)
         place, options = f"{owner}/{repository}", {"subfolder": folder}
     try:
-        vision = CLIPVisionModelWithProjection.from_pretrained(place, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError) as error:
+        vision = load_whole(CLIPVisionModelWithProjection, place, dtype=dtype, **options)
+    except Exception as error:  # the library raises all kinds
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--image_encoder: '{name}' could not be loaded as a CLIP vision model ({reason}).") from error
     return ImageTower(vision, **statistics(place, options))

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from customize.files import write_text
+from customize.output import save_image
 from customize.stickers.backgrounds import BACKGROUNDS
 from customize.stickers.scene import COUNTS, FACTORS, Scene, draw_pose, draw_scene
 from customize.stickers.world import DATA, Drawing, World
@@ -64,8 +66,8 @@ def write_references(folder: Path, subject: Drawing, words: str, seed: int = 0) 
     pictures = []
     for i, scene in enumerate(reference_scenes(subject, seed)):
         picture, _ = draw_scene(scene, World())
-        picture.save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"a {words} {BACKGROUNDS[scene.background]}")
+        save_image(picture, folder / f"{i}.png")
+        write_text(folder / f"{i}.txt", f"a {words} {BACKGROUNDS[scene.background]}")
         pictures.append(picture)
     return pictures
 

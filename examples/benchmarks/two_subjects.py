@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from customize.app.bench.stickers import drawings_of
-from customize.pictures import save_picture
+from customize.output import save_image
 from customize.pipelines import load_subject_pipeline
 from customize.stickers import Drawing, Scene, World, draw_scene
 from customize.stickers.bench import reference_scenes
@@ -100,7 +100,7 @@ def main():
             say = verdict if subjects else classes
             counts[name] += [say(picture, a, b) for picture, (a, b) in zip(drawn, some, strict=True)]
             for k, picture in enumerate(drawn):
-                save_picture(picture, options.output / f"{i + k:02d}-{name.split()[0]}.png")
+                save_image(picture, options.output / f"{i + k:02d}-{name.split()[0]}.png")
     for name, found in counts.items():
         shares = {
             verdict: f"{found.count(verdict) / len(found):.0%}" for verdict in ("both", "one", "swapped looks", "neither")
