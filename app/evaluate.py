@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from customize.config import default, option
+from customize.config import check_ranges, default, option
 from customize.errors import UserError
 
 ENCODERS = {"clip", "dino", "dinov2"}
@@ -78,6 +78,7 @@ def evaluate(run: str, config: EvaluateConfig) -> Path:
 
 def check(config: EvaluateConfig, kind: str) -> None:
     """UserError for numbers that cannot be, for flags that `kind` has no use for, and for a folder that cannot be made."""
+    check_ranges(config)
     if config.resolution is not None and config.resolution % 8:
         raise UserError(f"--resolution must be a multiple of 8, not {config.resolution}.")
     if len(set(config.methods)) != len(config.methods):

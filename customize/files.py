@@ -59,7 +59,7 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[Path]:
 
     With `exclusive`, FileExistsError where `path` exists by then: two programs never write one file.
     """
-    partial = path.with_name(f"{NEW}{uuid.uuid4().hex[:12]}{path.suffix}")
+    partial = path.with_name(f"{NEW}{uuid.uuid4().hex[:12]}")
     try:
         yield partial
         _settle(partial)

@@ -167,7 +167,8 @@ def load_adapter(path: Path, pipe: DiffusionPipeline, tower: ImageTower) -> Subj
     if reason := misfit(state, adapter.state_dict()):
         raise UserError(f"'{path}' is damaged ({reason}); use an earlier checkpoint.")
     check_finite(state, path)
-    adapter.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    # copied, as tensors in a file's memory are not aligned, which changes sums in their last bit
+    adapter.load_state_dict({name: value.float().clone() for name, value in state.items()}, assign=True)
     return adapter.install(pipe.unet).eval().requires_grad_(False)
 
 
@@ -195,7 +196,7 @@ def load_released(state: dict[str, Tensor], pipe: DiffusionPipeline, path: Path,
             raise UserError(f"'{path}' is no subject encoder and no IP-Adapter: it has a tensor '{name}'.")
         if not value.is_floating_point():
             raise _of_another_kind(path, f"'{name}' is of {value.dtype}")
-        parts[part][rest] = value.float()
+        parts[part][rest] = value.float().clone()
     try:
         encoder = from_released(parts["image_proj"])
     except (KeyError, ValueError, IndexError, RuntimeError) as error:

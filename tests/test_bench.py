@@ -281,7 +281,7 @@ def test_an_unknown_method_and_bad_numbers(tmp_path, monkeypatch):
         evaluate("", EvaluateConfig(limit_prompts=0))
     with pytest.raises(UserError, match="--resolution must be a multiple of 8"):
         evaluate("", EvaluateConfig(resolution=100))
-    with pytest.raises(UserError, match="--seed must be at least 0"):
+    with pytest.raises(UserError, match="--seed must be between 0"):
         evaluate("", EvaluateConfig(seed=-1))
     with pytest.raises(UserError, match="--guidance_scale has no effect on --bench stickers"):
         evaluate("", EvaluateConfig(guidance_scale=3.0))
@@ -289,7 +289,7 @@ def test_an_unknown_method_and_bad_numbers(tmp_path, monkeypatch):
         evaluate("", EvaluateConfig(bench="dreambench", quick=True))
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(UserError, match="--output: cannot make the folder"):
+    with pytest.raises(UserError, match="--output: cannot write into"):
         evaluate("", EvaluateConfig(output="file"))
     with pytest.raises(UserError, match="names a method twice"):
         evaluate("", EvaluateConfig(methods=["base", "base"]))

@@ -115,15 +115,17 @@ def test_train_hands_all_words_to_the_trainer(monkeypatch, capsys):
 
 def test_demo_passes_its_flags(monkeypatch):
     seen = []
-    fake_module(monkeypatch, "customize.app.demo", demo=lambda output, quick: seen.append((output, quick)))
-    assert main(["demo"]) == main(["demo", "--output", "x", "--quick"]) == 0
-    assert seen == [("runs/demo", False), ("x", True)]
+    fake_module(monkeypatch, "customize.app.demo", demo=lambda *given: seen.append(given))
+    assert main(["demo"]) == main(["demo", "--output", "x", "--quick", "--overwrite_output_dir"]) == 0
+    assert seen == [("runs/demo", False, False), ("x", True, True)]
 
 
 def test_push_prints_the_url(monkeypatch, tmp_path, capsys):
-    fake_module(monkeypatch, "customize.hub", push=lambda run, repo_id, private: f"https://hub/{repo_id}?private={private}")
-    assert main(["push", str(tmp_path), "me/cat", "--private"]) == 0
-    assert capsys.readouterr().out == "https://hub/me/cat?private=True\n"
+    fake_module(monkeypatch, "customize.hub", push=lambda run, *given: f"https://hub/{given}")
+    assert main(["push", str(tmp_path), "me/cat"]) == 0
+    assert main(["push", str(tmp_path), "me/cat", "--no_private", "--samples", "a.png", "--dry_run"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["https://hub/('me/cat', True, [], False)", "https://hub/('me/cat', False, ['a.png'], True)"]
 
 
 def test_generate_seeds_every_picture_alone_and_names_it(pipe, capsys):
@@ -162,6 +164,7 @@ def test_generate_hands_on_only_what_was_given(pipe):
 
 def test_generate_writes_into_the_run_and_never_over_a_picture(pipe, tmp_path):
     (tmp_path / "runs/cat").mkdir(parents=True)
+    (tmp_path / "runs/cat/run.json").touch()
     for seed in ("0", "1", "0"):
         main(["generate", "runs/cat", "cat", "--seed", seed])
     first = (tmp_path / "runs/cat/generated/cat-0.png").read_bytes()
@@ -228,10 +231,13 @@ def test_all_prompts_are_checked_before_the_first_is_drawn(pipe, tmp_path, capsy
         (["generate", "stickers", " "], ['"PROMPT" is empty']),
         (["generate", "stickers", "cat", "--seed", "1", "dog"], ["--seed"]),
         (["generate", "stickers", "cat", "--sead", "1"], ["--sead", "Did you mean '--seed'?"]),
-        (["generate", "stickers", "cat", "--num_images_per_prompt", "0"], ["--num_images_per_prompt", "1 or more"]),
-        (["generate", "stickers", "cat", "--num_inference_steps", "-3"], ["--num_inference_steps", "1 or more"]),
-        (["generate", "stickers", "cat", "--height", "0"], ["--height", "8 or more"]),
+        (["generate", "stickers", "cat", "--num_images_per_prompt", "0"], ["--num_images_per_prompt", "at least 1"]),
+        (["generate", "stickers", "cat", "--num_inference_steps", "-3"], ["--num_inference_steps", "at least 1"]),
+        (["generate", "stickers", "cat", "--height", "0"], ["--height", "at least 8"]),
         (["generate", "stickers", "cat", "--width", "100"], ["--width", "multiple of 8"]),
+        (["generate", "stickers", "cat", "--seed", "1" + "0" * 30], ["--seed"]),
+        (["generate", "stickers", "cat", "--guidance_scale", "nan"], ["--guidance_scale"]),
+        (["generate", "stickers", b"caf\xe9".decode(errors="surrogateescape")], ["UTF-8", "type the words anew"]),
         (["generate", "stickers", "cat", "--seed", "-1"], ["--seed"]),
         (["generate", "stickers", "cat", "--dtype", "int8"], ["--dtype", "float32, bfloat16, float16"]),
         (["generate", "stickers", "cat", "--output", "file"], ["file", "--output"]),

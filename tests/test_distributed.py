@@ -69,7 +69,6 @@ def test_a_signal_to_one_process_stops_all_at_one_step(rank, tmp_path, pictures)
         "--nproc_per_node",
         "2",
         "--standalone",
-        str(tmp_path / "stop.py"),
     ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command += [str(tmp_path / "stop.py"), rank, *words, "--output_dir", str(tmp_path / "run")]

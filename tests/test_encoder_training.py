@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from customize.backbone import wrap
 from customize.encoders import load_tower
 from customize.errors import UserError
 from customize.pipelines.subject import with_subjects
+from customize.run_folder import RESUME
 from customize.subject import ADAPTER_FILES, WORDS, save_adapter
 from customize.trainers.__main__ import run
 from customize.trainers.custom_contrast import CustomContrast
@@ -224,28 +225,28 @@ def test_what_a_run_cannot_begin_with_is_refused_before_anything_is_lost(case, t
     Image.new("RGB", (8, 8)).save("a.png")
     (tmp_path / "subjects/dog").mkdir(parents=True)
     (tmp_path / "subjects/dog/a.png").write_text("no picture")
-    for file in ("best/run.json", "checkpoint-3/run.json", "validation.jsonl"):
-        (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "run" / file).write_text("{}")
+    for folder in ("best", "checkpoint-3"):
+        (tmp_path / "run" / folder).mkdir(parents=True)
+    (tmp_path / "run/best/run.json").write_text('{"format": 1, "base_model": "stickers"}')
+    (tmp_path / "run/validation.jsonl").write_text('{"step": 1}\n')
+    save_file({"a": torch.zeros(1)}, tmp_path / "run/checkpoint-3" / RESUME, {"tree": "{}"})
     flags, message = WRONG[case]
     words = ["custom_contrast", "--dim", "24", "--depth", "1", "--heads", "2", "--output_dir", "run", *flags]
     with pytest.raises(UserError, match=message):
         run([*words, "--overwrite_output_dir"])
     with pytest.raises(UserError, match="earlier run"):
         run(["custom_contrast", "--output_dir", "run"])
-    assert all((tmp_path / "run" / file).exists() for file in ("best/run.json", "checkpoint-3/run.json", "validation.jsonl"))
+    assert all((tmp_path / "run" / file).exists() for file in ("best/run.json", f"checkpoint-3/{RESUME}", "validation.jsonl"))
 
 
 def test_a_run_of_another_method_takes_the_place_of_the_earlier_one(tower, subjects, tmp_path):
     """Loaders would else take the earlier encoder, words or weights for a part of the new run."""
     trained(build("sd15", "custom_contrast", tower), subjects, tmp_path, 1)
-    for file in ("pytorch_lora_weights.safetensors", "learned_embeds-0_dog.safetensors", "unet/config.json", "notes.txt"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_text("earlier")
+    (tmp_path / "notes.txt").write_text("earlier")
+    assert (tmp_path / "subject.safetensors").exists()
     trained(build("sd15", "ip_adapter", tower), subjects, tmp_path, 1, overwrite_output_dir=True)
-    found = {path.name for path in tmp_path.iterdir()}
-    assert "ip_adapter.safetensors" in found
-    assert not found & {"subject.safetensors", "unet", "pytorch_lora_weights.safetensors", "learned_embeds-0_dog.safetensors"}
+    assert (tmp_path / "ip_adapter.safetensors").exists()
+    assert not (tmp_path / "subject.safetensors").exists()
     assert (tmp_path / "notes.txt").read_text() == "earlier"
 
 

@@ -80,10 +80,19 @@ class Session:
                 method = self.method
                 checkpoint.save(folder, method.backbone, method.tokens, info, self.config.export_kohya, method.adapter)
 
+    def whole(self, name: str):
+        """A folder of the output that is there only when all is written, on the first process."""
+        target = self.output / name
+        return atomic_folder(target) if self.accelerator.is_main_process else nullcontext(target)
+
+    def write_best(self) -> None:
+        with self.whole("best") as folder:
+            self.write(folder)
+
     def write_checkpoint(self) -> None:
         """Writes checkpoint-STEP, from which the run can be resumed."""
-        target, main = self.output / f"checkpoint-{self.step}", self.accelerator.is_main_process
-        with atomic_folder(target) if main else nullcontext(target) as folder:
+        main = self.accelerator.is_main_process
+        with self.whole(f"checkpoint-{self.step}") as folder:
             self.write(folder)
             save_state(folder, self.accelerator, self.step, self.trained, **self.parts)
         if main and self.config.checkpoints_total_limit:

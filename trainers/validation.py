@@ -37,7 +37,7 @@ def validate(session: Session, bar: tqdm) -> None:
     values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items() if "slot" not in name)
     bar.write(f"step {step}: {values}{' (best)' if best.since == 0 else ''}")
     if best.since == 0:
-        session.write(session.output / "best")
+        session.write_best()
 
 
 def diagnosis(session: Session) -> dict[str, float]:
