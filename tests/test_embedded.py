@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline, StableDiffusionPipeline
 from transformers import CLIPVisionModelWithProjection
 
 from customize.pipelines import load_subject_pipeline
@@ -28,6 +28,18 @@ def draw(pipe, prompts):
 
 def test_is_small():
     assert sum(path.stat().st_size for path in MODEL.rglob("*.safetensors")) < 60e6
+
+
+@pytest.mark.parametrize("kind", [DiffusionPipeline, AutoPipelineForText2Image])
+def test_draws_as_a_stranger_would_load_it(kind):
+    """Without naming a precision, which the libraries choose differently."""
+    pipe = kind.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert pipe("a fox on the beach", num_inference_steps=2).images[0].size == (64, 64)
+    vision = CLIPVisionModelWithProjection.from_pretrained(MODEL / "image_encoder")
+    assert vision.dtype == torch.float32
 
 
 def test_backgrounds_obey_the_prompt(pipe):

@@ -8,8 +8,9 @@ from diffusers import DDIMScheduler
 
 from customize.backbone import wrap
 from customize.errors import UserError
-from customize.losses import denoising
-from tiny import tiny
+from customize.losses import contrastive_flow, denoising
+from customize.trainers.method import Method
+from tiny import BASES, random, tiny
 
 
 @pytest.fixture
@@ -106,3 +107,49 @@ def test_min_snr_weights_by_hand(prediction_type):
 def test_min_snr_is_refused_for_flow_models():
     with pytest.raises(UserError, match="snr_gamma"):
         wrap(tiny("flux")).snr_weights(torch.tensor([0.5]), 5.0)
+
+
+# contrastive flow matching
+
+
+def test_contrastive_flow_is_minus_the_error_to_the_other_target(pair):
+    mask = torch.rand(2, 1, 4, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(contrastive_flow(*pair), -looped(*pair, lambda b, y, x: 1.0), atol=1e-6)
+    assert torch.allclose(contrastive_flow(*pair, mask), -looped(*pair, lambda b, y, x: mask[b, 0, y, x].item()), atol=1e-6)
+
+
+def test_the_minimum_with_contrast_is_as_stated():
+    """One place, three samples: the prediction for which the gradient of both terms is zero."""
+    target, other = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.3, 1.0, -1.0])
+    best = ((target - 0.2 * other) / (1 - 0.2)).requires_grad_(True)
+    shaped = [x.view(3, 1, 1, 1) for x in (best, target, other)]
+    (denoising(*shaped[:2]) + 0.2 * contrastive_flow(shaped[0], shaped[2])).sum().backward()
+    assert torch.allclose(best.grad, torch.zeros(3), atol=1e-6)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_others_target_is_of_their_latents_and_noise_at_this_samples_time(base):
+    """Every sample of a batch of three against the next one, recomputed one by one."""
+    backbone = wrap(tiny(base), base)
+    method = Method(backbone, Method.Config(contrastive_flow_weight=0.3), []).train()
+    noised, add_noise, predictions, denoise = [], backbone.add_noise, [], backbone.denoise
+    backbone.add_noise = lambda *given: noised.append(given) or add_noise(*given)
+    backbone.denoise = lambda *given: predictions.append(denoise(*given)) or predictions[-1]
+    batch = {"pixels": random(3, 3, 32, 32).clamp(-1, 1), "prompt": ["a dog", "a cat", "a toy"], "mask": torch.rand(3, 1, 4, 4)}
+    with torch.no_grad():
+        terms = method(batch)
+    latents, noise, t = noised[0]
+    expected = []
+    for i, j in ((0, 2), (1, 0), (2, 1)):
+        _, other = add_noise(latents[j : j + 1], noise[j : j + 1], t[i : i + 1])
+        expected.append(-0.3 * denoising(predictions[0][i : i + 1], other, batch["mask"][i : i + 1]))
+    assert torch.allclose(terms["contrastive_flow"], torch.cat(expected).mean(), atol=1e-5)
+    method.eval()
+    with torch.no_grad():
+        assert method(batch).keys() == {"denoise"}  # a validation loss can be compared with those of runs without it
+
+
+def test_contrastive_flow_needs_another_sample():
+    method = Method(wrap(tiny("sd15")), Method.Config(contrastive_flow_weight=0.05), []).train()
+    with pytest.raises(UserError, match=r"--contrastive_flow_weight.*--train_batch_size"):
+        method({"pixels": random(1, 3, 16, 16), "prompt": ["a dog"]})

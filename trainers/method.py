@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from customize.backbone import Backbone, Condition, Step
 from customize.config import option
 from customize.data import Concept, DataConfig
-from customize.losses import denoising
+from customize.errors import UserError
+from customize.losses import contrastive_flow, denoising
 from customize.subject import SubjectAdapter
 from customize.tokens import ConceptTokens
 
@@ -19,6 +20,12 @@ class MethodConfig:
     """Fields of every method."""
 
     snr_gamma: float = option(0.0, "min-SNR weighting of the loss, 5 is usual; 0 is off", least=0)
+    contrastive_flow_weight: float = option(
+        0.0,
+        "weight of contrastive flow matching, which keeps samples of a batch apart; 0.05 is usual, 0 is off",
+        least=0,
+        below=1,
+    )
 
 
 class Method(nn.Module):
@@ -57,10 +64,21 @@ class Method(nn.Module):
         else:
             latents = self.backbone.encode_image(batch["pixels"])
         t = self.draw_times(len(latents))
-        noisy, target = self.backbone.add_noise(latents, torch.randn_like(latents), t)
+        noise = torch.randn_like(latents)
+        noisy, target = self.backbone.add_noise(latents, noise, t)
         condition = self.condition(batch, t / self.backbone.t_max)
         prediction = self.backbone.denoise(noisy, t, condition)
-        return self.losses(Step(latents, noisy, t, target, condition, prediction, batch))
+        terms = self.losses(Step(latents, noisy, t, target, condition, prediction, batch))
+        if self.config.contrastive_flow_weight and self.training:
+            terms["contrastive_flow"] = self._contrastive_flow(latents, noise, t, prediction, batch.get("mask"))
+        return terms
+
+    def _contrastive_flow(self, latents: Tensor, noise: Tensor, t: Tensor, prediction: Tensor, mask: Tensor | None) -> Tensor:
+        """Away from the target of the next sample of the batch, at this sample's time."""
+        if len(latents) == 1:
+            raise UserError("--contrastive_flow_weight needs other samples to keep apart: raise --train_batch_size.")
+        _, other = self.backbone.add_noise(latents.roll(1, 0), noise.roll(1, 0), t)
+        return self.config.contrastive_flow_weight * contrastive_flow(prediction, other, mask).mean()
 
     def on_step(self, step: int, steps: int) -> None:
         """Called before each step, for schedules: a weight that warms up, a vector whose norm is held."""

@@ -51,6 +51,11 @@ def averaged(model, name: str):
     return model.eval(), state["images"]
 
 
+def loaded_as_float32(path: Path) -> None:
+    """transformers loads a model in the precision that its configuration names, diffusers in float32: they must agree."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+
+
 def draw(pipe, prompts: list[str], seed: int = 0) -> list[Image.Image]:
     pictures = []
     for start in range(0, len(prompts), 16):
@@ -183,6 +188,8 @@ def main():
     pipe.to(torch.float16).save_pretrained(options.output)
     vision = CLIPVisionModelWithProjection.from_pretrained(part("image_encoder")).float().eval()
     vision.half().save_pretrained(options.output / "image_encoder")
+    for name in ("text_encoder", "image_encoder"):
+        loaded_as_float32(options.output / name / "config.json")
     (options.output / "feature_extractor").mkdir(exist_ok=True)
     config = (part("feature_extractor") / "preprocessor_config.json").read_text()
     (options.output / "feature_extractor" / "preprocessor_config.json").write_text(config)
