@@ -59,7 +59,9 @@ def add_lora(module: ModelMixin, settings: LoraFields, targets: list[str] | None
     missing = [t for t, names in found.items() if not names]
     if missing and (not preset or len(missing) == len(wanted)):
         raise UserError(f"--lora_layers: no layer is named {', '.join(missing)}; use one of {', '.join(PRESETS)}.")
+    names = sorted({n for names in found.values() for n in names})
     check_ranges(settings)
+    check_rank(settings.rank, [module.get_submodule(name).weight for name in names])
     module.add_adapter(
         LoraConfig(
             r=settings.rank,
@@ -67,10 +69,17 @@ def add_lora(module: ModelMixin, settings: LoraFields, targets: list[str] | None
             lora_dropout=settings.lora_dropout,
             use_dora=settings.use_dora,
             init_lora_weights=True,
-            target_modules=sorted({n for names in found.values() for n in names}),
+            target_modules=names,
         )
     )
     cast_training_params(module, dtype=torch.float32)
+
+
+def check_rank(rank: int, weights: list[Tensor]) -> None:
+    """UserError for a rank above that of every layer, which would cost memory and teach nothing more."""
+    largest = max(min(len(weight), weight[0].numel()) for weight in weights)
+    if rank > largest:
+        raise UserError(f"--rank {rank} is more than any layer of this model has; choose {largest} at most.")
 
 
 def has_lora(module: ModelMixin) -> bool:

@@ -237,3 +237,11 @@ def test_saving_leaves_the_trained_tensors_alone(tmp_path):
     saved(backbone, tmp_path, kohya=True)
     after = get_peft_model_state_dict(backbone.denoiser)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("rank", [17, 10**8])
+def test_a_rank_above_that_of_the_layers_is_refused(rank):
+    """The tiny denoiser's widest attention layer is 16 x 16."""
+    with pytest.raises(UserError, match=rf"--rank {rank} .*choose 16 at most"):
+        add_lora(tiny("sd15").unet, LoraFields(rank=rank))
+    add_lora(tiny("sd15").unet, LoraFields(rank=16))

@@ -42,6 +42,7 @@ FACTORS: dict[str, tuple] = {  # what captions speak of: fields of a scene, and 
     "frame": FRAMES,
     "count": tuple(COUNTS),
 }
+ARRANGEMENTS = ("beside", "above", "over")  # of the subject and its companion; captions do not tell them apart
 PREFIXES = ("", "", "", "a photo of ", "a picture of ", "a sticker of ")
 
 
@@ -76,6 +77,7 @@ class Scene:
     companion: Drawing | None = None
     pose: Pose = Pose()
     seed: int = 0
+    arrangement: str = "beside"
 
 
 def draw_pose(rng: np.random.Generator, spread: float = 1.0) -> Pose:
@@ -164,6 +166,8 @@ def _placements(scene: Scene, rng: np.random.Generator) -> list[tuple[Drawing, P
     """Which drawing goes where: the subject, its copies side by side, or the subject beside its companion."""
     low, high = SIZES[scene.size]
     pose, scale = scene.pose, low + (high - low) * scene.pose.scale
+    if scene.companion is not None and scene.arrangement != "beside":
+        return _arranged(scene, rng)
     if scene.companion is not None:
         side = 1 if rng.random() < 0.5 else -1
         subject = replace(pose, x=pose.x / 2 - 0.24 * side, scale=min(0.72 * scale, 0.55))
@@ -178,6 +182,17 @@ def _placements(scene: Scene, rng: np.random.Generator) -> list[tuple[Drawing, P
         (scene.subject, replace(pose, x=pose.x / 3 + (i - (scene.count - 1) / 2) * step, scale=small), True)
         for i in range(scene.count)
     ]
+
+
+def _arranged(scene: Scene, rng: np.random.Generator) -> list[tuple[Drawing, Pose, bool]]:
+    """The subject above or below its companion, or partly over it, of sizes of their own."""
+    pose, sign = scene.pose, 1 if rng.random() < 0.5 else -1
+    x, y = (0.08, 0.23) if scene.arrangement == "above" else (0.17, 0.1)
+    large, small = rng.uniform(0.42, 0.54), rng.uniform(0.38, 0.5)
+    side = sign if rng.random() < 0.5 else -sign
+    subject = replace(pose, x=pose.x / 3 + x * side, y=pose.y / 3 + y * sign, scale=large)
+    other = replace(draw_pose(rng), x=-x * side, y=-y * sign, scale=small, shade=pose.shade)
+    return [(scene.companion, other, False), (scene.subject, subject, True)]
 
 
 def _tinted(sprite: np.ndarray, tint: str) -> np.ndarray:

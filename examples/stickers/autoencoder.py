@@ -6,7 +6,6 @@ decoder beside it, now or in a later session. The decoder sees latents with a li
 """
 
 import argparse
-import time
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from customize import stickers
-from recipe import FURNACE, Run, render_batch, worlds
+from recipe import FURNACE, Run, render_batch, until, worlds
 
 LATENTS, KEPT = 12, 100.0  # components; the constant that keeps the encoder's last normalisation from changing anything
 
@@ -110,8 +109,8 @@ def main():
     model.encoder.requires_grad_(False), model.quant_conv.requires_grad_(False)
     run = Run("decoder", model, options.lr, ema=0.995, shipped=stickers.MODEL / "vae" / "diffusion_pytorch_model.safetensors")
     model.save_pretrained(FURNACE / "model" / "vae")  # the encoder is ready: the denoiser's training may begin
-    rng, begin = np.random.default_rng(run.step + 1), time.time()
-    while (passed := (time.time() - begin) / 60 / options.minutes) < 1:
+    rng, elapsed = np.random.default_rng(run.step + 1), until(options.minutes)
+    while (passed := elapsed()) < 1:
         pixels, _ = render_batch(rng, world, pool, options.batch_size, 64)
         with torch.no_grad():
             latents = model.encode(pixels).latent_dist.mode()

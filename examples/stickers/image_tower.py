@@ -6,7 +6,6 @@ looks, each picture must also let linear layers read the drawing's thumbnail cod
 """
 
 import argparse
-import time
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CL
 
 from customize.stickers import BACKGROUNDS, Scene, caption, draw_scene
 from customize.stickers.scene import draw_caption, draw_factors
-from recipe import FURNACE, Run, part, worlds
+from recipe import FURNACE, Run, part, until, worlds
 from text_tower import LENGTH, LOOK, Looks
 
 MODEL = FURNACE / "model"
@@ -100,9 +99,9 @@ def main():
     world, read, student = worlds(), Reader(), Student()
     weights = part("image_encoder") / "model.safetensors"
     looks, run = Looks(world), Run("image_tower", student, options.lr, ema=0.998, shipped=weights, part=student.vision)
-    rng, begin = np.random.default_rng(run.step), time.time()
+    rng, elapsed = np.random.default_rng(run.step), until(options.minutes)
     pools = world.drawings(), world.drawings(core=True)
-    while (passed := (time.time() - begin) / 60 / options.minutes) < 1:
+    while (passed := elapsed()) < 1:
         scenes = [draw_factors(rng, world, pools[int(rng.random() < 0.7)], extras=0.15) for _ in range(options.batch_size)]
         pixels = to_pixels([draw_scene(scene, world)[0] for scene in scenes])
         look = looks.code[[looks.index[scene.subject] for scene in scenes]]

@@ -6,7 +6,7 @@ blurred and made noisy at random, because what it will judge was drawn by a netw
 
 import argparse
 import json
-import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from customize.stickers import Scene, World, draw_scene
 from customize.stickers.judge import FOLDER, Judge, Verdicts, to_pixels
 from customize.stickers.scene import FACTORS, draw_factors
-from recipe import Run
+from recipe import Run, until
 
 
 def targets(scenes: list[Scene], drawings: list) -> dict[str, torch.Tensor]:
@@ -81,6 +81,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=FOLDER)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -88,8 +89,8 @@ def main():
     drawings = world.drawings(held_out=None)
     judge = Judge(len(drawings)).to(memory_format=torch.channels_last)
     run = Run("judge", judge, options.lr, ema=0.995, shipped=FOLDER / "judge.safetensors")
-    rng, begin = np.random.default_rng(run.step), time.time()
-    while (passed := (time.time() - begin) / 60 / options.minutes) < 1:
+    rng, elapsed = np.random.default_rng(run.step), until(options.minutes)
+    while (passed := elapsed()) < 1:
         scenes = scenes_of(rng, world, drawings, options.batch_size)
         wanted, logits = targets(scenes, drawings), judge(worn(render(scenes, world), rng))
         losses = {n: (1.0 if n == "drawing" else 0.4) * F.cross_entropy(logits[n], wanted[n]) for n in wanted}
@@ -100,14 +101,15 @@ def main():
             print(measure(judge, world, 500), flush=True)
     run.save()
     judge.load_state_dict(run.average)
-    FOLDER.mkdir(exist_ok=True)
+    options.output.mkdir(exist_ok=True)
     state = judge.eval().state_dict()
     save_file(
-        {k: v.half().contiguous() if v.is_floating_point() else v for k, v in state.items()}, FOLDER / "judge.safetensors"
+        {k: v.half().contiguous() if v.is_floating_point() else v for k, v in state.items()},
+        options.output / "judge.safetensors",
     )
     judge.load_state_dict({k: v.half().float() if v.is_floating_point() else v for k, v in state.items()})
     found = measure(judge, world, 4000) | {"scenes": run.images}
-    (FOLDER / "accuracy.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.output / "accuracy.json").write_text(json.dumps(found, indent=1) + "\n")
     print(found)
 
 

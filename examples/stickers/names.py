@@ -12,7 +12,6 @@ the denoiser best. Writes .furnace/names-METHOD and goes on from it; so does tra
 """
 
 import argparse
-import time
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from customize.trainers.registry import find_method
 from customize.trainers.sources import Rendered
 from customize.trainers.subject_method import SubjectMethod
 from customize.trainers.validation import validation_loss
-from recipe import FURNACE
+from recipe import FURNACE, until
 from text_tower import FIRST_PATCH, LENGTH
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the visual branches' first values, in the text's own
@@ -119,8 +118,8 @@ def main():
     print(f"variance of the tokens {targets.var(0).mean():.4f}", flush=True)
     trained = [*adapter.encoder.parameters(), *adapter.starts.parameters()]
     optimizer = torch.optim.AdamW(trained, options.lr, weight_decay=0.01, fused=True)
-    begin, step, log = time.time(), 0, []
-    while (passed := (time.time() - begin) / 60 / options.minutes) < 1:
+    elapsed, step, log = until(options.minutes), 0, []
+    while (passed := elapsed()) < 1:
         pixels, prompts, names, numbers = batch(data, rng, options.batch_size)
         features = adapter.encoder.read(method.tower(pixels)).unsqueeze(1)
         encoded = method.encode(features, torch.rand(len(pixels)))

@@ -1,7 +1,9 @@
 """What the pretraining stages share: resumable training state, and endless rendered scenes."""
 
 import json
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,27 @@ from customize.stickers import World, draw_scene
 from customize.stickers.scene import draw_caption, draw_factors
 
 FURNACE = Path(".furnace")  # checkpoints, logs and parts of the next model; never committed
+
+
+def autocast():
+    """Products in bfloat16 where the processor computes in it; elsewhere it would be slower than float32."""
+    able = torch.cpu.get_capabilities()
+    return torch.autocast("cpu", torch.bfloat16, enabled=able["avx512_bf16"] or able["amx_bf16"])
+
+
+def until(minutes: float) -> Callable[[], float]:
+    """A function that gives the share of these minutes that has passed: all of it once SIGINT, SIGTERM or SIGHUP came, so that
+    the step is finished and saved; a second signal stops at once."""
+    begin, asked = time.time(), []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, ask)
+    return lambda: 1.0 if asked else (time.time() - begin) / 60 / minutes
 
 
 def part(name: str) -> Path:

@@ -7,7 +7,6 @@ Noise on the word vectors keeps the space around words usable for methods that l
 """
 
 import argparse
-import time
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from customize.stickers.scene import (
     caption,
     draw_factors,
 )
-from recipe import FURNACE, Run, part, worlds
+from recipe import FURNACE, Run, part, until, worlds
 
 LENGTH, FIRST_PATCH, LOOK = 40, 24, 128
 RARE = ("sks", "zwx", "ohwx", "snq")  # words without meaning, for methods that bind a subject to one
@@ -188,9 +187,9 @@ def main():
     looks, teacher = Looks(world), Teacher(build(tokenizer))
     weights = part("text_encoder") / "model.safetensors"
     run = Run("text_tower", teacher, options.lr, ema=0.998, shipped=weights, part=teacher.text)
-    rng, begin = np.random.default_rng(run.step), time.time()
+    rng, elapsed = np.random.default_rng(run.step), until(options.minutes)
     pools = world.drawings(), world.drawings(core=True)
-    while (passed := (time.time() - begin) / 60 / options.minutes) < 1:
+    while (passed := elapsed()) < 1:
         run.update(
             teacher(*draw_batch(rng, world, pools, looks, tokenizer, options.batch_size)),
             options.batch_size,
