@@ -95,12 +95,14 @@ def main():
     parser.add_argument("--stops", type=int, default=20, help="moments for each of SIGTERM and SIGHUP")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # runs under nohup would ignore it
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_references(folder / "pictures", Drawing("fox", "flat"), "sks fox")
         assert in_process(lambda: train(folder / "whole", folder / "pictures")) == 0
-        for name, count in {"SIGKILL": options.kills, "SIGTERM": options.stops, "SIGHUP": options.stops}.items():
+        moments = {"SIGKILL": options.kills, "SIGTERM": options.stops, "SIGHUP": options.stops}
+        for name, count in ((name, count) for name, count in moments.items() if count):
             rows = [attempt(case, folder, name) for case in cases(getattr(signal, name), count, rng)]
             ended, identical, lost, clean = zip(*rows, strict=True)
             print(

@@ -6,8 +6,10 @@ as large as the spread of the encoder's own posterior, and noise of that size st
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from queue import Empty
 
 import numpy as np
 import torch
@@ -117,9 +119,14 @@ class Shards:
         self.worker.start()
         self.kept: list[tuple[Tensor, Tensor]] = []
 
-    def add(self) -> None:
-        latents, states = self.queue.get()
-        self.kept = [*self.kept[-SHARDS + 1 :], (latents.clone(), states.clone())]
+    def add(self, stop: Callable[[], float]) -> bool:
+        """Waits for the next shard; False if it is time to stop before there is one."""
+        while stop() < 1:
+            with suppress(Empty):
+                latents, states = self.queue.get(timeout=1)
+                self.kept = [*self.kept[-SHARDS + 1 :], (latents.clone(), states.clone())]
+                return True
+        return False
 
     def batches(self, size: int, empty: Tensor):
         """One pass in random order; a tenth of the texts is replaced by the state of no text."""

@@ -83,8 +83,7 @@ def train(
 ) -> None:
     """Until `stop()`, the share of the work that is done, is 1."""
     predict, scheduler = torch.compile(run.model) if compiled else run.model, schedule()
-    while stop() < 1:
-        shards.add()
+    while shards.add(stop):
         for latents, text in shards.batches(batch_size, empty):
             run.update(losses(predict, scheduler, latents, text), len(latents), stop() if decay else 0.0)
             run.report()
