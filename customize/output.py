@@ -107,4 +107,5 @@ def is_own_log(path: Path) -> bool:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     except (OSError, ValueError):
         return False
-    return bool(lines) and all(line.startswith('{"step": ') for line in lines)
+    start = '{"step": '
+    return bool(lines) and all(start.startswith(line[: len(start)]) for line in lines)  # the last may be cut short

@@ -182,6 +182,18 @@ def stopped(pictures, tmp_path):
     return tmp_path / "run" / "checkpoint-2"
 
 
+def test_a_resumed_run_lists_every_validation_once(pictures, tmp_path):
+    """Also where a kill cut the last line short."""
+    options = {"held_out": True, "validation_steps": 1, "checkpointing_steps": 2, "checkpoints_total_limit": 0}
+    go(pictures, tmp_path, max_train_steps=3, **options)
+    log = tmp_path / "validation.jsonl"
+    before = log.read_text()
+    log.write_text(before + '{"step": 4, "valid')
+    go(pictures, tmp_path, max_train_steps=4, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **options)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
+    assert log.read_text().startswith(before)
+
+
 def test_resuming_from_nothing(pictures, tmp_path):
     for given in ("latest", str(tmp_path / "checkpoint-7")):
         with pytest.raises(UserError, match="resume_from_checkpoint"):

@@ -159,6 +159,20 @@ def test_overwriting_does_not_remove_what_the_run_reads(flag, train, tmp_path):
     assert len(list((folder / "checkpoint-1" / "photos").iterdir())) == 4
 
 
+@pytest.mark.parametrize(
+    "text", ['{"step": 1, "validation_loss": 0.5}\n', '{"step": 1}\n{"st', '{"step": 1}\n{"step": 2, "val']
+)
+def test_a_log_that_a_kill_cut_short_is_still_the_runs(text, tmp_path):
+    (tmp_path / "validation.jsonl").write_text(text)
+    assert foreign(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["", "x\n", '{"loss": 1}\n', '{"step": 1}\nmine\n'])
+def test_other_logs_are_the_users(text, tmp_path):
+    (tmp_path / "validation.jsonl").write_text(text)
+    assert foreign(tmp_path) == [tmp_path / "validation.jsonl"]
+
+
 # base models
 
 

@@ -1,5 +1,6 @@
 """A run in progress: what it trains, how it starts or resumes, and what it writes."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -13,9 +14,9 @@ from diffusers.training_utils import EMAModel
 from customize import checkpoint
 from customize.attention import use_xformers
 from customize.errors import UserError
-from customize.files import atomic_folder
+from customize.files import atomic_folder, write_text
 from customize.output import remove
-from customize.run_folder import checkpoints, latest_checkpoint
+from customize.run_folder import LOG, checkpoints, latest_checkpoint
 from customize.trainers.method import Method
 from customize.trainers.selection import Scorer
 from customize.trainers.settings import TrainConfig, make_optimizer
@@ -123,6 +124,8 @@ def begin(
     parts = {"optimizer": optimizer, "schedule": schedule, "ema": ema, "scaler": accelerator.scaler, "best": Best()}
     session = Session(method, config, accelerator, info, held_out, scorer, trained, wrapped, parts)
     session.step = resume(session)
+    if session.step and accelerator.is_main_process:
+        forget_later(session.output / LOG, session.step)
     if ema:
         ema.to(accelerator.device)
     if config.report_to:
@@ -155,6 +158,14 @@ def resume(session: Session) -> int:
     if step > config.max_train_steps:
         raise UserError(f"--max_train_steps {config.max_train_steps}: '{folder}' has {step} steps already; ask for more.")
     return step
+
+
+def forget_later(log: Path, step: int) -> None:
+    """Takes the validations after a step out of the log: the resumed run makes them again."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        write_text(log, "".join(kept))
 
 
 def not_finite(step: int, output: Path) -> str:

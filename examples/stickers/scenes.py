@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from queue import Empty
+from queue import Empty, Full
 
 import numpy as np
 import torch
@@ -106,7 +106,15 @@ def _work(queue, seed: int, spread) -> None:
     os.nice(5)  # the denoiser comes first: it has six shards to go on with
     encoder, rng = Encoder(), np.random.default_rng(seed)
     while True:
-        queue.put(encoder.shard(rng, spread.value))
+        _offer(queue, encoder.shard(rng, spread.value))
+
+
+def _offer(queue, shard: tuple[Tensor, Tensor]) -> None:
+    """Puts a shard into the queue as soon as there is room; ends this process if the reader's was killed."""
+    while processes.parent_process().is_alive():
+        with suppress(Full):
+            return queue.put(shard, timeout=5)
+    os._exit(0)
 
 
 class Shards:
