@@ -174,8 +174,11 @@ def check_request(prompts: list[str], config: GenerateConfig) -> None:
 
 
 def output_folder(run: str, output: str | None) -> Path:
-    """Where pictures go: a base model's own folder is left alone."""
-    return Path(output or (Path(run, "generated") if Path(run, "run.json").exists() else "generated"))
+    """Where pictures go: a base model's folder is left alone, and so are those of steps, which a run replaces and removes."""
+    folder = Path(run)
+    if re.fullmatch(r"best|checkpoint-\d+", folder.name) and folder.parent.is_dir():
+        folder = folder.parent
+    return Path(output or (folder / "generated" if Path(run, "run.json").exists() else "generated"))
 
 
 def load(run: str, config: GenerateConfig) -> Any:
@@ -326,8 +329,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not (message := remedy(error, words[0])):
             raise
-        end_bars()
-        print(f"error: {message}", file=sys.stderr)
+        with suppress(OSError):  # nobody may listen any more
+            end_bars()
+            print(f"error: {message}", file=sys.stderr)
         return 2
     return 0
 

@@ -13,7 +13,7 @@ from customize.output import is_own_image, make_folder, save_image
 from customize.pipelines import load_pipeline
 from customize.run_folder import check_free
 from customize.stickers import BACKGROUNDS, Drawing, World
-from customize.stickers.bench import write_references
+from customize.stickers.bench import reference_captions, write_references
 from customize.stickers.measure import masked_correlation
 from customize.trainers.__main__ import ModelConfig, launch
 from customize.trainers.dreambooth import DreamBoothConfig
@@ -62,8 +62,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
     own = [path for path in (folder / PAGE, *(folder / "pictures").glob("*")) if path.exists()]
     if own and not overwrite:
         raise UserError(f"'{folder}' holds an earlier demo; choose another --output, or add --overwrite_output_dir.")
+    captions = {f"{i}.txt": text for i, text in enumerate(reference_captions(SUBJECT, f"{WORD} {SUBJECT.word}"))}
     for path in own:
-        if not is_own_image(path.with_suffix(".png")):  # captions stand beside their pictures
+        if not (is_own_image(path) or (path.is_file() and path.read_bytes() == captions.get(path.name, "").encode())):
             raise UserError(f"--output: '{path}' is not of an earlier demo; move it away, or choose another folder.")
 
 

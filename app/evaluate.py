@@ -1,5 +1,6 @@
 """`customize evaluate`: measures methods on a benchmark, or one finished run, and writes a report."""
 
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -133,7 +134,12 @@ def make_run_bench(run: str, config: EvaluateConfig) -> Any:
     info = read_info(Path(run))
     on_stickers = info["base_model"] == "stickers"
     check(config, "a run on stickers" if on_stickers else "a run on this base model")
-    folder = output(config, f"{run}/evaluation{'-quick' if config.quick else ''}")
+    place = Path(run)
+    if re.fullmatch(r"best|checkpoint-\d+", place.name):  # which a run replaces and removes
+        place = place.with_name(f"evaluation-of-{place.name}")
+    else:
+        place /= "evaluation"
+    folder = output(config, f"{place}{'-quick' if config.quick else ''}")
     common: dict[str, Any] = {"folder": folder, "run_path": Path(run), "seed": config.seed, "base": info["base_model"]}
     if on_stickers:
         return StickerRun(**common, quick=config.quick, repeats=1 if config.quick else 4, drawing_name=config.subject)

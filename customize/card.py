@@ -7,8 +7,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from customize.files import tensors_of
+from customize.output import is_own_image
 from customize.privacy import without_places
-from customize.run_folder import ADAPTER_FILES, CARD, LORA, read_info, staged
+from customize.run_folder import ADAPTER_FILES, CARD, LORA, read_info, samples, staged
 
 USE = """```python
 from customize.pipelines import load_pipeline
@@ -41,7 +42,8 @@ def write_card(folder: Path, concepts) -> None:
 
 def last_sample(folder: Path) -> Path | None:
     """The sheet of the last validation, which the card shows."""
-    return max((folder / "samples").glob("step-*.png"), default=None)
+    found = [path for path in samples(folder / "samples") if path.name.startswith("step-") and is_own_image(path)]
+    return max(found, default=None)
 
 
 def card(folder: Path, info: dict[str, Any], concepts) -> str:

@@ -20,7 +20,7 @@ from customize.files import header, tensors_of
 from customize.loading import load_base
 from customize.lora import check_lora, folded_metadata, folded_state, has_lora, kohya_state, with_text_model
 from customize.output import LOCK
-from customize.run_folder import FORMAT, INFO, KOHYA, LORA, STAGED, check_files, publish, read_info, staged
+from customize.run_folder import FORMAT, INFO, KOHYA, LORA, STAGED, check_files, put_in_place, read_info, staged
 from customize.subject import SubjectAdapter, save_adapter
 from customize.tensor_checks import load_whole, misfit
 from customize.tokens import SUFFIXES, ConceptTokens, load_words
@@ -123,7 +123,7 @@ def _finish_writing(run: Path) -> None:
     """Puts in place what a kill left on its way there, unless another program is at it."""
     try:
         with FileLock(run / LOCK).acquire(timeout=0):
-            publish(run)
+            put_in_place(run)
     except (Timeout, OSError):
         return
 

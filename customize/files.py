@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from customize.errors import UserError
 
 HIDDEN = ".customize-"  # what begins so was begun by this toolkit and not finished
-NEW, OLD = HIDDEN + "new-", HIDDEN + "old-"
+NEW, OLD, PART = HIDDEN + "new-", HIDDEN + "old-", HIDDEN + "part-"
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 
@@ -59,7 +59,7 @@ def atomic_file(path: Path, exclusive: bool = False) -> Iterator[Path]:
 
     With `exclusive`, FileExistsError where `path` exists by then: two programs never write one file.
     """
-    partial = path.with_name(f"{NEW}{uuid.uuid4().hex[:12]}")
+    partial = path.with_name(f"{PART}{os.getpid()}-{uuid.uuid4().hex[:12]}")
     try:
         yield partial
         _settle(partial)
@@ -91,7 +91,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     Raises UserError when the disk is full; what stood there before is then untouched. After a kill, `recover` puts it right.
     """
-    partial, old = folder.with_name(NEW + folder.name), folder.with_name(OLD + folder.name)
+    partial, old = folder.with_name(NEW + folder.name), folder.with_name(f"{OLD}{uuid.uuid4().hex[:12]}-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -110,17 +110,46 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    _discard(old)
 
 
 def recover(parent: Path) -> None:
-    """Puts right what a kill left of `atomic_folder` and `atomic_file` in `parent`: removes what was not finished, and puts
-    back what was on its way to be replaced."""
+    """Puts right what a kill left of `atomic_folder`, `atomic_file` and `remove` in `parent`: removes what was not finished,
+    and puts back what was on its way to be replaced. What other programs are writing stays."""
     for path in parent.glob(f"{OLD}*"):
-        target = path.with_name(path.name.removeprefix(OLD))
-        shutil.rmtree(path, ignore_errors=True) if target.exists() else os.replace(path, target)
+        target = path.with_name(path.name.removeprefix(OLD).partition("-")[2])
+        _discard(path) if target.exists() else os.replace(path, target)
     for path in parent.glob(f"{NEW}*"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        _discard(path)
+    for path in parent.glob(f"{PART}*"):
+        if not _is_alive(path.name.removeprefix(PART).partition("-")[0]):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except OSError:  # another user's
+        return True
+    return int(process) != os.getpid()
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Removes files and folders. A kill on the way leaves none of them in part: they are hidden first."""
+    for path in paths:
+        hidden = path.with_name(f"{NEW}{uuid.uuid4().hex[:12]}")
+        with suppress(FileNotFoundError):
+            os.replace(path, hidden)
+            _discard(hidden)
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_full(error: BaseException) -> bool:

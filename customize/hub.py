@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,28 +55,29 @@ def upload_list(folder: Path, repo_id: str, samples: Sequence[str] = ()) -> dict
     described = without_places(info) | {"files": info["files"] | changed}
     contents[INFO] = json.dumps(described, indent=2).encode()
     for path in [*filter(None, [last_sample(folder)]), *map(Path, samples)]:
-        contents[f"samples/{path.name}"] = image_bytes(path)
+        if (name := f"samples/{path.stem}.png") in contents:
+            raise UserError(f"--samples: two images are called '{path.stem}'; rename one of them.")
+        contents[name] = image_bytes(path)
     return contents
 
 
 def shared(path: Path, repo_id: str) -> Content:
     """A file as it is uploaded: the path, or bytes without what names a place on this machine."""
     if path.name == CARD:
-        return card_text(path.read_text(encoding="utf-8"), path.parent.resolve().name, repo_id).encode()
+        return card_text(path.read_text(encoding="utf-8"), repo_id).encode()
     if path.suffix == ".json":
         content = read_json(path)
         cleaned = without_places(content)
         return path if cleaned == content else json.dumps(cleaned, indent=2).encode()
-    if path.suffix == ".safetensors" and names_place(json.dumps(header(path))):
+    if path.suffix == ".safetensors" and names_place(header(path)):
         raise UserError(f"'{path}' names a folder of this machine in its header; train the run again to upload it.")
     return path
 
 
-def card_text(text: str, name: str, repo_id: str) -> str:
-    """The model card with the repository in the place of the folder where stock diffusers loads from."""
-    for call in ("load_lora_weights", "load_textual_inversion"):
-        text = text.replace(f'.{call}("{name}"', f'.{call}("{repo_id}"')
-    return without_paths(text)
+def card_text(text: str, repo_id: str) -> str:
+    """The model card with the repository in the place of the folder that stock diffusers loads from."""
+    named = re.sub(r'\.(load_lora_weights|load_textual_inversion)\("[^"]*"', rf'.\1("{repo_id}"', text)
+    return without_paths(named)
 
 
 def image_bytes(path: Path) -> bytes:

@@ -3,8 +3,9 @@
 import hashlib
 import os
 import platform
-import shutil
-from collections.abc import Iterable, Iterator
+import threading
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -49,9 +50,10 @@ def make_folder(folder: Path, flag: str) -> Path:
     refuse_model(folder, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(folder / f"{HIDDEN}trial") as trial:
-            trial.write_bytes(b"trial")
-        (folder / f"{HIDDEN}trial").unlink()
+        trial = folder / f"{HIDDEN}trial-{os.getpid()}-{threading.get_ident()}"
+        with atomic_file(trial) as partial:
+            partial.write_bytes(b"trial")
+        trial.unlink()
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{flag}: cannot write into '{folder}' ({reason}); choose another folder.") from error
@@ -79,6 +81,8 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
         lock.acquire(timeout=WAIT)
     except Timeout:
         raise UserError(f"{flag}: '{folder}' is being written by {_holder(path)}; wait for it, or choose another.") from None
+    except OSError as error:  # a file system without locks
+        warnings.warn(f"'{folder}' cannot be locked ({error.strerror}): let no other program write into it.", stacklevel=3)
     try:
         path.write_text(f"process {os.getpid()} on {platform.node()}")
         recover(folder)
@@ -96,11 +100,6 @@ def _holder(path: Path) -> str:
         return "another program"
 
 
-def remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-
-
 def is_own_log(path: Path) -> bool:
     """Whether a file is a validation log of ours: an object that begins with a step on each line."""
     try:
@@ -108,4 +107,4 @@ def is_own_log(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     start = '{"step": '
-    return bool(lines) and all(start.startswith(line[: len(start)]) for line in lines)  # the last may be cut short
+    return path.is_file() and all(start.startswith(line[: len(start)]) for line in lines)  # the last may be cut short

@@ -12,15 +12,14 @@ checkpoint-N/, best/                  the run at earlier steps; samples/, valida
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from customize.errors import UserError
-from customize.files import HIDDEN, atomic_folder, damaged, header, read_json
-from customize.output import is_own_image, is_own_log, remove, sha256
+from customize.files import HIDDEN, atomic_folder, damaged, header, read_json, remove
+from customize.output import is_own_image, is_own_log, sha256
 
 FORMAT = 1
 INFO, CARD, LOG = "run.json", "README.md", "validation.jsonl"
@@ -31,6 +30,10 @@ ADAPTER_FILES = ("subject.safetensors", "ip_adapter.safetensors")
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 STAGED = f"{HIDDEN}staged"  # a complete new version of the run, on its way into place
 KINDS = {"format": int, "base_model": str, "method": str, "config": dict, "words": dict, "step": int, "files": dict}
+
+
+class LaterVersion(UserError):
+    pass
 
 
 def read_info(run: Path) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def read_info(run: Path) -> dict[str, Any]:
     if not isinstance(info, dict):
         raise damaged(path, "it holds no object")
     if isinstance(info.get("format"), int) and info["format"] > FORMAT:
-        raise UserError(
+        raise LaterVersion(
             f"'{run}' was written by a later version (format {info['format']}, known is {FORMAT}): pip install -U customize."
         )
     for key, kind in KINDS.items():
@@ -110,32 +113,34 @@ def staged(folder: Path, info: Mapping[str, Any]) -> Iterator[tuple[Path, dict]]
         written = {path.relative_to(new).as_posix(): sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
         described["files"] = described.get("files", {}) | written
         (new / INFO).write_text(json.dumps(described, indent=2), encoding="utf-8")
-    publish(folder)
+    put_in_place(folder)
 
 
-def publish(folder: Path) -> None:
+def put_in_place(folder: Path) -> None:
     """Moves a staged version into place, `run.json` last, and removes what only the earlier one had. It goes on where a kill
     interrupted it."""
     new = folder / STAGED
     if (new / INFO).exists():
-        names = {PurePosixPath(name).parts[0] for name in read_json(new / INFO)["files"]}
+        names = {path.name for path in _listed(new)}
         remove(path for path in _listed(folder) if path.name not in names)
-        for path in sorted(new.iterdir(), key=lambda path: path.name == INFO):
+        for path in sorted(filter(_is_run_name, new.iterdir()), key=lambda path: path.name == INFO):
             if (folder / path.name).is_dir():
-                shutil.rmtree(folder / path.name)
+                remove([folder / path.name])
             os.replace(path, folder / path.name)
-    shutil.rmtree(new, ignore_errors=True)
+    remove([new])
 
 
 def _listed(folder: Path) -> list[Path]:
-    """What the run in a folder wrote there, without `run.json`: top-level files and folders."""
+    """What the `run.json` in a folder lists, as far as runs write such names: top-level files and folders, there or not."""
     if not (folder / INFO).exists():
         return []
     info = read_json(folder / INFO)
-    # earlier versions listed no files
-    names = {PurePosixPath(name).parts[0] for name in info["files"]} if "files" in info else _WEIGHTS | {CARD}
-    found = [folder / name for name in names] + ([] if "files" in info else list(folder.glob("learned_embeds*.safetensors")))
-    return [path for path in found if path.exists()]
+    if not isinstance(info, dict) or not isinstance(info.get("files", {}), dict):
+        raise damaged(folder / INFO, "it lists no files")
+    if "files" not in info:  # of an earlier version
+        return [path for path in taken(folder) if path.name in _WEIGHTS | {CARD} or path.match("learned_embeds*.safetensors")]
+    tops = {PurePosixPath(name).parts[0] for name in info["files"] if _stays_inside(name)}
+    return [folder / top for top in tops if _is_run_name(folder / top)]
 
 
 _WEIGHTS = {LORA, KOHYA, *ADAPTER_FILES, *COMPONENTS}
@@ -146,12 +151,13 @@ _WEIGHTS = {LORA, KOHYA, *ADAPTER_FILES, *COMPONENTS}
 
 def taken(folder: Path) -> list[Path]:
     """What a folder holds under names that a run writes."""
-    return sorted(filter(_is_run_name, folder.iterdir() if folder.is_dir() else ()))
+    found = filter(_is_run_name, folder.iterdir() if folder.is_dir() else ())
+    return sorted(found, key=lambda path: (path.name != INFO, path.name))
 
 
 def _is_run_name(path: Path) -> bool:
     if path.name == "samples":
-        return not path.is_dir() or bool(_samples(path))
+        return not path.is_dir() or bool(samples(path))
     named = path.name in {INFO, CARD, LOG, "best", *_WEIGHTS} or path.match("learned_embeds*.safetensors")
     return named or checkpoint_step(path) is not None
 
@@ -160,6 +166,8 @@ def foreign(folder: Path) -> list[Path]:
     """Of what `taken` finds, what no run wrote, or what was changed since."""
     try:
         info = read_info(folder) if (folder / INFO).exists() else {}
+    except LaterVersion:
+        raise
     except UserError:
         info = {"files": {}}
     return [path for path in taken(folder) if not _is_own(path, info)]
@@ -170,14 +178,12 @@ def _is_own(path: Path, info: Mapping[str, Any]) -> bool:
         return "base_model" in info
     if path.name == LOG:
         return is_own_log(path)
-    if path.name == "best":
-        return _is_run(path)
-    if checkpoint_step(path) is not None:
-        return _is_resumable(path)
+    if path.name == "best" or checkpoint_step(path) is not None:
+        return only_a_run(path) and (path.name == "best" or _is_resumable(path))
     if "base_model" in info and "files" not in info:  # a run of before files were listed
         return True
     if path.name == "samples":
-        return all(map(is_own_image, _samples(path)))
+        return all(map(is_own_image, samples(path)))
     inside = [path] if path.is_file() else [file for file in path.rglob("*") if not file.is_dir()]
     files = info.get("files", {})
     return all(file.is_file() and files.get(_name(file, path.parent)) == sha256(file) for file in inside)
@@ -187,11 +193,14 @@ def _name(file: Path, folder: Path) -> str:
     return file.relative_to(folder).as_posix()
 
 
-def _is_run(folder: Path) -> bool:
+def only_a_run(folder: Path) -> bool:
+    """Whether a folder holds a run and nothing else."""
     try:
-        return bool(read_info(folder))
+        read_info(folder)
     except (UserError, OSError):
         return False
+    known = {INFO, RESUME, *(path.name for path in _listed(folder))}
+    return {path.name for path in folder.iterdir()} <= known
 
 
 def _is_resumable(folder: Path) -> bool:
@@ -209,7 +218,8 @@ def check_free(folder: Path, overwrite: bool, resumed: bool, flag: str = "--outp
             "changed since); move it away, or choose another folder."
         )
     if taken(folder) and not (overwrite or resumed):
-        resuming = ", go on with --resume_from_checkpoint latest," if latest_checkpoint(folder) else ""
+        resumable = flag == "--output_dir" and latest_checkpoint(folder)
+        resuming = ", go on with --resume_from_checkpoint latest," if resumable else ""
         raise UserError(
             f"'{folder}' holds an earlier run; choose another {flag}{resuming} or replace it with --overwrite_output_dir."
         )
@@ -230,8 +240,9 @@ def check_inputs(folder: Path, config: Mapping[str, Any]) -> None:
 def clear(folder: Path) -> None:
     """Removes what an earlier run left besides its result, which the new run's result will replace."""
     earlier = [path for path in taken(folder) if path.name in ("best", LOG) or checkpoint_step(path) is not None]
-    remove([*earlier, *filter(is_own_image, _samples(folder / "samples"))])
+    remove([*earlier, *filter(is_own_image, samples(folder / "samples"))])
 
 
-def _samples(folder: Path) -> list[Path]:
-    return [*folder.glob("step-*.png"), *folder.glob("similarity-*.png")]
+def samples(folder: Path) -> list[Path]:
+    """The images of validations, of all steps."""
+    return [path for path in folder.glob("*.png") if re.fullmatch(r"(step|similarity)-\d{6,}\.png", path.name)]

@@ -329,6 +329,21 @@ def test_a_run_under_nohup_outlives_its_terminal(words, tmp_path):
     assert step_of(tmp_path / "run") == 8
 
 
+def test_ctrl_c_that_also_ends_who_listens(words, tmp_path):
+    """As in `customize train ... 2>&1 | tee train.log`: the words then go nowhere, and the step is saved."""
+    command = [sys.executable, "-m", "customize.trainers", *words, "--output_dir", str(tmp_path / "run")]
+    command += ["--max_train_steps", "100000", "--checkpointing_steps", "100000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = b""
+    while b"denoise=" not in said:
+        said += process.stdout.read1()
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 2
+    assert step_of(latest_checkpoint(tmp_path / "run")) > 0
+
+
 def test_a_terminal_that_closes(words, tmp_path):
     """The words of the run then go nowhere, instead of ending it with an error."""
     pid, terminal = pty.fork()

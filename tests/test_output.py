@@ -21,7 +21,7 @@ from customize.errors import UserError
 from customize.output import locked, make_folder, save_image
 from customize.pipelines import load_pipeline
 from customize.run_folder import LORA, RESUME, check_free, foreign, read_info
-from customize.trainers import setup
+from customize.trainers import session, setup
 from customize.trainers.__main__ import run
 from tiny import tiny
 
@@ -150,24 +150,77 @@ def test_a_mistake_in_the_new_run_leaves_the_earlier_one(train, tmp_path, pictur
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("flag", ["instance_data_dir", "cache_dir"])
-def test_overwriting_does_not_remove_what_the_run_reads(flag, train, tmp_path):
+def test_overwriting_does_not_remove_what_the_run_reads(train, tmp_path):
     folder = train(checkpointing_steps=1)
-    shutil.copytree(tmp_path / "pictures", folder / "checkpoint-1" / "photos")
-    with pytest.raises(UserError, match=f"--{flag}.*lies in what"):
-        train(overwrite_output_dir=True, **{flag: folder / "checkpoint-1" / "photos"})
-    assert len(list((folder / "checkpoint-1" / "photos").iterdir())) == 4
+    before = contents(folder)
+    for place in ("checkpoint-1", "."):
+        with pytest.raises(UserError, match=r"--cache_dir.*lies in what"):
+            train(overwrite_output_dir=True, cache_dir=folder / place)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("place", ["best/generated/x.png", "checkpoint-1/notes.txt", "checkpoint-2/generated/x.png"])
+def test_what_somebody_put_into_a_step_of_a_run_stays(place, train, tmp_path):
+    options = {"checkpointing_steps": 1, "holdout": 1, "validation_steps": 1}
+    folder = train(max_train_steps=2, **options)
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).write_text("mine")
+    before = contents(folder)
+    for changes in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest", "max_train_steps": 4}):
+        with pytest.raises(UserError, match=f"'{place.split('/')[0]}'.*move it away"):
+            train(**options, **changes)
+    assert contents(folder) == before
+
+
+def test_a_checkpoint_that_got_something_meanwhile_is_not_dropped(train, tmp_path):
+    folder = train(checkpointing_steps=1, max_train_steps=2)
+    (folder / "checkpoint-1" / "notes.txt").write_text("mine")
+    session.drop_old_checkpoints(folder, 1)
+    assert (folder / "checkpoint-1" / "notes.txt").exists()
+
+
+def test_pictures_of_a_step_go_to_the_run(tmp_path):
+    for name in ("best", "checkpoint-12"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").touch()
+        assert cli.output_folder(str(tmp_path / name), None) == tmp_path / "generated"
+
+
+def test_a_later_versions_run_is_called_so(train):
+    folder = train()
+    (folder / "run.json").write_text(json.dumps(read_info(folder) | {"format": 9}))
+    with pytest.raises(UserError, match="later version"):
+        train(overwrite_output_dir=True)
+
+
+def hostile(folder: Path, listed: str) -> Path:
+    """A downloaded run that wants something outside it to be removed."""
+    (folder / run_folder.STAGED).mkdir(parents=True)
+    about = {"format": 1, "base_model": "stickers"}
+    (folder / run_folder.STAGED / "run.json").write_text(json.dumps(about | {"files": {}}))
+    (folder / "run.json").write_text(json.dumps(about | {"files": {listed: ""}}))
+    return folder
+
+
+@pytest.mark.parametrize("listed", ["../precious.txt", "..", "../", "/", "ABSOLUTE", "a/../../precious.txt", "precious.txt"])
+def test_loading_a_run_removes_nothing_but_a_runs_files(listed, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    folder = hostile(tmp_path / "run", str(tmp_path / "precious.txt") if listed == "ABSOLUTE" else listed)
+    (folder / "precious.txt").write_text("mine")
+    run_folder.put_in_place(folder)
+    assert (tmp_path / "precious.txt").exists()
+    assert (folder / "precious.txt").exists()
 
 
 @pytest.mark.parametrize(
-    "text", ['{"step": 1, "validation_loss": 0.5}\n', '{"step": 1}\n{"st', '{"step": 1}\n{"step": 2, "val']
+    "text", ["", '{"step": 1, "validation_loss": 0.5}\n', '{"step": 1}\n{"st', '{"step": 1}\n{"step": 2, "val']
 )
 def test_a_log_that_a_kill_cut_short_is_still_the_runs(text, tmp_path):
     (tmp_path / "validation.jsonl").write_text(text)
     assert foreign(tmp_path) == []
 
 
-@pytest.mark.parametrize("text", ["", "x\n", '{"loss": 1}\n', '{"step": 1}\nmine\n'])
+@pytest.mark.parametrize("text", ["x\n", '{"loss": 1}\n', '{"step": 1}\nmine\n'])
 def test_other_logs_are_the_users(text, tmp_path):
     (tmp_path / "validation.jsonl").write_text(text)
     assert foreign(tmp_path) == [tmp_path / "validation.jsonl"]
@@ -297,6 +350,34 @@ def test_a_lock_that_was_left_behind_keeps_nobody_out(holder, train, tmp_path):
     assert names(tmp_path / "out") == {"README.md", "run.json", LORA}
 
 
+def test_many_may_try_a_folder_at_once(tmp_path):
+    failed = []
+
+    def trial():
+        for _ in range(20):
+            try:
+                make_folder(tmp_path, "--output")
+            except UserError as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=trial) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert names(tmp_path) == set()
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(output.FileLock, "acquire", refused)
+    with pytest.warns(UserWarning, match="cannot be locked"), locked(tmp_path, "--output_dir"):
+        pass
+
+
 def test_of_many_threads_one_at_a_time_holds_the_folder(tmp_path):
     inside, most = [], []
 
@@ -423,14 +504,31 @@ def test_a_kill_on_the_way_into_place_is_made_good(moment, train, tmp_path, monk
 
 
 def test_what_an_unfinished_replacement_left_is_put_back(tmp_path):
-    for name, text in {"old-best": "earlier", "new-best": "half", "old-checkpoint-3": "x", "new-1234.png": "half"}.items():
+    left = {"old-12ab-best": "earlier", "new-best": "half", "old-34cd-checkpoint-3": "x", "new-1234": "half"}
+    for name, text in left.items():
         (tmp_path / f".customize-{name}").mkdir()
         (tmp_path / f".customize-{name}" / "a").write_text(text)
     (tmp_path / "checkpoint-3").mkdir()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / f".customize-part-{ended.pid}-ab").write_text("half a picture of a program that was killed")
+    (tmp_path / f".customize-part-{os.getppid()}-ab").write_text("half a picture of a program that is drawing it")
     files.recover(tmp_path)
-    assert names(tmp_path) == {"best", "checkpoint-3"}
+    assert names(tmp_path) == {"best", "checkpoint-3", f".customize-part-{os.getppid()}-ab"}
     assert (tmp_path / "best" / "a").read_text() == "earlier"
     assert names(tmp_path / "checkpoint-3") == set()
+
+
+def test_a_kill_while_something_is_removed_leaves_nothing_half(train, tmp_path, monkeypatch):
+    folder = train(checkpointing_steps=1, holdout=1)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(Killed))
+    for name in ("checkpoint-1", "best"):
+        with pytest.raises(Killed):
+            files.remove([folder / name])
+    monkeypatch.undo()
+    assert foreign(folder) == []
+    files.recover(folder)
+    assert names(folder) == {"README.md", "run.json", LORA, "validation.jsonl"}
 
 
 # resuming keeps what is there
@@ -454,6 +552,24 @@ def test_resuming_an_earlier_checkpoint_keeps_the_later_ones(train, tmp_path):
     assert contents(folder) == before
     train(max_train_steps=5, resume_from_checkpoint=folder / "checkpoint-2", overwrite_output_dir=True)
     assert not (folder / "checkpoint-4").exists()
+
+
+def test_resuming_over_later_steps_leaves_none_of_what_was_seen_of_them(train):
+    options = {"checkpointing_steps": 2, "validation_steps": 1, "holdout": 1, "validation_prompt": "a dog"}
+    folder = train(max_train_steps=4, **options)
+    options["validation_steps"] = 3
+    train(max_train_steps=3, resume_from_checkpoint=folder / "checkpoint-2", overwrite_output_dir=True, **options)
+    assert names(folder / "samples") == {f"step-{n:06d}.png" for n in (1, 2, 3)}
+    assert [json.loads(line)["step"] for line in (folder / "validation.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert not (folder / "best").exists() or read_info(folder / "best")["step"] <= 3
+
+
+def test_resuming_from_another_run_over_this_one_leaves_nothing_of_it(train, tmp_path):
+    first = train(checkpointing_steps=1)
+    second = train(output_dir=tmp_path / "second", checkpointing_steps=1, max_train_steps=3, holdout=1)
+    changes = {"resume_from_checkpoint": first / "checkpoint-1", "checkpointing_steps": 9, "max_train_steps": 2}
+    train(output_dir=second, overwrite_output_dir=True, **changes)
+    assert names(second) == {"README.md", "run.json", LORA}
 
 
 def test_resuming_into_another_finished_run(train, tmp_path):
@@ -512,7 +628,9 @@ def test_the_demo_replaces_nothing_unasked(quick_demo, train, tmp_path, capsys):
     assert cli.main(["demo", "--output", str(folder), "--overwrite_output_dir"]) == 0
 
 
-@pytest.mark.parametrize("name", ["demo.png", "pictures/0.png", "pictures/0.txt", "pictures/mother.jpg", LORA])
+@pytest.mark.parametrize(
+    "name", ["demo.png", "pictures/0.png", "pictures/0.txt", "pictures/0.jpg", "pictures/mother.jpg", LORA]
+)
 def test_the_demo_refuses_what_no_demo_wrote(name, quick_demo, tmp_path):
     (tmp_path / "out" / name).parent.mkdir(parents=True)
     (tmp_path / "out" / name).write_text("mine")
@@ -550,6 +668,18 @@ def evaluated(train, tmp_path):
         path.write_text("{}")
     (folder / "notes.md").write_text("mine")
     return folder
+
+
+@pytest.mark.parametrize("left", [".customize-lock", ".customize-part-1-ab", "validation.jsonl", "no run.json"])
+def test_what_a_killed_evaluation_left_is_its_own(left, evaluated):
+    run = evaluated / "dreambooth" / "fox" / "run"
+    if left == "no run.json":
+        shutil.rmtree(run)
+        run.mkdir()
+    else:
+        (run / left).write_text('{"step": 1}\n')
+    earlier.check_folder(evaluated, ["dreambooth"], overwrite=True)
+    assert contents(evaluated) == {"notes.md": b"mine"}
 
 
 def test_an_evaluation_goes_on_with_its_own(evaluated):

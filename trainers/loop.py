@@ -2,7 +2,6 @@
 
 import os
 import signal
-import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from customize.trainers.selection import Scorer
 from customize.trainers.session import Session, begin, not_finite
 from customize.trainers.settings import TrainConfig
 from customize.trainers.streams import Streamed
-from customize.trainers.validation import validate
+from customize.trainers.validation import say, validate
 
 
 def train(
@@ -43,9 +42,14 @@ def train(
     session = begin(method, config, accelerator, held_out or [], scorer, info or {})
     schedule, ema, best = (session.parts[name] for name in ("schedule", "ema", "best"))
     batches = iter(make_loader(dataset, config, accelerator, session.step))
-    progress = {"initial": session.step, "total": config.max_train_steps, "disable": not accelerator.is_main_process}
+    progress = {
+        "initial": session.step,
+        "total": config.max_train_steps,
+        "disable": not accelerator.is_main_process,
+        "file": Unfailing(sys.stderr),
+    }
     done = False
-    with interruption() as interrupted, tqdm(**progress, file=sys.stderr) as bar:
+    with interruption() as interrupted, tqdm(**progress) as bar:
         while session.step < config.max_train_steps:
             method.on_step(session.step, config.max_train_steps)
             losses = accumulate_gradients(session, batches)
@@ -69,7 +73,7 @@ def train(
                 raise UserError(f"stopped at step {session.step}; go on with {again}.")
             if config.early_stopping_patience and best.since >= config.early_stopping_patience:
                 what = f"validation {config.validation_metric}"
-                bar.write(f"no better {what} for {best.since} validations: the best is in {session.output / 'best'}")
+                say(bar, f"no better {what} for {best.since} validations: the best is in {session.output / 'best'}")
                 break
     if not done:
         session.write(session.output)
@@ -139,8 +143,6 @@ def interruption():
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
 
     def handle(signum, frame):
-        if signum == getattr(signal, "SIGHUP", None):
-            leave_terminal()
         if pressed and (alone or time.time() - pressed[0] > TOGETHER):
             raise KeyboardInterrupt
         pressed.append(time.time())
@@ -161,13 +163,22 @@ def interruption():
             signal.signal(number, handler)
 
 
-def leave_terminal() -> None:
-    """Output goes nowhere from now on: a terminal that is gone gives an error at every word."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        if stat.S_ISCHR(os.fstat(stream).st_mode):  # isatty says no where the terminal is gone
-            os.dup2(nowhere, stream)
-    os.close(nowhere)
+class Unfailing:
+    """A stream whose words go nowhere once nobody listens: a closed terminal, or a `tee` that Ctrl-C has ended."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
 
 
 def stops(accelerator: Accelerator, asked: bool) -> bool:

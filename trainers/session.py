@@ -1,6 +1,6 @@
 """A run in progress: what it trains, how it starts or resumes, and what it writes."""
 
-import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -14,9 +14,9 @@ from diffusers.training_utils import EMAModel
 from customize import checkpoint
 from customize.attention import use_xformers
 from customize.errors import UserError
-from customize.files import atomic_folder, write_text
-from customize.output import remove
-from customize.run_folder import LOG, checkpoints, latest_checkpoint
+from customize.files import atomic_folder, remove, write_text
+from customize.privacy import without_places
+from customize.run_folder import LOG, checkpoints, latest_checkpoint, only_a_run
 from customize.trainers.method import Method
 from customize.trainers.selection import Scorer
 from customize.trainers.settings import TrainConfig, make_optimizer
@@ -129,7 +129,7 @@ def begin(
     if ema:
         ema.to(accelerator.device)
     if config.report_to:
-        accelerator.init_trackers("customize", config={k: str(v) for k, v in asdict(config).items()})
+        accelerator.init_trackers("customize", config={k: str(v) for k, v in without_places(asdict(config)).items()})
     return session
 
 
@@ -145,15 +145,8 @@ def enable_xformers(method: Method) -> None:
 def resume(session: Session) -> int:
     """Restores the checkpoint that `resume_from_checkpoint` names; returns its step, 0 for a fresh start."""
     config = session.config
-    if not config.resume_from_checkpoint:
+    if not (folder := resumed_folder(config)):
         return 0
-    folder: Path | None = Path(config.resume_from_checkpoint)
-    if config.resume_from_checkpoint == "latest":
-        folder = latest_checkpoint(session.output)
-    if folder is None:
-        raise UserError(
-            f"--resume_from_checkpoint latest: '{session.output}' holds no checkpoint; leave the flag out to start anew."
-        )
     step = load_state(folder, session.accelerator, session.trained, **session.parts)
     if step > config.max_train_steps:
         raise UserError(f"--max_train_steps {config.max_train_steps}: '{folder}' has {step} steps already; ask for more.")
@@ -163,9 +156,20 @@ def resume(session: Session) -> int:
 def forget_later(log: Path, step: int) -> None:
     """Takes the validations after a step out of the log: the resumed run makes them again."""
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = [line for line in lines if (found := re.match(r'{"step": (\d+)', line)) and int(found[1]) <= step and "}" in line]
     if kept != lines:
         write_text(log, "".join(kept))
+
+
+def resumed_folder(config: TrainConfig) -> Path | None:
+    """The checkpoint that is resumed, None for a fresh start; UserError if there is none to be the latest."""
+    if config.resume_from_checkpoint != "latest":
+        return Path(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
+    if (folder := latest_checkpoint(Path(config.output_dir))) is None:
+        raise UserError(
+            f"--resume_from_checkpoint latest: '{config.output_dir}' holds no checkpoint; leave the flag out to start anew."
+        )
+    return folder
 
 
 def not_finite(step: int, output: Path) -> str:
@@ -177,5 +181,5 @@ def not_finite(step: int, output: Path) -> str:
 
 
 def drop_old_checkpoints(output: Path, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints that can be resumed."""
-    remove(checkpoints(output)[:-keep])
+    """Removes all but the last `keep` checkpoints that can be resumed, and those into which somebody has put something."""
+    remove(folder for folder in checkpoints(output)[:-keep] if only_a_run(folder))

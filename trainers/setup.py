@@ -13,9 +13,22 @@ from accelerate import Accelerator
 from customize.backbone import Backbone, wrap
 from customize.data import check_resolution
 from customize.errors import UserError
+from customize.files import remove
 from customize.loading import load_base
-from customize.output import locked, make_folder, refuse_model, remove
-from customize.run_folder import INFO, check_free, check_inputs, checkpoint_step, clear, publish, read_info, taken
+from customize.output import locked, make_folder, refuse_model
+from customize.run_folder import (
+    INFO,
+    check_free,
+    check_inputs,
+    checkpoint_step,
+    checkpoints,
+    clear,
+    only_a_run,
+    put_in_place,
+    read_info,
+    samples,
+)
+from customize.trainers.session import resumed_folder
 from customize.trainers.settings import TrainConfig
 
 
@@ -53,14 +66,15 @@ def claimed_output(model: ModelConfig, settings: TrainConfig, config: Mapping[st
     """Inside, the output folder is this run's alone: it can be written, holds nothing that is not a run's, and no earlier run
     that was not given up. `config` holds all settings. UserError otherwise, on the first process.
     """
-    if int(os.environ.get("RANK", 0)):
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
         yield
         return
     output, flag = Path(settings.output_dir), "--output_dir"
     refuse_model(output, flag, model.pretrained_model_name_or_path)
     with locked(make_folder(output, flag), flag):
-        publish(output)
+        put_in_place(output)
         check_free(output, settings.overwrite_output_dir, resumes_here(settings), flag)
+        resumed_folder(settings)  # says so if there is none
         if settings.resume_from_checkpoint and not settings.overwrite_output_dir:
             check_progress(settings)
         if settings.overwrite_output_dir:
@@ -83,24 +97,30 @@ def check_progress(settings: TrainConfig) -> None:
         raise UserError(
             f"'{output}' was trained for {done} steps, more than --max_train_steps {settings.max_train_steps}; {another}"
         )
-    if later := later_checkpoints(settings):
+    later = [path for path in later_results(settings) if checkpoint_step(path) is not None]
+    if later:
         raise UserError(f"--resume_from_checkpoint: '{output}' holds {later[0].name}, which is later; {another}")
 
 
-def later_checkpoints(settings: TrainConfig) -> list[Path]:
-    """Those of the output folder that come after the one that is resumed."""
-    start = checkpoint_step(Path(settings.resume_from_checkpoint))  # None of `latest`, after which there is none
-    return [path for path in taken(Path(settings.output_dir)) if start is not None and (checkpoint_step(path) or 0) > start]
+def later_results(settings: TrainConfig) -> list[Path]:
+    """What the output folder holds of steps after the checkpoint that is resumed: checkpoints, samples, and the best step."""
+    output, start = Path(settings.output_dir), checkpoint_step(Path(settings.resume_from_checkpoint).resolve())
+    if start is None:  # `latest`, after which there is no checkpoint
+        return []
+    later = [path for path in checkpoints(output) if (checkpoint_step(path) or 0) > start]
+    later += [path for path in samples(output / "samples") if int(path.stem.rpartition("-")[2]) > start]
+    best = output / "best"
+    return later + ([best] if only_a_run(best) and read_info(best).get("step", 0) > start else [])
 
 
 def clear_output(settings: TrainConfig, accelerator: Accelerator) -> None:
     """Removes what an earlier run left that this one replaces: only once all that it needs was found."""
     if not accelerator.is_main_process:
         return
-    if not settings.resume_from_checkpoint:
+    if not resumes_here(settings):
         clear(Path(settings.output_dir))
     elif settings.overwrite_output_dir:
-        remove(later_checkpoints(settings))
+        remove(later_results(settings))
 
 
 def load_backbone(model: ModelConfig, data: Any, accelerator: Accelerator) -> Backbone:

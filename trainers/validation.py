@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -35,9 +36,15 @@ def validate(session: Session, bar: tqdm) -> None:
     decisive = -found["score"] if "score" in found else found["validation_loss"]
     best.add(decisive)
     values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items() if "slot" not in name)
-    bar.write(f"step {step}: {values}{' (best)' if best.since == 0 else ''}")
+    say(bar, f"step {step}: {values}{' (best)' if best.since == 0 else ''}")
     if best.since == 0:
         session.write_best()
+
+
+def say(bar: tqdm, text: str) -> None:
+    """Writes a line above the bar, if anybody listens."""
+    with suppress(OSError):
+        bar.write(text)
 
 
 def diagnosis(session: Session) -> dict[str, float]:

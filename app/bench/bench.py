@@ -114,7 +114,9 @@ class Bench:
         """Teaches, draws and scores what is missing, and returns the results for the report."""
         drawing = self.drawing()
         same_protocol(self.folder, drawing)
-        for name in self.methods:
+        # whose class images methods are compared with, even where it is no row
+        base = [] if set(self.methods) <= set(NOT_TRAINED) else ["base"]
+        for name in dict.fromkeys([*self.methods, *base]):
             same_protocol(self.folder / folder_of(name), {"method": self.teaching(name)})
         rows: dict[str, list[dict]] = {name: [] for name in self.methods}
         with tqdm([(name, subject) for name in self.methods for subject in self.subjects], desc=self.title) as bar:

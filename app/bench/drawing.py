@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from customize.errors import UserError
-from customize.files import write_text
-from customize.output import is_own_image, remove, save_image
+from customize.files import remove, write_text
+from customize.output import is_own_image, save_image
 from customize.run_folder import COMPONENTS, KOHYA
 
 

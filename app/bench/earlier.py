@@ -5,8 +5,8 @@ from pathlib import Path
 
 from customize.app.bench.bench import folder_of
 from customize.errors import UserError
-from customize.files import read_json
-from customize.output import is_own_image, remove
+from customize.files import HIDDEN, read_json, remove
+from customize.output import is_own_image
 from customize.run_folder import foreign, taken
 
 PAGES = ("results.json", "results.csv", "report.html")
@@ -40,13 +40,13 @@ def is_protocol(folder: Path) -> bool:
 
 def others(part: Path) -> Iterable[Path]:
     """What lies among a method's images and runs without being of an evaluation."""
-    runs = [path.parent for path in part.rglob("run.json") if path.parent.name == "run"]
+    runs = [path for path in part.rglob("run") if path.is_dir()]
     for run in runs:
         yield from foreign(run)
     for path in part.rglob("*"):
         within = next((run for run in runs if run in path.parents), None)
         known = [*taken(within), within / "class_images", within / "logs"] if within else []
-        if path.is_dir() or path.name in NOTES or set(known) & {path, *path.parents}:
+        if path.is_dir() or path.name in NOTES or path.name.startswith(HIDDEN) or set(known) & {path, *path.parents}:
             continue
-        if not is_own_image(path.with_suffix(".png")):  # captions stand beside their images
+        if path.suffix not in (".png", ".txt") or not is_own_image(path.with_suffix(".png")):  # captions stand beside images
             yield path

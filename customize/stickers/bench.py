@@ -67,9 +67,15 @@ def write_references(folder: Path, subject: Drawing, words: str, seed: int = 0) 
     for i, scene in enumerate(reference_scenes(subject, seed)):
         picture, _ = draw_scene(scene, World())
         save_image(picture, folder / f"{i}.png")
-        write_text(folder / f"{i}.txt", f"a {words} {BACKGROUNDS[scene.background]}")
         pictures.append(picture)
+    for i, text in enumerate(reference_captions(subject, words)):
+        write_text(folder / f"{i}.txt", text)
     return pictures
+
+
+def reference_captions(subject: Drawing, words: str) -> list[str]:
+    """The captions of the reference pictures, which call the subject `words`."""
+    return [f"a {words} {BACKGROUNDS[scene.background]}" for scene in reference_scenes(subject)]
 
 
 def true_scene(subject: Drawing, prompt: str, seed: int) -> Image.Image:

@@ -167,7 +167,7 @@ def _placements(scene: Scene, rng: np.random.Generator) -> list[tuple[Drawing, P
     low, high = SIZES[scene.size]
     pose, scale = scene.pose, low + (high - low) * scene.pose.scale
     if scene.companion is not None and scene.arrangement != "beside":
-        return _arranged(scene, rng)
+        return _arranged(scene, scene.companion, rng)
     if scene.companion is not None:
         side = 1 if rng.random() < 0.5 else -1
         subject = replace(pose, x=pose.x / 2 - 0.24 * side, scale=min(0.72 * scale, 0.55))
@@ -184,7 +184,7 @@ def _placements(scene: Scene, rng: np.random.Generator) -> list[tuple[Drawing, P
     ]
 
 
-def _arranged(scene: Scene, rng: np.random.Generator) -> list[tuple[Drawing, Pose, bool]]:
+def _arranged(scene: Scene, companion: Drawing, rng: np.random.Generator) -> list[tuple[Drawing, Pose, bool]]:
     """The subject above or below its companion, or partly over it, of sizes of their own."""
     pose, sign = scene.pose, 1 if rng.random() < 0.5 else -1
     x, y = (0.08, 0.23) if scene.arrangement == "above" else (0.17, 0.1)
@@ -192,7 +192,7 @@ def _arranged(scene: Scene, rng: np.random.Generator) -> list[tuple[Drawing, Pos
     side = sign if rng.random() < 0.5 else -sign
     subject = replace(pose, x=pose.x / 3 + x * side, y=pose.y / 3 + y * sign, scale=large)
     other = replace(draw_pose(rng), x=-x * side, y=-y * sign, scale=small, shade=pose.shade)
-    return [(scene.companion, other, False), (scene.subject, subject, True)]
+    return [(companion, other, False), (scene.subject, subject, True)]
 
 
 def _tinted(sprite: np.ndarray, tint: str) -> np.ndarray:
