@@ -180,7 +180,7 @@ def _is_own(path: Path, info: Mapping[str, Any]) -> bool:
         return is_own_log(path)
     if path.name == "best" or checkpoint_step(path) is not None:
         return only_a_run(path) and (path.name == "best" or _is_resumable(path))
-    if "base_model" in info and "files" not in info:  # a run of before files were listed
+    if "base_model" in info and "files" not in info:  # of an earlier version, which listed none
         return True
     if path.name == "samples":
         return all(map(is_own_image, samples(path)))

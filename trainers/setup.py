@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from customize import stickers
 from customize.backbone import Backbone, wrap
 from customize.data import check_resolution
 from customize.errors import UserError
@@ -70,7 +71,8 @@ def claimed_output(model: ModelConfig, settings: TrainConfig, config: Mapping[st
         yield
         return
     output, flag = Path(settings.output_dir), "--output_dir"
-    refuse_model(output, flag, model.pretrained_model_name_or_path)
+    base = model.pretrained_model_name_or_path
+    refuse_model(output, flag, str(stickers.MODEL) if base == "stickers" else base)
     with locked(make_folder(output, flag), flag):
         put_in_place(output)
         check_free(output, settings.overwrite_output_dir, resumes_here(settings), flag)
