@@ -22,12 +22,15 @@ def _fresh_accelerate():
     GradientState._reset_state()
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    """A folder of four different pictures of 40 x 32 pixels."""
-    folder = tmp_path / "pictures"
+def write_noise(folder):
+    """Four different pictures of 40 x 32 pixels."""
     folder.mkdir()
     for i in range(4):
         noise = np.random.default_rng(i).integers(0, 255, (32, 40, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.png")
     return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return write_noise(tmp_path / "pictures")

@@ -501,6 +501,13 @@ def test_a_base_that_has_moved(finished):
         load_pipeline(finished)
 
 
+def test_a_class_prompt_that_is_too_long_is_told_before_its_pictures_are_drawn(start, monkeypatch):
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", lambda *_, **__: pytest.fail("a picture was drawn"))
+    with pytest.raises(UserError, match=r"class prompt 'a dog.*has 202 tokens, more than 16") as error:
+        start(with_prior_preservation=True, class_prompt="a dog " * 100, num_class_images=1)
+    assert len(str(error.value)) < 300  # it is not quoted whole
+
+
 # the card and the hub
 
 
