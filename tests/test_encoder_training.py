@@ -227,7 +227,7 @@ def test_what_a_run_cannot_begin_with_is_refused_before_anything_is_lost(case, t
     (tmp_path / "subjects/dog/a.png").write_text("no picture")
     for folder in ("best", "checkpoint-3"):
         (tmp_path / "run" / folder).mkdir(parents=True)
-    (tmp_path / "run/best/run.json").write_text('{"format": 1, "base_model": "stickers"}')
+        (tmp_path / "run" / folder / "run.json").write_text('{"format": 1, "base_model": "stickers"}')
     (tmp_path / "run/validation.jsonl").write_text('{"step": 1}\n')
     save_file({"a": torch.zeros(1)}, tmp_path / "run/checkpoint-3" / RESUME, {"tree": "{}"})
     flags, message = WRONG[case]
