@@ -328,9 +328,10 @@ def test_a_signal_saves_and_says_how_to_go_on(number, function, call, step, word
     assert same_tensors(tmp_path / "stopped" / FILES["dreambooth"], whole / FILES["dreambooth"])
 
 
-def test_a_signal_after_the_last_step_does_not_undo_the_run(words, tmp_path):
+@pytest.mark.parametrize("function", ["loop.validate", "__main__.write_card"])
+def test_a_signal_after_the_last_step_does_not_undo_the_run(function, words, tmp_path):
     words = [*words, "--holdout", "1", "--validation_steps", "8"]
-    process = die("loop.validate", 1, "SIGTERM", words, tmp_path / "run")
+    process = die(function, 1, "SIGTERM", words, tmp_path / "run")
     assert process.returncode == 0, process.stderr
     assert step_of(tmp_path / "run") == 8
     assert (tmp_path / "run" / "README.md").exists()

@@ -11,7 +11,7 @@ from customize.config import check_ranges, help_text, parse
 from customize.data import Concept, DataConfig, SubjectDataset, read_concepts, split_holdout
 from customize.errors import UserError, shortened
 from customize.pictures import Picture
-from customize.trainers.loop import train
+from customize.trainers.loop import interruption, train
 from customize.trainers.method import Method
 from customize.trainers.prepare import (
     LatentDataset,
@@ -108,7 +108,8 @@ def finish(model: ModelConfig, settings: TrainConfig, concepts: list[Concept], a
     """Writes the model card of the run folder, and uploads it if that was asked for."""
     output = Path(settings.output_dir)
     if accelerator.is_main_process:
-        write_card(output, concepts)
+        with interruption():  # a signal lets the complete run have its card
+            write_card(output, concepts)
         if model.push_to_hub:
             from customize.hub import push
 
