@@ -23,12 +23,13 @@ from customize.encoders.perceiver import Resampler
 from customize.encoders.tower import ImageTower
 from customize.errors import UserError, nearest, shortened
 from customize.files import header, tensors_of
+from customize.run_folder import ADAPTER_FILES
 from customize.tensor_checks import check_finite, misfit
 from customize.tokens import add_words, replaced_words, text_parts
 
 WORDS = ("<s>", "<s2>", "<s3>", "<s4>")  # of the subjects of one prompt, in their order
 MAX_REFERENCES = 4  # pictures of one subject
-FILE, RELEASED = ADAPTER_FILES = "subject.safetensors", "ip_adapter.safetensors"
+FILE, RELEASED = ADAPTER_FILES
 Encode = Callable[[list[str]], dict[str, Tensor]]
 
 

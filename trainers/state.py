@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from customize.errors import UserError
-from customize.files import header, tensors_of
+from customize.files import damaged, header, tensors_of
 from customize.run_folder import RESUME, checkpoints
 from customize.tensor_checks import check_finite, is_finite
 
@@ -115,7 +115,7 @@ def _damaged(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # each part has its own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"'{path}' is damaged ({reason}); use an earlier checkpoint.") from error
+        raise damaged(path, reason) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
