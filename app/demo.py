@@ -15,6 +15,7 @@ from customize.run_folder import check_free
 from customize.stickers import BACKGROUNDS, Drawing, World
 from customize.stickers.bench import reference_captions, write_references
 from customize.stickers.measure import masked_correlation
+from customize.stickers.scene import SIDE
 from customize.trainers.__main__ import ModelConfig, launch
 from customize.trainers.dreambooth import DreamBoothConfig
 from customize.trainers.settings import TrainConfig
@@ -44,7 +45,7 @@ def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False
         lr_scheduler="cosine",
         checkpointing_steps=1000,
     )
-    data = DataConfig(instance_data_dir=str(folder / "pictures"), instance_prompt=f"a {WORD} {SUBJECT.word}", resolution=64)
+    data = DataConfig(instance_data_dir=str(folder / "pictures"), instance_prompt=f"a {WORD} {SUBJECT.word}", resolution=SIDE)
     launch("dreambooth", ModelConfig(), data, settings, DreamBoothConfig(rank=16, lora_layers="all"))
     after = draw(load_pipeline(folder), prompts)
     page = folder / PAGE

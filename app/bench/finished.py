@@ -20,6 +20,7 @@ from customize.prompts import class_word, subject_words
 from customize.stickers import Drawing, World
 from customize.stickers.bench import bench_prompts
 from customize.stickers.judge import judge
+from customize.stickers.scene import SIDE
 
 METHODS = ("base", "run", "real")
 DREAMBENCH_PROMPTS = tuple(
@@ -118,8 +119,8 @@ class StickerRun(FinishedRun, StickerBench):
 
     @cached_property
     def pictures(self) -> list[Image.Image]:
-        """As training saw them: squares of 64 pixels."""
-        return [ImageOps.fit(read_picture(picture)[0], (64, 64), Image.Resampling.LANCZOS) for picture in self.found]
+        """As training saw them: squares of the embedded model's size."""
+        return [ImageOps.fit(read_picture(picture)[0], (SIDE, SIDE), Image.Resampling.LANCZOS) for picture in self.found]
 
     @cached_property
     def subjects(self) -> Sequence[Subject]:  # type: ignore[override]

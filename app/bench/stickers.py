@@ -19,9 +19,10 @@ from customize.pipelines import load_subject_pipeline
 from customize.stickers import ENCODER, MODEL, Drawing, World, draw_scene
 from customize.stickers.bench import bench_prompts, bench_subjects, reference_scenes, true_scene, write_references
 from customize.stickers.judge import TRUSTED, accuracy, trusted
+from customize.stickers.scene import SIDE
 from customize.subject import ADAPTER_FILES, adapter_file
 
-COMMON = "--resolution 64 --train_batch_size 4 --lr_scheduler cosine --checkpointing_steps 100000"
+COMMON = f"--resolution {SIDE} --train_batch_size 4 --lr_scheduler cosine --checkpointing_steps 100000"
 LORA = "--rank 16 --lora_layers all --learning_rate 1e-3"
 
 

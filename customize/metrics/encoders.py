@@ -121,7 +121,7 @@ def _length(config) -> int:
 
 
 def load_sticker_clip() -> ClipEncoder:
-    """The embedded world's own CLIP pair: its text tower's pooled states are the space its image tower was fitted to."""
+    """The embedded world's own CLIP pair: its image tower was fitted to the mean of its text tower's states."""
     folder = stickers.MODEL
     vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", dtype=torch.float32)
     text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
@@ -131,12 +131,13 @@ def load_sticker_clip() -> ClipEncoder:
     def texts(prompts: list[str]) -> Tensor:
         # always padded to the full length: this tower's padding positions carry meaning
         words = tokenizer(prompts, padding="max_length", truncation=True, max_length=_length(text.config), return_tensors="pt")
-        return text(words.input_ids).pooler_output
+        return text(words.input_ids).last_hidden_state.mean(1)
 
     def pixels(picture: Image.Image) -> Tensor:
         return processor(picture, return_tensors="pt").pixel_values[0]
 
-    stamp = f"{_named('stickers', vision)}, resized 64x64"
+    side = vision.config.image_size
+    stamp = f"{_named('stickers', vision)}, resized {side}x{side}"
     return ClipEncoder(vision, lambda batch: vision(batch).image_embeds, pixels, stamp, texts=texts)
 
 

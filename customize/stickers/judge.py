@@ -37,8 +37,8 @@ class Residual(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pixels (batch, 3, 64, 64) in [-1, 1] to logits: `drawing` (batch, drawings of the world that ships) and one head for
-    each of `FACTORS`. In a picture of two drawings each of the two gets half of the probability."""
+    """Pixels (batch, 3, 64, 64) in [-1, 1], half of the base model's side, to logits: `drawing` (batch, drawings of the world
+    that ships) and one head for each of `FACTORS`. In a picture of two drawings each gets half of the probability."""
 
     def __init__(self, drawings: int):
         super().__init__()
@@ -55,7 +55,8 @@ class Judge(nn.Module):
         features = self.trunk(pixels)
         mean = features.mean((2, 3))
         both = torch.cat([mean, features.amax((2, 3))], 1)
-        return {"drawing": self.drawing(mean), **{name: head(both) for name, head in self.factors.items()}}
+        places = self.drawing(features.flatten(2).mT)  # (batch, places, drawings): two drawings are at two places
+        return {"drawing": places.logsumexp(1), **{name: head(both) for name, head in self.factors.items()}}
 
 
 def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:

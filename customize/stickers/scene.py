@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 from customize.stickers.backgrounds import BACKGROUNDS, draw_background
 from customize.stickers.world import Drawing, World
 
+SIDE = 128  # pixels of a picture's side
 TINTS = {
     "red": (235, 60, 50),
     "blue": (60, 110, 235),
@@ -143,7 +144,7 @@ def draw_caption(rng: np.random.Generator, scene: Scene) -> str:
     return caption(scene, None, PREFIXES[rng.integers(len(PREFIXES))], rng.random() < 0.6, rng.random() < 0.92)
 
 
-def draw_scene(scene: Scene, world: World, size: int = 64, mask_companion: bool = False) -> tuple[Image.Image, Image.Image]:
+def draw_scene(scene: Scene, world: World, size: int = SIDE, mask_companion: bool = False) -> tuple[Image.Image, Image.Image]:
     """The picture (RGB) and the subject's mask (L, 255 where the subject covers the background), squares of `size` pixels;
     with `mask_companion` it also covers the companion."""
     rng = np.random.default_rng(scene.seed)
@@ -270,10 +271,10 @@ def _finished(picture: Image.Image, scene: Scene, rng: np.random.Generator, size
 
 
 def _rained_on(pixels: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Slanted light streaks, about one for every hundred pixels of a 64-pixel picture."""
-    length = size // 8
+    """Forty-two slanted light streaks."""
+    length, width = size // 8, max(size // 64, 1)
     for x, y in zip(rng.integers(0, size, 42), rng.integers(0, size - length, 42), strict=True):
         for i in range(length):
-            column = (x - i // 3) % size
-            pixels[y + i, column] = 0.4 * pixels[y + i, column] + 0.6 * np.array((190, 215, 245))
+            columns = (x - i // 3 + np.arange(width)) % size
+            pixels[y + i, columns] = 0.4 * pixels[y + i, columns] + 0.6 * np.array((190, 215, 245))
     return pixels

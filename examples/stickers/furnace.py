@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from export import contact_sheet, draw, recognised
-from scenes import SPREAD, Encoder, Shards
+from scenes import SPREAD, Text, supply
 from transformers import CLIPTextModel, CLIPTokenizer
-from unet import begin, build, schedule, train
+from unet import build, schedule, start, train
 
 from customize.output import save_image
 from customize.run_folder import latest_checkpoint
@@ -32,7 +32,7 @@ from customize.stickers import Scene, World, caption
 from customize.stickers.judge import judge
 from customize.stickers.measure import background_of, masked_correlation
 from customize.stickers.scene import FACTORS
-from recipe import FURNACE, Run, part, until, worlds
+from recipe import FURNACE, Run, begin, part, stage, until, worlds
 
 HERE = Path(__file__).parent
 LOG = FURNACE / "measures.jsonl"
@@ -71,6 +71,13 @@ def both_found(pictures: list, scenes: list[Scene], world: World) -> float:
     return float(np.mean(hits))
 
 
+def both_judged(pictures: list, scenes: list[Scene]) -> float:
+    """Share of pictures in which the judge sees both classes, among its first two."""
+    verdicts = judge(pictures)
+    words = [(scene.subject.word, scene.companion.word) for scene in scenes]
+    return float(np.mean([all(verdicts.shows_class(i, word, 2) for word in both) for i, both in enumerate(words)]))
+
+
 def factor_scenes(world: World, name: str, count: int) -> list[Scene]:
     rng, drawings = np.random.default_rng(14), world.drawings(core=True)
     values = [value for value in FACTORS[name] if value not in ("", 1)]
@@ -83,7 +90,9 @@ def measure(pipe: StableDiffusionPipeline, world: World, count: int = 48) -> dic
     pictures = draw(pipe, [caption(scene) for scene in single], seed=100)
     found = recognised(pictures, single, world)
     found["background"] = float(np.mean([background_of(p) == s.background for p, s in zip(pictures, single, strict=True)]))
-    found["two things"] = both_found(draw(pipe, [caption(scene) for scene in pairs], seed=200), pairs, world)
+    drawn = draw(pipe, [caption(scene) for scene in pairs], seed=200)
+    found["two things"] = both_found(drawn, pairs, world)
+    found["two classes"] = both_judged(drawn, pairs)
     for name in ("tint", "size", "count"):
         scenes = factor_scenes(world, name, count // 2)
         verdicts = judge(draw(pipe, [caption(scene) for scene in scenes], seed=300))
@@ -91,7 +100,7 @@ def measure(pipe: StableDiffusionPipeline, world: World, count: int = 48) -> dic
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def pipeline(weights: dict[str, torch.Tensor]) -> StableDiffusionPipeline:
+def pipeline(weights: dict[str, torch.Tensor], device: torch.device) -> StableDiffusionPipeline:
     """The embedded pipeline with these weights of the denoiser."""
     unet = build()
     unet.load_state_dict(weights)
@@ -104,21 +113,21 @@ def pipeline(weights: dict[str, torch.Tensor]) -> StableDiffusionPipeline:
     )
     pipe = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(device)
 
 
 def measures() -> list[dict]:
     return [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
 
 
-def record(run: Run, world: World, spread: float) -> dict:
+def record(weights: dict[str, torch.Tensor], images: int, spread: float, device: torch.device) -> dict:
     """Measures the denoiser, writes it down, and draws the plot and a contact sheet of this age."""
-    pipe = pipeline(run.average)
-    row = {"images": run.images, "spread": spread, **measure(pipe, world)}
+    pipe, world = pipeline(weights, device), worlds()
+    row = {"images": images, "spread": spread, **measure(pipe, world)}
     with LOG.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(row, flush=True)
-    save_image(contact_sheet(pipe, world), FURNACE / f"age-{run.images:08d}.png")
+    save_image(contact_sheet(pipe, world), FURNACE / f"age-{images:08d}.png")
     plot(measures(), FURNACE / "measures.png")
     return row
 
@@ -131,8 +140,14 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    for name in ("thing", "two things", "likeness", "studio", "tint", "size", "count", "background"):
-        axes.plot([row["images"] / 1000 for row in rows], [row[name] for row in rows], marker="o", markersize=3, label=name)
+    for name in ("thing", "two things", "two classes", "likeness", "studio", "tint", "size", "count", "background"):
+        axes.plot(
+            [row["images"] / 1000 for row in rows],
+            [row.get(name, np.nan) for row in rows],
+            marker="o",
+            markersize=3,
+            label=name,
+        )
     axes.set(xlabel="scenes seen (thousands)", ylabel="share as asked; likeness: correlation", ylim=(0, 1.02))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.grid(alpha=0.3)
@@ -155,24 +170,42 @@ def stalled(rows: list[dict]) -> bool:
     return best[0] == best[1]
 
 
-def train_denoiser(stop: Callable[[], float], lr: float) -> None:
+def seen(run: Run, images: int, stop: Callable[[], float]) -> Callable[[], float]:
+    """`stop`, or once so many scenes were seen."""
+    return lambda: 1.0 if run.images >= images else stop()
+
+
+def train_denoiser(stop: Callable[[], float], options) -> None:
     """Trains and measures until the measures stop rising, or the time is over."""
-    world, run = worlds(), begin(lr)
+    run, rows = start(options.lr, options.device), measures()
     torch.manual_seed(run.step)
-    rows = measures()
-    shards = Shards(run.step, spread_for(rows))
-    empty = Encoder().read([""])[0]
+    text = Text(options.device)
+    scenes = supply(text, run.step, options.workers, spread_for(rows))
+
+    def measured() -> None:
+        rows.append(record(run.average, run.images, scenes.spread.value, options.device))
+        scenes.spread.value = spread_for(rows)
+
     try:
         if not rows or rows[-1]["images"] < run.images - BETWEEN:
-            rows.append(record(run, world, spread_for(rows)))
+            measured()
         while stop() < 1 and not stalled(rows):
-            goal = rows[-1]["images"] + BETWEEN
-            train(run, shards, empty, lambda goal=goal: 1.0 if run.images >= goal else stop())
+            train(run, scenes, text.nothing(), seen(run, rows[-1]["images"] + BETWEEN, stop), options.batch_size)
             if stop() < 1:
-                rows.append(record(run, world, shards.spread.value))
-                shards.spread.value = spread_for(rows)
+                measured()
     finally:
-        shards.close()
+        scenes.close()
+
+
+def watch(stop: Callable[[], float], options) -> None:
+    """Measures each new checkpoint of a denoiser that another program trains."""
+    path, measured = FURNACE / "unet.pt", 0.0
+    while stop() < 1:
+        if path.exists() and path.stat().st_mtime > measured:
+            measured = path.stat().st_mtime
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            record(state["average"], state["images"], options.spread, options.device)
+        time.sleep(1)
 
 
 def other_stages(stop: Callable[[], float]) -> None:
@@ -193,17 +226,16 @@ def other_stages(stop: Callable[[], float]) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=600)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    parser = stage(600, batch_size=32, lr=1e-3, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--watch", action="store_true", help="only measure each new checkpoint of the denoiser")
+    parser.add_argument("--spread", type=float, default=SPREAD, help="with --watch: the range of poses that is trained on")
+    options = begin(parser)
     os.nice(19)
-    torch.set_num_threads(options.threads)
-    FURNACE.mkdir(exist_ok=True)
     stop = until(options.minutes)
+    if options.watch:
+        watch(stop, options)
     while stop() < 1:
-        train_denoiser(stop, options.lr)
+        train_denoiser(stop, options)
         if stop() < 1:
             other_stages(stop)
 

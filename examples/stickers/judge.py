@@ -1,22 +1,32 @@
 """Stage 5: the judge of StickerBench. `python examples/stickers/judge.py [--minutes 30]`, resumable.
 
-It learns from scenes of every drawing that ships, held-out ones included, and is used for evaluation only. Pictures are
-blurred and made noisy at random, because what it will judge was drawn by a network and not by the renderer.
+It learns from scenes of every drawing that ships, held-out ones included, and is used for evaluation only. Images are softened
+at random, because what it will judge was drawn by a network and not by the renderer.
 """
 
-import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from autoencoder import decoded
+from diffusers import AutoencoderKL
 from safetensors.torch import save_file
+from scenes import PAIRS, Text
+from supply import Piece, Supply
+from torch import Tensor
+from unet import WEIGHTS, build, schedule
 
 from customize.stickers import Scene, World, draw_scene
 from customize.stickers.judge import FOLDER, Judge, Verdicts, to_pixels
-from customize.stickers.scene import FACTORS, draw_factors
-from recipe import Run, until
+from customize.stickers.scene import ARRANGEMENTS, FACTORS, draw_caption, draw_factors
+from recipe import FURNACE, Run, autocast, begin, part, scaled, stage, until
+from recipe import to_pixels as whole_pixels
+
+PIECE = 512
+WEIGHTS_OF = {"drawing": 1.0}  # of the losses; of each factor 0.4
 
 
 def targets(scenes: list[Scene], drawings: list) -> dict[str, torch.Tensor]:
@@ -30,22 +40,86 @@ def targets(scenes: list[Scene], drawings: list) -> dict[str, torch.Tensor]:
     return wanted | {"drawing": shown}
 
 
-def worn(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+class Wear:
+    """What happens to images before the judge sees them, as it will judge what a network drew: a quarter goes through the
+    autoencoder with noise on the latents, a quarter is noised and denoised, and any of all may be blurred or noisy."""
+
+    def __init__(self, device: torch.device):
+        self.vae = AutoencoderKL.from_pretrained(part("vae")).eval().requires_grad_(False).to(device)
+        self.unet, self.schedule, self.text = denoiser().to(device), schedule(), Text(device)
+        self.schedule.alphas_cumprod = self.schedule.alphas_cumprod.to(device)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, ids: Tensor) -> Tensor:
+        """(n, 3, SIDE, SIDE) in [-1, 1] to (n, 3, 64, 64)."""
+        quarter = len(pixels) // 4
+        coded, denoised, plain = pixels.split([quarter, quarter, len(pixels) - 2 * quarter])
+        text = self.text(ids[quarter : 2 * quarter]).float()
+        with autocast(pixels.device):
+            coded, denoised = decoded(self.vae, coded, 0.3)[0], self.denoised(denoised, text)
+        return worn(small(torch.cat([coded.float(), denoised.float(), plain]).clamp(-1, 1)))
+
+    def denoised(self, pixels: Tensor, text: Tensor) -> Tensor:
+        """The clean image that the denoiser sees in a noisy one, at up to half of all times."""
+        latents = self.vae.encode(pixels).latent_dist.mode()
+        t = torch.randint(50, 500, (len(pixels),), device=pixels.device)
+        noisy = self.schedule.add_noise(latents, torch.randn_like(latents), t)
+        velocity = self.unet(noisy, t, text).sample
+        alpha = self.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return self.vae.decode(alpha.sqrt() * noisy - (1 - alpha).sqrt() * velocity).sample
+
+
+def denoiser():
+    """The furnace's denoiser, or else the one that ships."""
+    unet, state = build(), FURNACE / "unet.pt"
+    if state.exists():
+        unet.load_state_dict(torch.load(state, map_location="cpu", weights_only=True)["average"])
+    else:
+        unet = unet.from_pretrained(WEIGHTS.parent)
+    return unet.eval().requires_grad_(False)
+
+
+def small(pixels: Tensor) -> Tensor:
+    """As `to_pixels` makes them, but on a tensor: (n, 3, 64, 64)."""
+    return F.interpolate(pixels, size=64, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def worn(pixels: Tensor) -> Tensor:
     """Blurs every third picture and makes every third noisy."""
-    pixels = pixels.clone()
-    blurred, noisy = (torch.from_numpy(rng.random(len(pixels)) < 1 / 3) for _ in range(2))
-    if blurred.any():
-        small = F.interpolate(pixels[blurred], size=int(rng.integers(28, 52)), mode="area")
-        pixels[blurred] = F.interpolate(small, size=64, mode="bilinear")
-    pixels[noisy] += 0.2 * rng.random() * torch.randn_like(pixels[noisy])
-    return pixels.clamp(-1, 1)
+    shape = (len(pixels), 1, 1, 1)
+    blurred, noisy = (torch.rand(shape, device=pixels.device) < 1 / 3 for _ in range(2))
+    few = F.interpolate(pixels, size=int(torch.randint(28, 52, ())), mode="area")
+    pixels = torch.where(blurred, F.interpolate(few, size=64, mode="bilinear"), pixels)
+    amount = 0.2 * noisy * torch.rand(shape, device=pixels.device)
+    return (pixels + amount * torch.randn_like(pixels)).clamp(-1, 1)
 
 
-def scenes_of(rng: np.random.Generator, world: World, drawings: list, count: int, extras: float = 0.4) -> list[Scene]:
-    return [draw_factors(rng, world, drawings, extras=extras) for _ in range(count)]
+def scenes_of(rng: np.random.Generator, drawings: list, count: int, extras: float = 0.5) -> list[Scene]:
+    """Scenes with factors beyond the background; some of those with two things are like the denoiser's."""
+    scenes = [draw_factors(rng, World(), drawings, extras=extras) for _ in range(count)]
+    return [
+        replace(scene, companion=drawings[rng.integers(len(drawings))], count=1, arrangement=str(rng.choice(ARRANGEMENTS)))
+        if rng.random() < PAIRS / 2
+        else scene
+        for scene in scenes
+    ]
 
 
-def render(scenes: list[Scene], world: World) -> torch.Tensor:
+class Pieces:
+    """Scenes of every drawing that ships, the token numbers of their captions, and what is in them."""
+
+    def __init__(self):
+        self.world = World()
+        self.drawings, self.text = self.world.drawings(held_out=None), Text("cpu")
+
+    def __call__(self, rng: np.random.Generator, spread: float) -> Piece:
+        scenes = scenes_of(rng, self.drawings, PIECE)
+        captions = [draw_caption(rng, scene) for scene in scenes]
+        pixels = whole_pixels([draw_scene(scene, self.world)[0] for scene in scenes])
+        return pixels, self.text.ids(captions).to(torch.int16), *targets(scenes, self.drawings).values()
+
+
+def render(scenes: list[Scene], world: World) -> Tensor:
     return to_pixels([draw_scene(scene, world)[0] for scene in scenes])
 
 
@@ -54,7 +128,7 @@ def measure(judge: Judge, world: World, count: int = 2000) -> dict[str, float]:
     """Accuracy on fresh scenes. The drawing: of scenes with the subject at its usual size, upright and in its own colours, as
     one of 537, and of all other scenes; the class; every factor, over scenes half of which have one beyond the background."""
     rng, drawings = np.random.default_rng(2**31), world.drawings(held_out=None)
-    scenes = scenes_of(rng, world, drawings, count, extras=0.5)
+    scenes = [draw_factors(rng, world, drawings, extras=0.5) for _ in range(count)]
     judge.eval()
     logits = [judge(render(scenes[i : i + 250], world)) for i in range(0, count, 250)]
     verdicts = Verdicts(world, {name: torch.cat([part[name] for part in logits]) for name in logits[0]})
@@ -76,31 +150,27 @@ def measure(judge: Judge, world: World, count: int = 2000) -> dict[str, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = stage(30, batch_size=64, lr=2e-3)
     parser.add_argument("--output", type=Path, default=FOLDER)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    world = World()
+    options = begin(parser)
+    world, large = World(), options.device.type != "cpu"
     drawings = world.drawings(held_out=None)
-    judge = Judge(len(drawings)).to(memory_format=torch.channels_last)
+    judge, wear = Judge(len(drawings)).to(options.device, memory_format=torch.channels_last), Wear(options.device)
     run = Run("judge", judge, options.lr, ema=0.995, shipped=FOLDER / "judge.safetensors")
-    rng, elapsed = np.random.default_rng(run.step), until(options.minutes)
-    while (passed := elapsed()) < 1:
-        scenes = scenes_of(rng, world, drawings, options.batch_size)
-        wanted, logits = targets(scenes, drawings), judge(worn(render(scenes, world), rng))
-        losses = {n: (1.0 if n == "drawing" else 0.4) * F.cross_entropy(logits[n], wanted[n]) for n in wanted}
-        run.update(losses, len(scenes), passed)
+    supply = Supply(Pieces, run.step + 4, options.workers, options.device, kept=256 if large else 8, shows=4)
+    elapsed, names = until(options.minutes), (*FACTORS, "drawing")
+    for pixels, ids, *wanted in supply.batches(options.batch_size, elapsed):
+        seen = wear(scaled(pixels), ids)
+        with autocast(options.device):
+            logits = judge(seen)
+            losses = {n: WEIGHTS_OF.get(n, 0.4) * F.cross_entropy(logits[n], w) for n, w in zip(names, wanted, strict=True)}
+        run.update(losses, len(pixels), (elapsed() - 0.3) / 0.7)
         run.report(100)
-        run.save(500)
-        if run.step % 1000 == 0:
-            print(measure(judge, world, 500), flush=True)
+        run.save(1000)
+    supply.close()
     run.save()
     judge.load_state_dict(run.average)
+    judge.cpu()
     options.output.mkdir(exist_ok=True)
     state = judge.eval().state_dict()
     save_file(

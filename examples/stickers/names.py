@@ -17,13 +17,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from customize.attention import text_layers
 from customize.backbone import Backbone, wrap
 from customize.config import parse
+from customize.data import to_device
 from customize.loading import load_base
 from customize.stickers import Drawing
-from customize.stickers.scene import PREFIXES, caption, draw_factors
+from customize.stickers.scene import PREFIXES, SIDE, caption, draw_factors
 from customize.subject import ADAPTER_FILES, WORDS, add_subject_words, save_adapter
 from customize.tokens import replaced_words
 from customize.trainers.__main__ import configs
@@ -32,8 +34,8 @@ from customize.trainers.registry import find_method
 from customize.trainers.sources import Rendered
 from customize.trainers.subject_method import SubjectMethod
 from customize.trainers.validation import validation_loss
-from recipe import FURNACE, until
-from text_tower import FIRST_PATCH, LENGTH
+from recipe import FURNACE, begin, stage, until
+from text_tower import FIRST_PATCH, SECOND_PATCH
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the visual branches' first values, in the text's own
 
@@ -48,8 +50,20 @@ def token_targets(backbone: Backbone, drawings: list[Drawing]) -> Tensor:
         ends = torch.tensor([len(ids) - 1 for ids in backbone.tokenizers[0](prompts).input_ids])
         row = torch.arange(len(prompts))
         words = torch.stack([states[:, 0], states[row, ends - 1], states[row, ends]], 1)
-        found.append(torch.cat([words, states[:, FIRST_PATCH:LENGTH]], 1))
+        found.append(torch.cat([words, states[:, FIRST_PATCH:SECOND_PATCH]], 1))
     return torch.cat(found)
+
+
+class Batches(IterableDataset):
+    """Endless batches of `data`; each worker of a loader makes its own."""
+
+    def __init__(self, data: Rendered, size: int):
+        self.data, self.size = data, size
+
+    def __iter__(self):
+        rng = np.random.default_rng(torch.initial_seed() % 2**63)  # another one in each worker
+        while True:
+            yield batch(self.data, rng, self.size)
 
 
 def batch(data: Rendered, rng: np.random.Generator, size: int):
@@ -71,8 +85,9 @@ def batch(data: Rendered, rng: np.random.Generator, size: int):
 def word_loss(method: SubjectMethod, encoded, prompts: list[str], names: list[str]) -> Tensor:
     """How far the text states are from those of the names, each prompt with the S+ of a random slot."""
     adapter, backbone, count = method.adapter, method.backbone, len(prompts)
-    vectors = adapter.word_vectors(encoded, torch.ones(count, 1))[0]  # (slots, rows, 1, dim)
-    own = vectors[torch.randint(adapter.slots, (count,)), torch.arange(count)]
+    device = backbone.device
+    vectors = adapter.word_vectors(encoded, torch.ones(count, 1, device=device))[0]  # (slots, rows, 1, dim)
+    own = vectors[torch.randint(adapter.slots, (count,), device=device), torch.arange(count, device=device)]
     with replaced_words(backbone.tokenizers, backbone.text_encoders, [WORDS[0]], [own]):
         states = backbone.encode_prompt(prompts)["encoder_hidden_states"]
     with torch.no_grad():
@@ -97,32 +112,29 @@ def start_values(method: SubjectMethod, batches: list[dict]) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = stage(15, batch_size=64, lr=1e-3, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=["custom_contrast", "ip_adapter"])
-    parser.add_argument("--minutes", type=float, default=15)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    output = FURNACE / f"names-{options.method}"
-    words = [f"examples/stickers/{options.method}.yaml", "--resolution", "64"]
+    options = begin(parser)
+    output, device = FURNACE / f"names-{options.method}", options.device
+    words = [f"examples/stickers/{options.method}.yaml", "--resolution", str(SIDE)]
     words += ["--no_location"] if options.method == "custom_contrast" else []
     words += ["--pretrained_adapter", str(output)] if any((output / name).exists() for name in ADAPTER_FILES) else []
-    backbone = wrap(load_base("stickers"), "stickers")
+    backbone = wrap(load_base("stickers"), "stickers").to(device)
     _, config, _, settings = parse(configs(find_method(options.method)), words)
-    method = find_method(options.method)(backbone, settings)
-    adapter, rng = method.adapter, np.random.default_rng()
+    method = find_method(options.method)(backbone, settings).to(device)
+    adapter = method.adapter
     add_subject_words(backbone.tokenizers)
     data = Rendered(config, method.tower.pixels, 0)
     targets = token_targets(backbone, data.pool)
     print(f"variance of the tokens {targets.var(0).mean():.4f}", flush=True)
     trained = [*adapter.encoder.parameters(), *adapter.starts.parameters()]
     optimizer = torch.optim.AdamW(trained, options.lr, weight_decay=0.01, fused=True)
+    loader = iter(DataLoader(Batches(data, options.batch_size), None, num_workers=options.workers))
     elapsed, step, log = until(options.minutes), 0, []
     while (passed := elapsed()) < 1:
-        pixels, prompts, names, numbers = batch(data, rng, options.batch_size)
-        features = adapter.encoder.read(method.tower(pixels)).unsqueeze(1)
-        encoded = method.encode(features, torch.rand(len(pixels)))
+        pixels, prompts, names, numbers = next(loader)
+        features = adapter.encoder.read(method.tower(pixels.to(device))).unsqueeze(1)
+        encoded = method.encode(features, torch.rand(len(pixels), device=device))
         losses = {"tokens": F.mse_loss(encoded.visual, targets[numbers])}
         if adapter.has_words:
             losses["words"] = word_loss(method, encoded, prompts, names)
@@ -138,7 +150,7 @@ def main():
             print(f"step {step} scenes {step * options.batch_size} {means}", flush=True)
             log = []
     held_out = Rendered(config, method.tower.pixels, 0, validation=True)
-    start_values(method, [collate_references([held_out[i] for i in range(32)])])
+    start_values(method, [to_device(collate_references([held_out[i] for i in range(32)]), device)])
     output.mkdir(parents=True, exist_ok=True)
     print(save_adapter(adapter, output))
 

@@ -1,5 +1,6 @@
-"""What the pretraining stages share: resumable training state, and endless rendered scenes."""
+"""What the pretraining stages share: resumable training state, settings of every stage, and the world they draw on."""
 
+import argparse
 import json
 import signal
 import time
@@ -12,16 +13,42 @@ from safetensors.torch import load_file
 from torch import nn
 
 from customize import stickers
-from customize.stickers import World, draw_scene
-from customize.stickers.scene import draw_caption, draw_factors
+from customize.stickers import World
 
 FURNACE = Path(".furnace")  # checkpoints, logs and parts of the next model; never committed
 
 
-def autocast():
+def autocast(device: torch.device | str = "cpu"):
     """Products in bfloat16 where the processor computes in it; elsewhere it would be slower than float32."""
-    able = torch.cpu.get_capabilities()
-    return torch.autocast("cpu", torch.bfloat16, enabled=able["avx512_bf16"] or able["amx_bf16"])
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu" or computes_in_bfloat16())
+
+
+def computes_in_bfloat16() -> bool:
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.10 and newer tell
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def stage(minutes: float, batch_size: int, lr: float, threads: int = 2, **parser_options) -> argparse.ArgumentParser:
+    """The settings that every stage has."""
+    parser = argparse.ArgumentParser(**parser_options)
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--batch_size", type=int, default=batch_size)
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--threads", type=int, default=threads)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+    parser.add_argument("--workers", type=int, default=1, help="processes that render scenes; on a GPU some four to eight")
+    return parser
+
+
+def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The stage's settings from the command line, and its threads and seed."""
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    FURNACE.mkdir(exist_ok=True)
+    return options
 
 
 def until(minutes: float) -> Callable[[], float]:
@@ -51,10 +78,10 @@ def shipped_images(name: str) -> int:
 
 
 class Run:
-    """Trains `model` in resumable pieces: AdamW, warm-up, optional EMA, a checkpoint every `every` steps.
+    """Trains `model` in resumable pieces: AdamW, warm-up, optional EMA, a checkpoint every so many steps.
 
     `shipped` weights start a run that has no checkpoint, after a short warm-up, so a committed model can be continued; they are
-    those of `model`, or of the part of it that ships.
+    those of `model`, or of the part of it that ships. Weights of other shapes are left alone: the recipe has changed since.
     """
 
     def __init__(
@@ -68,17 +95,22 @@ class Run:
         shipped: Path | None = None,
         part: nn.Module | None = None,
     ):
-        if shipped is not None and shipped.exists():
-            (part or model).load_state_dict({k: v.float() for k, v in load_file(shipped).items()})
+        """`model` is on the device that it is trained on."""
+        weights = load_file(shipped) if shipped is not None and shipped.exists() else {}
+        own = (part or model).state_dict()
+        started = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in own.items()}
+        if started:
+            (part or model).load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
         self.path, self.model, self.lr, self.warmup, self.decay_rate = FURNACE / f"{name}.pt", model, lr, warmup, ema
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr, betas=(0.9, 0.98), weight_decay=decay, fused=True
         )
-        self.average = {k: v.detach().clone() for k, v in model.state_dict().items()} if ema else {}
-        self.step, self.images, self.since, self.log = 0, shipped_images(name) if shipped else 0, 0, []
+        self.now = model.state_dict()  # the weights themselves, which training changes in place
+        self.average = {k: v.detach().clone() for k, v in self.now.items()} if ema else {}
+        self.step, self.images, self.since, self.log = 0, shipped_images(name) if started else 0, 0, []
         self.start = self.last = time.time()
         if self.path.exists():
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            state = torch.load(self.path, map_location=next(model.parameters()).device, weights_only=True)
             model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.step, self.images = state["average"], state["step"], state["images"]
@@ -98,17 +130,23 @@ class Run:
         self.step += 1
         self.images += images
         if self.average:
-            keep = min(self.decay_rate, (1 + self.step) / (10 + self.step))
-            for k, v in self.model.state_dict().items():
-                self.average[k].lerp_(v, 1 - keep) if v.is_floating_point() else self.average[k].copy_(v)
-        self.log.append({k: v.item() for k, v in losses.items()})
+            self._follow(min(self.decay_rate, (1 + self.step) / (10 + self.step)))
+        self.log.append({k: v.detach() for k, v in losses.items()})  # read when reported: a GPU is not waited for
+
+    @torch.no_grad()
+    def _follow(self, keep: float) -> None:
+        """Moves the running average towards the weights; what is counted in whole numbers is copied."""
+        smooth = [k for k, v in self.now.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.average[k] for k in smooth], [self.now[k] for k in smooth], 1 - keep)
+        for k in self.now.keys() - set(smooth):
+            self.average[k].copy_(self.now[k])
 
     def report(self, every: int = 50) -> None:
         if self.step % every == 0:
-            means = {k: float(np.mean([entry[k] for entry in self.log])) for k in self.log[-1]}
+            means = {k: float(torch.stack([entry[k] for entry in self.log]).mean()) for k in self.log[-1]}
             now = time.time()
             terms = " ".join(f"{k} {v:.4f}" for k, v in means.items())
-            print(f"step {self.step} images {self.images} {terms} {every / (now - self.last):.2f} steps/s", flush=True)
+            print(f"step {self.step} images {self.images} {terms} {len(self.log) / (now - self.last):.2f} steps/s", flush=True)
             self.log, self.last = [], now
 
     def save(self, every: int = 1) -> bool:
@@ -127,15 +165,11 @@ def worlds() -> World:
     return World(full) if full.exists() else World()
 
 
-def subjects(world: World, core_share: float, rng: np.random.Generator):
-    """Drawings that pretraining may see: of the core vocabulary with probability `core_share`, else of the whole world."""
-    core, every = world.drawings(core=True), world.drawings()
-    while True:
-        yield core if rng.random() < core_share else every
+def to_pixels(pictures) -> torch.Tensor:
+    """RGB pictures of one size as uint8, (n, 3, side, side)."""
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
 
 
-def render_batch(rng: np.random.Generator, world: World, pool: list, count: int, size: int, spread: float = 1.0):
-    """Pixels in [-1, 1], shape (count, 3, size, size), and the captions."""
-    scenes = [draw_factors(rng, world, pool, spread=spread) for _ in range(count)]
-    pixels = np.stack([np.asarray(draw_scene(scene, world, size)[0]) for scene in scenes])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1, [draw_caption(rng, scene) for scene in scenes]
+def scaled(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels of 0 to 255 in [-1, 1], float32."""
+    return pixels.float() / 127.5 - 1

@@ -1,34 +1,31 @@
-"""What the denoiser learns from: rendered scenes as latents and text states, made by a process of its own.
+"""What the denoiser learns from: rendered scenes as latents and text states.
 
-The autoencoder's encoder is almost linear in 4 x 4 blocks of pixels, so latents are a matrix product; what that leaves out is
-as large as the spread of the encoder's own posterior, and noise of that size stands in for both.
+The autoencoder's encoder is linear in blocks of 8 x 8 pixels, so latents are a matrix product; noise stands in for the spread
+of the encoder's posterior and for what the matrix leaves out.
 """
 
-import os
-import signal
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from queue import Empty, Full
+from functools import partial
 
 import numpy as np
 import torch
-import torch.multiprocessing as processes
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from supply import Piece, Supply
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from customize.stickers import Drawing, Scene, World, draw_scene
 from customize.stickers.scene import ARRANGEMENTS, draw_caption, draw_factors
-from recipe import autocast, part, worlds
+from recipe import autocast, part, scaled, to_pixels, worlds
 from text_tower import LENGTH
 
-SHARD, SHARDS = 8192, 6  # scenes in a shard, shards kept in memory: each scene is shown six times
-SHARES = (0.05, 0.35, 0.6)  # of the scenes: any drawing, the core vocabulary, the classes that the benchmark draws
-PAIRS, EXTRAS = 0.27, 0.3  # shares of scenes with two things, and of the others with a factor beyond the background
+PIECE, KEPT = 1024, 48  # scenes that are made at a time, and how many of these pieces are kept
+SHARES = (0.3, 0.2, 0.5)  # of the scenes: any drawing, the core vocabulary, the classes that the benchmark draws
+PAIRS, EXTRAS = 0.27, 0.4  # shares of scenes with two things, and of the others with a factor beyond the background
 SPREAD = 0.35  # of poses, until things are drawn as asked
-POSTERIOR = 0.018  # spread of the autoencoder's posterior, in its own units
+FACTOR, NOISE = 8, 0.02  # pixels of a block's side; spread of the noise on latents
 
 
 def benchmark_classes(world: World) -> list[Drawing]:
@@ -36,10 +33,12 @@ def benchmark_classes(world: World) -> list[Drawing]:
     return [d for d in world.drawings() if world.classes[d.word]["core"] and world.classes[d.word]["held_out"]]
 
 
-def draw_training_scene(rng: np.random.Generator, world: World, pool: list[Drawing], spread: float) -> Scene:
+def draw_training_scene(
+    rng: np.random.Generator, world: World, pool: list[Drawing], spread: float, extras: float = EXTRAS
+) -> Scene:
     """A scene of one drawing of `pool`; every fourth has a second thing, of another class, beside, above or partly over it."""
     if rng.random() >= PAIRS:
-        return draw_factors(rng, world, pool, extras=EXTRAS, spread=spread)
+        return draw_factors(rng, world, pool, extras=extras, spread=spread)
     scene = draw_factors(rng, world, pool, extras=0, spread=spread)
     others = [drawing for drawing in pool if drawing.word != scene.subject.word]
     arrangement = ARRANGEMENTS[rng.choice(len(ARRANGEMENTS), p=(0.6, 0.2, 0.2))]
@@ -47,103 +46,86 @@ def draw_training_scene(rng: np.random.Generator, world: World, pool: list[Drawi
 
 
 def pixels_of(scenes: Sequence[Scene], world: World) -> Tensor:
-    """(n, 3, 64, 64) in [-1, 1]."""
-    pixels = np.stack([np.asarray(draw_scene(scene, world)[0]) for scene in scenes])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """(n, 3, SIDE, SIDE) in [-1, 1]."""
+    return scaled(to_pixels([draw_scene(scene, world)[0] for scene in scenes]))
 
 
 def blocks(pixels: Tensor) -> Tensor:
-    """Blocks of 4 x 4 pixels and a constant, (n, 16, 16, 49)."""
-    found = F.pixel_unshuffle(pixels, 4).permute(0, 2, 3, 1)
+    """Blocks of FACTOR x FACTOR pixels and a constant, (n, height, width, 3 * FACTOR**2 + 1)."""
+    found = F.pixel_unshuffle(pixels, FACTOR).permute(0, 2, 3, 1)
     return torch.cat([found, torch.ones_like(found[..., :1])], -1)
 
 
 @torch.no_grad()
-def fit_encoder(vae: AutoencoderKL, world: World) -> tuple[Tensor, float]:
-    """The matrix (49, 12) from blocks to the mean of the autoencoder's posterior by least squares, and its rms error."""
+def fit_encoder(vae: AutoencoderKL, world: World, count: int = 32) -> tuple[Tensor, float]:
+    """The matrix from blocks to the mean of the autoencoder's posterior by least squares, and its rms error."""
     rng = np.random.default_rng(0)
-    pixels = pixels_of([draw_training_scene(rng, world, world.drawings(core=True), 1.0) for _ in range(192)], world)
+    pixels = pixels_of([draw_training_scene(rng, world, world.drawings(core=True), 1.0) for _ in range(count)], world)
     x, y = blocks(pixels).flatten(0, 2), vae.encode(pixels).latent_dist.mean.permute(0, 2, 3, 1).flatten(0, 2)
-    matrix = torch.linalg.lstsq(x.double(), y.double()).solution.float()
+    matrix = torch.linalg.lstsq(x.double(), y.double(), driver="gelsd").solution.float()
     return matrix, float((x @ matrix - y).square().mean().sqrt())
 
 
+class Text:
+    """The frozen text tower on `device`."""
+
+    def __init__(self, device: torch.device | str):
+        self.device = device
+        self.tower = CLIPTextModel.from_pretrained(part("text_encoder"), dtype=torch.float32).eval().to(device)
+        self.tokenizer = CLIPTokenizer.from_pretrained(part("tokenizer"))
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> Tensor:
+        """States of captions given as token numbers, (n, LENGTH, dim), float16."""
+        with autocast(self.device):
+            states = [self.tower(some.long()).last_hidden_state for some in ids.split(256)]
+        return torch.cat([some.half() for some in states])
+
+    def ids(self, captions: list[str]) -> Tensor:
+        """Token numbers, (n, LENGTH)."""
+        read = self.tokenizer(captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+        return read.input_ids
+
+    def nothing(self) -> Tensor:
+        """The states of no text, (LENGTH, dim)."""
+        return self(self.ids([""]).to(self.device))[0].float()
+
+
 class Encoder:
-    """Scenes to what the denoiser sees."""
+    """Scenes to latents, and captions to the numbers of their tokens."""
 
     def __init__(self):
         vae = AutoencoderKL.from_pretrained(part("vae")).eval()
         self.world, self.scaling = worlds(), vae.config.scaling_factor
         self.matrix, self.error = fit_encoder(vae, self.world)
-        self.text = CLIPTextModel.from_pretrained(part("text_encoder"), dtype=torch.float32).eval()
-        self.tokenizer = CLIPTokenizer.from_pretrained(part("tokenizer"))
+        self.text = Text("cpu")
         self.pools = self.world.drawings(), self.world.drawings(core=True), benchmark_classes(self.world)
-
-    @torch.no_grad()
-    def read(self, captions: list[str]) -> Tensor:
-        ids = self.tokenizer(captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
-        with autocast():
-            return self.text(ids).last_hidden_state.half()
 
     def latents(self, pixels: Tensor) -> Tensor:
         mean = (blocks(pixels) @ self.matrix).permute(0, 3, 1, 2)
-        return (mean + POSTERIOR * torch.randn_like(mean)) * self.scaling
+        return (mean + NOISE * torch.randn_like(mean)) * self.scaling
 
-    def shard(self, rng: np.random.Generator, spread: float, count: int = SHARD) -> tuple[Tensor, Tensor]:
-        latents, states = [], []
+    def piece(self, rng: np.random.Generator, spread: float, count: int = PIECE) -> Piece:
+        latents, ids = [], []
         for _ in range(count // 64):
             pools = [self.pools[i] for i in rng.choice(len(self.pools), 64, p=SHARES)]
             scenes = [draw_training_scene(rng, self.world, pool, spread) for pool in pools]
             latents.append(self.latents(pixels_of(scenes, self.world)).half())
-            states.append(self.read([draw_caption(rng, scene) for scene in scenes]))
-        return torch.cat(latents), torch.cat(states)
+            ids.append(self.text.ids([draw_caption(rng, scene) for scene in scenes]).to(torch.int16))
+        return torch.cat(latents), torch.cat(ids)
 
 
-def _work(queue, seed: int, spread) -> None:
-    """Fills the queue with shards; ends with the process that reads them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the reader, which ends this process
-    torch.set_num_threads(1)
-    os.nice(5)  # the denoiser comes first: it has six shards to go on with
-    encoder, rng = Encoder(), np.random.default_rng(seed)
-    while True:
-        _offer(queue, encoder.shard(rng, spread.value))
+def _start() -> Callable[[np.random.Generator, float], Piece]:
+    return Encoder().piece
 
 
-def _offer(queue, shard: tuple[Tensor, Tensor]) -> None:
-    """Puts a shard into the queue as soon as there is room; ends this process if the reader's was killed."""
-    while processes.parent_process().is_alive():
-        with suppress(Full):
-            return queue.put(shard, timeout=5)
-    os._exit(0)
+def _with_states(text: Text, piece: Piece) -> Piece:
+    latents, ids = piece
+    return latents, text(ids)
 
 
-class Shards:
-    """The last `SHARDS` shards; the next one is made while these are trained on."""
-
-    def __init__(self, seed: int, spread: float = SPREAD):
-        context = processes.get_context("spawn")
-        self.queue, self.spread = context.Queue(1), context.Value("d", spread)
-        self.worker = context.Process(target=_work, args=(self.queue, seed, self.spread), daemon=True)
-        self.worker.start()
-        self.kept: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, stop: Callable[[], float]) -> bool:
-        """Waits for the next shard; False if it is time to stop before there is one."""
-        while stop() < 1:
-            with suppress(Empty):
-                latents, states = self.queue.get(timeout=1)
-                self.kept = [*self.kept[-SHARDS + 1 :], (latents.clone(), states.clone())]
-                return True
-        return False
-
-    def batches(self, size: int, empty: Tensor):
-        """One pass in random order; a tenth of the texts is replaced by the state of no text."""
-        latents, states = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
-        for chosen in torch.randperm(len(latents)).split(size):
-            text = states[chosen].float()
-            text[torch.rand(len(text)) < 0.1] = empty.float()
-            yield latents[chosen].float(), text
-
-    def close(self) -> None:
-        self.worker.terminate()
-        self.worker.join()
+def supply(text: Text, seed: int, workers: int, spread: float = SPREAD) -> Supply:
+    """Latents and text states of scenes."""
+    large = torch.device(text.device).type != "cpu"
+    kept, shows = (512, 2) if large else (KEPT, 6)
+    return Supply(_start, seed, workers, text.device, kept, shows, spread, partial(_with_states, text))

@@ -1,17 +1,19 @@
 """Stage 2: tokenizer and text tower. `python examples/stickers/text_tower.py [--minutes 15]`, resumable.
 
 What hundreds of millions of pictures give CLIP's text tower, this one is told directly: what a drawing looks like. From
-the noun on, its states must let a linear layer read the drawing's thumbnail; padding positions `FIRST_PATCH` and up each
-give one 4 x 4 patch of it, so that the denoiser can route patches to places; the pooled state names every other factor.
+the noun on, its states must let a linear layer read the drawing's thumbnail, and from the second noun on that of the second
+drawing; padding positions `FIRST_PATCH` and up each give one 4 x 4 patch of the first, `SECOND_PATCH` and up of the second, so
+that the denoiser can route patches to places; the pooled state and the padding name every other factor.
 Noise on the word vectors keeps the space around words usable for methods that learn new ones.
 """
 
-import argparse
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from supply import Piece, Supply
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
@@ -32,9 +34,10 @@ from customize.stickers.scene import (
     caption,
     draw_factors,
 )
-from recipe import FURNACE, Run, part, until, worlds
+from recipe import FURNACE, Run, autocast, begin, part, stage, until, worlds
 
-LENGTH, FIRST_PATCH, LOOK = 40, 24, 128
+LENGTH, FIRST_PATCH, SECOND_PATCH, LOOK = 56, 24, 40, 128
+PAIRS, PIECE = 0.3, 2048  # share of captions that name two things; captions made at a time
 RARE = ("sks", "zwx", "ohwx", "snq")  # words without meaning, for methods that bind a subject to one
 READ = FACTORS | {"background": (None, *BACKGROUNDS)}  # a caption may leave the setting out
 
@@ -122,92 +125,110 @@ class Teacher(nn.Module):
         """Between no noise and a third of a word vector's own length."""
         if not self.training:
             return embedded
-        amount = torch.rand(len(embedded), 1, 1) * 0.33 * embedded.detach().std()
+        amount = torch.rand(len(embedded), 1, 1, device=embedded.device) * 0.33 * embedded.detach().std()
         return embedded + amount * torch.randn_like(embedded)
 
-    def forward(
-        self, ids: Tensor, noun: Tensor, look: Tensor, patches: Tensor, companion: Tensor, factors: dict
-    ) -> dict[str, Tensor]:
-        """`noun` (batch,): the position of the noun's last token, 0 where there is no subject."""
+    def forward(self, ids: Tensor, nouns: Tensor, looks: Tensor, patches: Tensor, factors: dict) -> dict[str, Tensor]:
+        """`nouns` (batch, 2): the positions of the nouns' last tokens, 0 where there is none; `looks` (batch, 2, LOOK) and
+        `patches` (batch, 2, 16, 64) of the things that they name."""
         output = self.text(ids)
-        states, position = output.last_hidden_state, torch.arange(LENGTH)
-        after = ((position >= noun[:, None]) & (noun[:, None] > 0)).float()
-        # the noun and the word after it count most: attention to words should find looks there
-        weight = after * (1 + 8 * (position == noun[:, None]).float())
-        error = (self.look(states) - look[:, None]).square().mean(-1)
+        states, position = output.last_hidden_state, torch.arange(LENGTH, device=ids.device)
+        first, second = nouns[:, :1], nouns[:, 1:]
+        # the second noun's look from itself to the patches of the first thing, and at the patches of the second
+        is_second = (second > 0) & (((position >= second) & (position < FIRST_PATCH)) | (position >= SECOND_PATCH))
+        target = torch.where(is_second[..., None], looks[:, 1:], looks[:, :1])
+        after = ((position >= first) & (first > 0) & (is_second | (position < SECOND_PATCH))).float()
+        # the nouns and the words after them count most: attention to words should find looks there
+        weight = after * (1 + 8 * ((position == first) | (position == second)).float())
+        error = (self.look(states) - target).square().mean(-1)
+        found = self.patch(states[:, FIRST_PATCH:]).unflatten(1, (2, -1))
         pooled = output.pooler_output
+        rows = torch.arange(len(states), device=ids.device)
+        padding = states[rows, torch.randint(FIRST_PATCH, LENGTH, (len(states),), device=ids.device)]
         losses = {
             "look": (weight * error).sum() / weight.sum(),
-            "patch": (self.patch(states[:, FIRST_PATCH:]) - patches).square().mean() / 0.3,
-            "companion": 0.3 * (self.companion(pooled) - companion).square().mean(),
+            "patch": (found - patches).square().mean((0, 2, 3)).sum() / 0.3,
+            "companion": 0.3 * (self.companion(pooled) - looks[:, 1]).square().mean(),
         }
         for name, head in self.factors.items():
-            losses[name] = 0.1 * F.cross_entropy(head(pooled), factors[name])
+            read = (F.cross_entropy(head(states), factors[name]) for states in (pooled, padding))
+            losses[name] = 0.1 * sum(read, torch.zeros((), device=ids.device))
         return losses
 
 
 def draw_batch(rng, world, pools, looks: Looks, tokenizer, count: int):
-    """Captions, and all that they say."""
-    captions, nouns, subjects, companions, factors = [], [], [], [], {name: [] for name in READ}
+    """Captions and all that they say: token numbers (count, LENGTH), where the two nouns end and which drawings they name
+    (both (count, 2); 0 and -1 where there is none), and each factor."""
+    captions, before, drawings, factors = [], [], [], {name: [] for name in READ}
     for _ in range(count):
-        scene = draw_factors(rng, world, pools[int(rng.random() < 0.6)], extras=0.5)
+        pool = pools[int(rng.random() < 0.6)]
+        scene = draw_factors(rng, world, pool, extras=0.5)
+        if rng.random() < PAIRS:
+            scene = replace(scene, companion=pool[rng.integers(len(pool))], count=1)
         style, setting = rng.random() < 0.8, rng.random() < 0.85
-        noun = str(scene.subject) if style else scene.subject.word
+        noun, beside = ((str(d) if style else d.word) if d else "" for d in (scene.subject, scene.companion))
         if rng.random() < 0.1:
             noun = RARE[rng.integers(len(RARE))] + " " + noun
         empty = rng.random() < 0.02
         text = "" if empty else caption(scene, noun, PREFIXES[rng.integers(len(PREFIXES))], style, setting)
         captions.append(text)
-        nouns.append("" if empty else text[: text.index(noun) + len(noun)])
-        subjects.append(-1 if empty else looks.index[scene.subject])
-        companions.append(-1 if empty or scene.companion is None else looks.index[scene.companion])
+        before += ["" if empty else text[: text.index(noun) + len(noun)]]
+        beside = f"next to a {beside}" if beside and not empty else ""
+        before += [text[: text.index(beside) + len(beside)] if beside else ""]
+        drawings += [-1 if empty or d is None else looks.index[d] for d in (scene.subject, scene.companion)]
         said = {name: values[0] if empty else getattr(scene, name) for name, values in READ.items()}
         said["background"] = said["background"] if setting else None
         for name, values in READ.items():
             factors[name].append(values.index(said[name]))
     ids = tokenizer(captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
-    position = torch.tensor([len(i) - 2 if n else 0 for i, n in zip(tokenizer(nouns).input_ids, nouns, strict=True)])
-    subject, companion = torch.tensor(subjects), torch.tensor(companions)
-    known, beside = (subject >= 0).float()[:, None], (companion >= 0).float()[:, None]
-    look, patches = looks.code[subject] * known, looks.patches[subject] * known[..., None]
-    return ids, position, look, patches, looks.code[companion] * beside, {k: torch.tensor(v) for k, v in factors.items()}
+    nouns = [len(i) - 2 if text else 0 for i, text in zip(tokenizer(before).input_ids, before, strict=True)]
+    numbers = torch.tensor(nouns).view(-1, 2), torch.tensor(drawings).view(-1, 2)
+    return ids, *numbers, {k: torch.tensor(v) for k, v in factors.items()}
+
+
+class Pieces:
+    """Captions and all that they say, of any drawing and of the core vocabulary; of drawings their numbers only."""
+
+    def __init__(self):
+        world = worlds()
+        self.looks, self.tokenizer = Looks(world), CLIPTokenizer.from_pretrained(FURNACE / "model" / "tokenizer")
+        self.world, self.pools = world, (world.drawings(), world.drawings(core=True))
+
+    def __call__(self, rng: np.random.Generator, spread: float) -> Piece:
+        ids, nouns, shown, factors = draw_batch(rng, self.world, self.pools, self.looks, self.tokenizer, PIECE)
+        return ids, nouns, shown, *factors.values()
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--minutes", type=float, default=15)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    world = worlds()
-    tokenizer = train_tokenizer(world)
-    looks, teacher = Looks(world), Teacher(build(tokenizer))
+    options = begin(stage(15, batch_size=128, lr=2e-3, threads=1))
+    world, large = worlds(), options.device.type != "cpu"
+    tokenizer, folder = train_tokenizer(world), FURNACE / "model" / "tokenizer"
+    if not folder.exists():
+        tokenizer.save_pretrained(folder)
+    looks, teacher = Looks(world), Teacher(build(tokenizer)).to(options.device)
+    code, patches = looks.code.to(options.device), looks.patches.to(options.device)
     weights = part("text_encoder") / "model.safetensors"
     run = Run("text_tower", teacher, options.lr, ema=0.998, shipped=weights, part=teacher.text)
-    rng, elapsed = np.random.default_rng(run.step), until(options.minutes)
-    pools = world.drawings(), world.drawings(core=True)
-    while (passed := elapsed()) < 1:
-        run.update(
-            teacher(*draw_batch(rng, world, pools, looks, tokenizer, options.batch_size)),
-            options.batch_size,
-            (passed - 0.4) / 0.6,
-        )
+    supply = Supply(Pieces, run.step + 3, options.workers, options.device, kept=64 if large else 4, shows=1)
+    elapsed = until(options.minutes)
+    for ids, nouns, shown, *factors in supply.batches(options.batch_size, elapsed):
+        known = (shown >= 0)[..., None]
+        said = dict(zip(READ, factors, strict=True))
+        with autocast(options.device):
+            losses = teacher(ids, nouns, code[shown] * known, patches[shown] * known[..., None], said)
+        run.update(losses, len(ids), (elapsed() - 0.4) / 0.6)
         run.report()
-        run.save(200)
+        run.save(500)
+        if elapsed() >= 1:
+            break
+    supply.close()
     run.save()
     teacher.load_state_dict(run.average)
     teacher.eval()
     with torch.no_grad():
-        batch = draw_batch(rng, world, pools, looks, tokenizer, 512)
-        losses = teacher(*batch)
-    print(
-        "without noise:", {k: round(v.item(), 4) for k, v in losses.items()}, "look variance", looks.code.var(0).mean().item()
-    )
-    teacher.text.save_pretrained(FURNACE / "model" / "text_encoder")
-    tokenizer.save_pretrained(FURNACE / "model" / "tokenizer")
+        losses = teacher(ids, nouns, code[shown] * known, patches[shown] * known[..., None], said)
+    print("without noise:", {k: round(v.item(), 4) for k, v in losses.items()}, "look variance", code.var(0).mean().item())
+    teacher.text.half().save_pretrained(FURNACE / "model" / "text_encoder")
 
 
 if __name__ == "__main__":
