@@ -164,11 +164,12 @@ def main() -> None:
     if not 0 < options.warmup < options.steps:
         parser.error("--warmup must be 1 or more and less than --steps")
     from customize.stickers import MODEL, World
+    from customize.stickers.scene import SIDE
 
     with tempfile.TemporaryDirectory() as folder:
         work, world, model = Path(folder), World(), options.model
         model = model or (MODEL if (MODEL / "model_index.json").exists() else random_model(work / "random weights", world))
-        flags = f"--resolution 64 --train_batch_size 4 --rank 8 --max_train_steps {options.steps} --learning_rate 1e-4"
+        flags = f"--resolution {SIDE} --train_batch_size 4 --rank 8 --max_train_steps {options.steps} --learning_rate 1e-4"
         flags += " --seed 0 --lr_scheduler constant --lr_warmup_steps 0 --mixed_precision no --report_to tensorboard"
         words = [*flags.split(), "--checkpointing_steps", str(options.steps + 1), "--pretrained_model_name_or_path", str(model)]
         words += ["--instance_prompt", draw_pictures(work / "data", world), "--instance_data_dir", str(work / "data")]
