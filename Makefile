@@ -10,7 +10,7 @@ quick-demo: .venv/ready
 	$(BIN)/customize demo --quick --output runs/quick-demo --overwrite_output_dir
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -95,7 +95,7 @@ def test_the_best_fit_covers_the_drawing():
     for scene in reference_scenes(Drawing("apple", "cartoon")):
         picture, mask = draw_scene(scene, world)
         sprite = world.sprite(scene.subject)
-        found = np.asarray(best_fit(picture, sprite).mask(sprite, 64)) > 127
+        found = np.asarray(best_fit(picture, sprite).mask(sprite, picture.width)) > 127
         true = np.asarray(mask) > 127
         assert (found & true).sum() / (found | true).sum() > 0.6
 

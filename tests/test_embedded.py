@@ -37,14 +37,14 @@ def test_draws_as_a_stranger_would_load_it(kind):
     pipe.set_progress_bar_config(disable=True)
     parts = (pipe.unet, pipe.vae, pipe.text_encoder)
     assert {part.dtype for part in parts} == {torch.float32}
-    assert pipe("a fox on the beach", num_inference_steps=2).images[0].size == (64, 64)
+    assert pipe("a fox on the beach", num_inference_steps=2).images[0].size == (128, 128)
     vision = CLIPVisionModelWithProjection.from_pretrained(MODEL / "image_encoder")
     assert vision.dtype == torch.float32
 
 
 def test_backgrounds_obey_the_prompt(pipe):
     pictures = draw(pipe, [f"a fox {phrase}" for phrase in BACKGROUNDS.values()])
-    assert {picture.size for picture in pictures} == {(64, 64)}
+    assert {picture.size for picture in pictures} == {(128, 128)}
     right = sum(background_of(picture) == background for picture, background in zip(pictures, BACKGROUNDS, strict=True))
     assert right >= 9
 
@@ -52,7 +52,7 @@ def test_backgrounds_obey_the_prompt(pipe):
 def test_words_decide_the_colour_of_the_subject(pipe):
     """The middle of a lemon is yellow, that of a tomato red, on white."""
     lemon, tomato = (
-        np.asarray(p, float)[20:44, 20:44].mean((0, 1))
+        np.asarray(p, float)[40:88, 40:88].mean((0, 1))
         for p in draw(pipe, ["a lemon on a white background", "a tomato on a white background"])
     )
     assert lemon[1] > tomato[1] + 30
@@ -68,7 +68,7 @@ def test_image_tower_shares_the_space_of_the_text_tower(pipe):
     vision = CLIPVisionModelWithProjection.from_pretrained(MODEL / "image_encoder")
     assert vision.config.projection_dim == pipe.text_encoder.config.hidden_size
     config = json.loads((MODEL / "feature_extractor" / "preprocessor_config.json").read_text())
-    assert config["size"] == {"height": 64, "width": 64}
+    assert config["size"] == {"height": 128, "width": 128}
 
 
 def test_the_encoder_carries_colours_of_drawings_never_seen():

@@ -13,6 +13,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    CLIPTextModel,
     CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
@@ -536,8 +537,23 @@ def test_the_stamp_names_model_and_preprocessing(save, load, says, tmp_path):
     assert all(words in stamp for words in says)
 
 
+def test_the_embedded_worlds_texts_are_the_means_of_all_states(gallery):
+    """Padding counts, as this text tower keeps looks there; whatever else is in the batch."""
+    from customize.stickers import MODEL
+
+    text = CLIPTextModel.from_pretrained(MODEL / "text_encoder", dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
+    prompts = ["a flat fox on green grass", "a 3d cat"]
+    for prompt, found in zip(prompts, gallery.encoder.texts(prompts), strict=True):
+        ids = tokenizer(prompt, padding="max_length", max_length=56, return_tensors="pt").input_ids
+        with torch.no_grad():
+            states = text(ids).last_hidden_state[0]
+        mean_state = sum(states) / 56
+        assert torch.allclose(found, mean_state / mean_state.norm(), atol=1e-5)
+
+
 def test_the_embedded_worlds_clip_is_named(gallery):
-    assert re.fullmatch(r"stickers \(weights [0-9a-f]{8}\), resized 64x64", gallery.encoder.stamp)
+    assert re.fullmatch(r"stickers \(weights [0-9a-f]{8}\), resized 128x128", gallery.encoder.stamp)
 
 
 @pytest.mark.parametrize("turned", [False, True])

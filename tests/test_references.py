@@ -204,7 +204,7 @@ def scenes(monkeypatch):
 
 
 def rendered(seed: int = 0, validation: bool = False, **options) -> Rendered:
-    return Rendered(ReferenceConfig(**{"resolution": 64} | options), pixels, seed, validation)
+    return Rendered(ReferenceConfig(**{"resolution": 128} | options), pixels, seed, validation)
 
 
 def test_a_rendered_item_depends_on_seed_and_position_alone():
@@ -221,7 +221,7 @@ def test_shapes_of_a_rendered_item():
     entry = rendered(resolution=32)[0]
     assert entry["pixels"].shape == (3, 32, 32)
     assert entry["mask"].shape == (1, 32, 32)
-    assert entry["references"].shape == (1, 2, 3, 64, 64)
+    assert entry["references"].shape == (1, 2, 3, 128, 128)
 
 
 def test_the_second_rendered_reference_is_on_white_and_the_first_as_it_was_drawn(monkeypatch):
@@ -317,13 +317,13 @@ def test_halves_are_those_in_which_the_subjects_stand(monkeypatch):
         return draw(*scene, **options)
 
     monkeypatch.setattr(sources, "draw_scene", remembered)
-    dataset = rendered(resolution=64, second_subject_rate=1.0, region_rate=1.0)
+    dataset = rendered(resolution=128, second_subject_rate=1.0, region_rate=1.0)
     sides = set()
     for position in range(12):
         entry = dataset[position]
         first, second = entry["regions"]
-        assert entry["regions"].shape == (2, 64, 64)
-        assert torch.equal(first + second, torch.ones(64, 64))
+        assert entry["regions"].shape == (2, 128, 128)
+        assert torch.equal(first + second, torch.ones(128, 128))
         mask = to_tensor(masks[-1])[0]  # the target is drawn last
         assert (mask * first).sum() > (mask * second).sum()
         sides.add(float(first[0, 0]))
@@ -332,7 +332,7 @@ def test_halves_are_those_in_which_the_subjects_stand(monkeypatch):
 
 def test_both_subjects_count_as_much():
     """The loss weight of a scene of two subjects is that of its whole where either is, and less elsewhere."""
-    entry = rendered(resolution=64, second_subject_rate=1.0, region_rate=1.0, unmasked_weight=0.25)[0]
+    entry = rendered(resolution=128, second_subject_rate=1.0, region_rate=1.0, unmasked_weight=0.25)[0]
     for half in entry["regions"]:
         inside = entry["mask"][0][half == 1]
         assert 0.05 < (inside == 1).float().mean() < 0.9
@@ -574,7 +574,7 @@ def test_two_sources_or_none_are_refused(tmp_path):
 
 
 def test_stickers_need_no_source_and_hold_out_other_drawings():
-    dataset, [batch] = read(ReferenceConfig(resolution=64, holdout=3), base="stickers")
+    dataset, [batch] = read(ReferenceConfig(resolution=128, holdout=3), base="stickers")
     assert isinstance(dataset, Rendered)
     assert dataset.pool == World().drawings()
     assert len(batch["prompt"]) == 3
