@@ -82,6 +82,6 @@ def test_the_encoder_carries_colours_of_drawings_never_seen():
             images = [draw_scene(scene, World())[0] for scene in reference_scenes(subject)[:2]]
             options = {"num_inference_steps": 15, "guidance_scale": 4.0, "generator": torch.Generator().manual_seed(0)}
             drawn = pipe("a <s> sticker on a white background", subject_images=images, **options).images[0]
-            found[subject.word] = np.asarray(drawn, float)[24:40, 24:40].mean((0, 1))
+            found[subject.word] = np.asarray(drawn, float)[48:80, 48:80].mean((0, 1))
     assert found["apple"][0] > found["apple"][1] + 60
     assert found["turtle"][1] > found["turtle"][0] + 15
