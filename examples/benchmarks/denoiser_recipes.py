@@ -115,8 +115,8 @@ def main():
     torch.set_num_threads(options.threads)
     encoder, text, scheduler = scenes.Encoder(), scenes.Text("cpu"), unet.schedule()
     latents, ids = encoder.piece(np.random.default_rng(2**29), scenes.SPREAD, options.scenes)
-    latents, states, held = latents.float(), text(ids), fresh(encoder, text, 512)
-    asked = furnace.single_scenes(encoder.world, 96)
+    latents, states, held = latents.float(), text(ids), fresh(encoder, text, 256)
+    asked = furnace.single_scenes(encoder.world, 48)
     start = unet.UNet2DConditionModel.from_pretrained(unet.WEIGHTS.parent).state_dict()
     rows, reference = {}, None
     for name in ("what ships", *VARIANTS):
