@@ -316,3 +316,35 @@ def test_what_the_judge_is_to_find_in_two_drawings_is_half_of_each():
     assert wanted["drawing"].sum() == 2
     assert [FACTORS["tint"][i] for i in wanted["tint"]] == ["red", ""]
     assert [FACTORS["count"][i] for i in wanted["count"]] == [1, 3]
+
+
+def test_the_text_towers_losses_by_loops():
+    """Looks from each noun on, the second thing's from its own noun and at its own patches; both nouns count nine times."""
+    tokenizer = scenes.Text("cpu").tokenizer
+    torch.manual_seed(0)
+    teacher = text_tower.Teacher(text_tower.build(tokenizer)).eval()
+    prompts = ["a flat fox on the beach", "a 3d cat next to a flat dog", ""]
+    ids = tokenizer(prompts, padding="max_length", max_length=text_tower.LENGTH, return_tensors="pt").input_ids
+    nouns, looks, patches = torch.tensor([[3, 0], [4, 9], [0, 0]]), random(3, 2, text_tower.LOOK), random(3, 2, 16, 64, seed=1)
+    factors = {name: torch.zeros(3, dtype=torch.long) for name in text_tower.READ}
+    with torch.no_grad():
+        found = teacher(ids, nouns, looks, patches, factors)
+        output = teacher.text(ids)
+        states, pooled = output.last_hidden_state, output.pooler_output
+        total = weights = 0.0
+        for row, (first, second) in enumerate(nouns.tolist()):
+            for place in range(text_tower.LENGTH):
+                if not first or place < first:
+                    continue
+                later = second and (second <= place < text_tower.FIRST_PATCH or place >= text_tower.SECOND_PATCH)
+                if not later and place >= text_tower.SECOND_PATCH:
+                    continue
+                weight = 9.0 if place in (first, second) else 1.0
+                total += weight * (teacher.look(states[row, place]) - looks[row, int(bool(later))]).square().mean()
+                weights += weight
+        assert torch.allclose(found["look"], total / weights, atol=1e-5)
+        error = 0.0
+        for thing, start in enumerate((text_tower.FIRST_PATCH, text_tower.SECOND_PATCH)):
+            error += (teacher.patch(states[:, start : start + 16]) - patches[:, thing]).square().mean()
+        assert torch.allclose(found["patch"], error / 0.3, atol=1e-4)
+        assert torch.allclose(found["subject"], 0.3 * (teacher.subject(pooled) - looks[:, 0]).square().mean(), atol=1e-5)

@@ -117,7 +117,8 @@ class Teacher(nn.Module):
         super().__init__()
         self.text = text
         dim = text.config.hidden_size
-        self.look, self.companion, self.patch = nn.Linear(dim, LOOK), nn.Linear(dim, LOOK), nn.Linear(dim, 64)
+        self.look, self.patch = nn.Linear(dim, LOOK), nn.Linear(dim, 64)
+        self.subject, self.companion = nn.Linear(dim, LOOK), nn.Linear(dim, LOOK)
         self.factors = nn.ModuleDict({name: nn.Linear(dim, len(values)) for name, values in READ.items()})
         text.get_input_embeddings().register_forward_hook(self.add_noise)
 
@@ -148,6 +149,8 @@ class Teacher(nn.Module):
         losses = {
             "look": (weight * error).sum() / weight.sum(),
             "patch": (found - patches).square().mean((0, 2, 3)).sum() / 0.3,
+            # without its own term the pooled state forgets the subject, as the tower that ships did
+            "subject": 0.3 * (self.subject(pooled) - looks[:, 0]).square().mean(),
             "companion": 0.3 * (self.companion(pooled) - looks[:, 1]).square().mean(),
         }
         for name, head in self.factors.items():
