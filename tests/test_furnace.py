@@ -297,8 +297,8 @@ def test_a_runs_average_follows_its_weights_and_resumes(tmp_path, monkeypatch):
 def test_the_judge_sees_images_as_networks_draw_them():
     """All are of its size and in range; a quarter went through the autoencoder, a quarter through the denoiser."""
     rng, drawings = np.random.default_rng(0), WORLD.drawings(held_out=None)
-    made = judge_recipe.scenes_of(rng, drawings, 8)
-    assert any(scene.companion for scene in judge_recipe.scenes_of(rng, drawings, 60))
+    made = judge_recipe.scenes_of(rng, WORLD, drawings, 8)
+    assert any(scene.companion for scene in judge_recipe.scenes_of(rng, WORLD, drawings, 60))
     pixels = scenes.pixels_of(made, WORLD)
     wear = judge_recipe.Wear(torch.device("cpu"))
     worn = wear(pixels, wear.text.ids([caption(scene) for scene in made]))

@@ -19,6 +19,7 @@ from customize.stickers import draw_scene
 from customize.stickers.scene import SIDE, draw_factors
 from recipe import FURNACE, Run, autocast, begin, scaled, stage, to_pixels, until, worlds
 
+FACTOR = 8  # pixels of a patch's side
 LATENTS, KEPT = 32, 100.0  # components; the constant that keeps the encoder's last normalisation from changing anything
 WIDTHS = (16, 48, 64, 96)  # channels from the pixels to the latents: each level holds what is above it
 PIECE = 512
@@ -39,16 +40,22 @@ def build() -> AutoencoderKL:
     )
 
 
+def patches(pixels: Tensor) -> Tensor:
+    """The pixels of each patch, colour by colour, (n, height, width, 192)."""
+    return F.pixel_unshuffle(pixels, FACTOR).permute(0, 2, 3, 1)
+
+
 def components(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (LATENTS, 192) and mean (192,) of the linear code of patches; each number's spread is the square root of its
     component's, so that fine detail is not lost in noise. Pixels are (n, 3, height, width)."""
-    patches = F.pixel_unshuffle(pixels, 8).permute(0, 2, 3, 1).reshape(-1, 192)
-    mean = patches.mean(0)
-    values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    rows = patches(pixels).flatten(0, 2)
+    mean = rows.mean(0)
+    centred = rows - mean
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
     print(f"variance kept: {values.flip(0)[:LATENTS].sum() / values.sum():.4f}", flush=True)
     values, vectors = values.flip(0)[:LATENTS], vectors.flip(1)[:, :LATENTS]
-    rows = vectors.T / values[:, None] ** 0.25
-    return rows / ((patches - mean) @ rows.T).std(), mean
+    code = vectors.T / values[:, None] ** 0.25
+    return code / (centred @ code.T).std(), mean
 
 
 @torch.no_grad()

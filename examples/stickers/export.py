@@ -47,8 +47,7 @@ SHOWN = [
 
 def averaged(model, name: str):
     """The model with its running average, and how many images it saw."""
-    path = FURNACE / f"{name}.pt"
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(FURNACE / f"{name}.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(state["average"])
     return model.eval(), state["images"]
 

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CL
 from customize.stickers import BACKGROUNDS, Scene, caption, draw_scene
 from customize.stickers.scene import SIDE, draw_caption, draw_factors
 from recipe import FURNACE, Run, autocast, begin, part, scaled, stage, to_pixels, until, worlds
-from text_tower import LENGTH, LOOK, Looks
+from text_tower import LOOK, Looks, token_ids
 
 PIECE = 512
 MODEL = FURNACE / "model"
@@ -63,13 +63,9 @@ class Reader:
         self.text = CLIPTextModel.from_pretrained(part("text_encoder"), dtype=torch.float32).eval().to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(part("tokenizer"))
 
-    def ids(self, captions: list[str]) -> Tensor:
-        read = self.tokenizer(captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-        return read.input_ids
-
     @torch.no_grad()
     def __call__(self, captions: list[str] | Tensor) -> Tensor:
-        ids = captions if isinstance(captions, Tensor) else self.ids(captions).to(self.device)
+        ids = captions if isinstance(captions, Tensor) else token_ids(self.tokenizer, captions).to(self.device)
         return self.text(ids.long()).last_hidden_state.mean(1)
 
 
@@ -77,7 +73,7 @@ class Pieces:
     """Scenes with their captions, the numbers of their subjects and backgrounds."""
 
     def __init__(self):
-        self.world, self.read = worlds(), Reader()
+        self.world, self.tokenizer = worlds(), CLIPTokenizer.from_pretrained(part("tokenizer"))
         self.index, self.pools = Looks(self.world).index, (self.world.drawings(), self.world.drawings(core=True))
 
     def __call__(self, rng: np.random.Generator, spread: float) -> Piece:
@@ -85,7 +81,7 @@ class Pieces:
         scenes = [draw_factors(rng, self.world, pool, extras=0.15, spread=spread) for pool in pools]
         return (
             to_pixels([draw_scene(scene, self.world)[0] for scene in scenes]),
-            self.read.ids([draw_caption(rng, scene) for scene in scenes]).to(torch.int16),
+            token_ids(self.tokenizer, [draw_caption(rng, scene) for scene in scenes]).to(torch.int16),
             torch.tensor([self.index[scene.subject] for scene in scenes]),
             torch.tensor([list(BACKGROUNDS).index(scene.background) for scene in scenes]),
         )

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from scenes import PAIRS, Text
 from supply import Piece, Supply
 from torch import Tensor
+from transformers import CLIPTokenizer
 from unet import WEIGHTS, build, schedule
 
 from customize.stickers import Scene, World, draw_scene
@@ -24,6 +25,7 @@ from customize.stickers.judge import FOLDER, Judge, Verdicts, to_pixels
 from customize.stickers.scene import ARRANGEMENTS, FACTORS, draw_caption, draw_factors
 from recipe import FURNACE, Run, autocast, begin, part, scaled, stage, until
 from recipe import to_pixels as whole_pixels
+from text_tower import token_ids
 
 PIECE = 512
 WEIGHTS_OF = {"drawing": 1.0}  # of the losses; of each factor 0.4
@@ -94,9 +96,9 @@ def worn(pixels: Tensor) -> Tensor:
     return (pixels + amount * torch.randn_like(pixels)).clamp(-1, 1)
 
 
-def scenes_of(rng: np.random.Generator, drawings: list, count: int, extras: float = 0.5) -> list[Scene]:
+def scenes_of(rng: np.random.Generator, world: World, drawings: list, count: int, extras: float = 0.5) -> list[Scene]:
     """Scenes with factors beyond the background; some of those with two things are like the denoiser's."""
-    scenes = [draw_factors(rng, World(), drawings, extras=extras) for _ in range(count)]
+    scenes = [draw_factors(rng, world, drawings, extras=extras) for _ in range(count)]
     return [
         replace(scene, companion=drawings[rng.integers(len(drawings))], count=1, arrangement=str(rng.choice(ARRANGEMENTS)))
         if rng.random() < PAIRS / 2
@@ -110,13 +112,14 @@ class Pieces:
 
     def __init__(self):
         self.world = World()
-        self.drawings, self.text = self.world.drawings(held_out=None), Text("cpu")
+        self.drawings = self.world.drawings(held_out=None)
+        self.tokenizer = CLIPTokenizer.from_pretrained(part("tokenizer"))
 
     def __call__(self, rng: np.random.Generator, spread: float) -> Piece:
-        scenes = scenes_of(rng, self.drawings, PIECE)
+        scenes = scenes_of(rng, self.world, self.drawings, PIECE)
         captions = [draw_caption(rng, scene) for scene in scenes]
         pixels = whole_pixels([draw_scene(scene, self.world)[0] for scene in scenes])
-        return pixels, self.text.ids(captions).to(torch.int16), *targets(scenes, self.drawings).values()
+        return pixels, token_ids(self.tokenizer, captions).to(torch.int16), *targets(scenes, self.drawings).values()
 
 
 def render(scenes: list[Scene], world: World) -> Tensor:

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from autoencoder import patches
 from diffusers import AutoencoderKL
 from supply import Piece, Supply
 from torch import Tensor
@@ -19,13 +19,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from customize.stickers import Drawing, Scene, World, draw_scene
 from customize.stickers.scene import ARRANGEMENTS, draw_caption, draw_factors
 from recipe import autocast, part, scaled, to_pixels, worlds
-from text_tower import LENGTH
+from text_tower import token_ids
 
 PIECE, KEPT = 1024, 48  # scenes that are made at a time, and how many of these pieces are kept
 SHARES = (0.3, 0.2, 0.5)  # of the scenes: any drawing, the core vocabulary, the classes that the benchmark draws
 PAIRS, EXTRAS = 0.27, 0.4  # shares of scenes with two things, and of the others with a factor beyond the background
 SPREAD = 0.35  # of poses, until things are drawn as asked
-FACTOR, NOISE = 8, 0.02  # pixels of a block's side; spread of the noise on latents
+NOISE = 0.02  # spread of the noise on latents
 
 
 def benchmark_classes(world: World) -> list[Drawing]:
@@ -51,8 +51,8 @@ def pixels_of(scenes: Sequence[Scene], world: World) -> Tensor:
 
 
 def blocks(pixels: Tensor) -> Tensor:
-    """Blocks of FACTOR x FACTOR pixels and a constant, (n, height, width, 3 * FACTOR**2 + 1)."""
-    found = F.pixel_unshuffle(pixels, FACTOR).permute(0, 2, 3, 1)
+    """The autoencoder's patches and a constant, (n, height, width, 193)."""
+    found = patches(pixels)
     return torch.cat([found, torch.ones_like(found[..., :1])], -1)
 
 
@@ -82,9 +82,7 @@ class Text:
         return torch.cat([some.half() for some in states])
 
     def ids(self, captions: list[str]) -> Tensor:
-        """Token numbers, (n, LENGTH)."""
-        read = self.tokenizer(captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-        return read.input_ids
+        return token_ids(self.tokenizer, captions)
 
     def nothing(self) -> Tensor:
         """The states of no text, (LENGTH, dim)."""
@@ -98,7 +96,7 @@ class Encoder:
         vae = AutoencoderKL.from_pretrained(part("vae")).eval()
         self.world, self.scaling = worlds(), vae.config.scaling_factor
         self.matrix, self.error = fit_encoder(vae, self.world)
-        self.text = Text("cpu")
+        self.tokenizer = CLIPTokenizer.from_pretrained(part("tokenizer"))
         self.pools = self.world.drawings(), self.world.drawings(core=True), benchmark_classes(self.world)
 
     def latents(self, pixels: Tensor) -> Tensor:
@@ -111,7 +109,7 @@ class Encoder:
             pools = [self.pools[i] for i in rng.choice(len(self.pools), 64, p=SHARES)]
             scenes = [draw_training_scene(rng, self.world, pool, spread) for pool in pools]
             latents.append(self.latents(pixels_of(scenes, self.world)).half())
-            ids.append(self.text.ids([draw_caption(rng, scene) for scene in scenes]).to(torch.int16))
+            ids.append(token_ids(self.tokenizer, [draw_caption(rng, scene) for scene in scenes]).to(torch.int16))
         return torch.cat(latents), torch.cat(ids)
 
 

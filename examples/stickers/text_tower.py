@@ -95,6 +95,11 @@ def thumbnails(world, drawings) -> np.ndarray:
     return np.stack([np.concatenate([(s[..., :3] - 0.5) * s[..., 3:], s[..., 3:] - 0.5], -1) for s in small]) * 2
 
 
+def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token numbers as every stage reads captions, (n, LENGTH)."""
+    return tokenizer(captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
+
+
 class Looks:
     """The thumbnail of every drawing that pretraining may see, and a short code for it (its principal components)."""
 
@@ -183,7 +188,7 @@ def draw_batch(rng, world, pools, looks: Looks, tokenizer, count: int):
         said["background"] = said["background"] if setting else None
         for name, values in READ.items():
             factors[name].append(values.index(said[name]))
-    ids = tokenizer(captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
+    ids = token_ids(tokenizer, captions)
     nouns = [len(i) - 2 if text else 0 for i, text in zip(tokenizer(before).input_ids, before, strict=True)]
     numbers = torch.tensor(nouns).view(-1, 2), torch.tensor(drawings).view(-1, 2)
     return ids, *numbers, {k: torch.tensor(v) for k, v in factors.items()}
@@ -222,8 +227,6 @@ def main():
         run.update(losses, len(ids), (elapsed() - 0.4) / 0.6)
         run.report()
         run.save(500)
-        if elapsed() >= 1:
-            break
     supply.close()
     run.save()
     teacher.load_state_dict(run.average)

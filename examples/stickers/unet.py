@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from autoencoder import LATENTS
+from autoencoder import FACTOR, LATENTS
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from scenes import FACTOR, SPREAD, Text, supply
+from scenes import SPREAD, Text, supply
 from supply import Supply
 from torch import Tensor
 
