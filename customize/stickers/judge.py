@@ -37,8 +37,9 @@ class Residual(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pixels (batch, 3, 64, 64) in [-1, 1], half of the base model's side, to logits: `drawing` (batch, drawings of the world
-    that ships) and one head for each of `FACTORS`. In a picture of two drawings each gets half of the probability."""
+    """Pixels (batch, 3, 64, 64) in [-1, 1], half of the base model's side, to logits: `drawing` (batch, places, drawings of the
+    world that ships) and one head for each of `FACTORS`. An image's logit of a drawing is the logsumexp over its places; of
+    two drawings each gets half of the probability."""
 
     def __init__(self, drawings: int):
         super().__init__()
@@ -55,8 +56,8 @@ class Judge(nn.Module):
         features = self.trunk(pixels)
         mean = features.mean((2, 3))
         both = torch.cat([mean, features.amax((2, 3))], 1)
-        places = self.drawing(features.flatten(2).mT)  # (batch, places, drawings): two drawings are at two places
-        return {"drawing": places.logsumexp(1), **{name: head(both) for name, head in self.factors.items()}}
+        places = self.drawing(features.flatten(2).mT)
+        return {"drawing": places, **{name: head(both) for name, head in self.factors.items()}}
 
 
 def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
@@ -65,23 +66,37 @@ def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def second(weights: Tensor) -> Tensor:
+    """The second thing of each image, (n,), from what each place says for each thing, (n, places, things), not negative.
+
+    The best thing is explained away: a place counts the less, the more it says for that one. Otherwise what merely resembles
+    the best thing would often come before what stands beside it."""
+    best = weights.sum(1).argmax(1)
+    own = weights[torch.arange(len(weights)), :, best]
+    elsewhere = 1 - own / own.amax(1, keepdim=True)
+    rest = (weights * elsewhere.unsqueeze(2)).sum(1)
+    return rest.scatter(1, best.unsqueeze(1), -1).argmax(1)
+
+
 class Verdicts:
     """What the judge says of `n` pictures."""
 
     def __init__(self, world: World, logits: dict[str, Tensor]):
         self.drawings, self.logits = world.drawings(held_out=None), logits
-        self.probability = logits["drawing"].softmax(1)
-        words = list(world.classes)
-        index = torch.tensor([words.index(d.word) for d in self.drawings])
-        self.words = words
-        self.word_probability = torch.zeros(len(self.probability), len(words)).index_add(1, index, self.probability)
+        places = logits["drawing"].flatten(1).softmax(1).view_as(logits["drawing"])
+        self.words = list(world.classes)
+        index = torch.tensor([self.words.index(d.word) for d in self.drawings])
+        of_words = torch.zeros(*places.shape[:2], len(self.words)).index_add(2, index, places)
+        self.probability, self.word_probability = places.sum(1), of_words.sum(1)
+        self.second, self.second_word = second(places), second(of_words)
 
     def shows(self, i: int, drawing: Drawing, among: int = 1) -> bool:
-        """Whether the drawing is one of the `among` most probable ones of picture `i`."""
-        return self.drawings.index(drawing) in self.probability[i].topk(among).indices.tolist()
+        """Whether the drawing is the most probable one of picture `i`, or, with `among` 2, the second one."""
+        return self.drawings.index(drawing) in (int(self.probability[i].argmax()), int(self.second[i]))[:among]
 
     def shows_class(self, i: int, word: str, among: int = 1) -> bool:
-        return self.words.index(word) in self.word_probability[i].topk(among).indices.tolist()
+        """The same for the class."""
+        return self.words.index(word) in (int(self.word_probability[i].argmax()), int(self.second_word[i]))[:among]
 
     def belief(self, i: int, drawing: Drawing) -> float:
         """The probability, 0 to 1, that picture `i` shows the drawing."""

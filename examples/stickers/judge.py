@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from autoencoder import decoded
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
-from scenes import PAIRS, Text
+from scenes import Text
 from supply import Piece, Supply
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -27,7 +27,7 @@ from recipe import FURNACE, Run, autocast, begin, part, scaled, stage, until
 from recipe import to_pixels as whole_pixels
 from text_tower import token_ids
 
-PIECE = 512
+PIECE, PAIRS = 512, 0.35  # scenes made at a time; share of those that get a second thing as the denoiser sees it
 WEIGHTS_OF = {"drawing": 1.0}  # of the losses; of each factor 0.4
 
 
@@ -43,8 +43,8 @@ def targets(scenes: list[Scene], drawings: list) -> dict[str, torch.Tensor]:
 
 
 class Wear:
-    """What happens to images before the judge sees them, as it will judge what a network drew: a quarter goes through the
-    autoencoder with noise on the latents, a quarter is noised and denoised, and any of all may be blurred or noisy."""
+    """What happens to images before the judge sees them, as it will judge what a network drew: an eighth goes through the
+    autoencoder with noise on the latents, an eighth is noised and denoised, and any of all may be blurred or noisy."""
 
     def __init__(self, device: torch.device):
         self.vae = AutoencoderKL.from_pretrained(part("vae")).eval().requires_grad_(False).to(device)
@@ -54,9 +54,9 @@ class Wear:
     @torch.no_grad()
     def __call__(self, pixels: Tensor, ids: Tensor) -> Tensor:
         """(n, 3, SIDE, SIDE) in [-1, 1] to (n, 3, 64, 64)."""
-        quarter = len(pixels) // 4
-        coded, denoised, plain = pixels.split([quarter, quarter, len(pixels) - 2 * quarter])
-        text = self.text(ids[quarter : 2 * quarter]).float()
+        eighth = len(pixels) // 8
+        coded, denoised, plain = pixels.split([eighth, eighth, len(pixels) - 2 * eighth])
+        text = self.text(ids[eighth : 2 * eighth]).float()
         with autocast(pixels.device):
             coded, denoised = decoded(self.vae, coded, 0.3)[0], self.denoised(denoised, text)
         return worn(small(torch.cat([coded.float(), denoised.float(), plain]).clamp(-1, 1)))
@@ -101,7 +101,7 @@ def scenes_of(rng: np.random.Generator, world: World, drawings: list, count: int
     scenes = [draw_factors(rng, world, drawings, extras=extras) for _ in range(count)]
     return [
         replace(scene, companion=drawings[rng.integers(len(drawings))], count=1, arrangement=str(rng.choice(ARRANGEMENTS)))
-        if rng.random() < PAIRS / 2
+        if rng.random() < PAIRS
         else scene
         for scene in scenes
     ]
@@ -166,6 +166,7 @@ def main():
         seen = wear(scaled(pixels), ids)
         with autocast(options.device):
             logits = judge(seen)
+            logits["drawing"] = logits["drawing"].logsumexp(1)
             losses = {n: WEIGHTS_OF.get(n, 0.4) * F.cross_entropy(logits[n], w) for n, w in zip(names, wanted, strict=True)}
         run.update(losses, len(pixels), (elapsed() - 0.3) / 0.7)
         run.report(100)
