@@ -6,19 +6,19 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from customize.data import DataConfig
+from customize.backbones.load import load_base
+from customize.data.concepts import DataConfig
 from customize.errors import UserError
-from customize.loading import load_base
-from customize.output import is_own_image, make_folder, save_image
 from customize.pipelines import load_pipeline
-from customize.run_folder import check_free
+from customize.runs.folder import check_free
+from customize.runs.output import is_own_image, make_folder, save_image
 from customize.stickers import BACKGROUNDS, Drawing, World
 from customize.stickers.bench import reference_captions, write_references
 from customize.stickers.measure import masked_correlation
 from customize.stickers.scene import SIDE
-from customize.trainers.__main__ import ModelConfig, launch
-from customize.trainers.dreambooth import DreamBoothConfig
-from customize.trainers.settings import TrainConfig
+from customize.trainers.launch import launch
+from customize.trainers.methods.dreambooth import DreamBoothConfig
+from customize.trainers.settings import ModelConfig, TrainConfig
 
 SUBJECT = Drawing("fox", "flat")  # a drawing that the base model has never seen, of a class that it knows
 UNSEEN = ("beach", "night", "bricks", "wood", "pink", "sunset")
@@ -45,14 +45,23 @@ def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False
         lr_scheduler="cosine",
         checkpointing_steps=1000,
     )
-    data = DataConfig(instance_data_dir=str(folder / "pictures"), instance_prompt=f"a {WORD} {SUBJECT.word}", resolution=SIDE)
+    data = DataConfig(
+        instance_data_dir=str(folder / "pictures"),
+        instance_prompt=f"a {WORD} {SUBJECT.word}",
+        resolution=SIDE,
+    )
     launch("dreambooth", ModelConfig(), data, settings, DreamBoothConfig(rank=16, lora_layers="all"))
     after = draw(load_pipeline(folder), prompts)
     page = folder / PAGE
     save_image(compose(pictures, before, after, prompts), page)
     sprite = World().sprite(SUBJECT)
-    scores = [np.mean([masked_correlation(picture, sprite) for picture in drawn]) for drawn in (pictures, before, after)]
-    print(f"correlation with the subject: its own pictures {scores[0]:.2f}, before {scores[1]:.2f}, after {scores[2]:.2f}")
+    scores = [
+        np.mean([masked_correlation(picture, sprite) for picture in drawn])
+        for drawn in (pictures, before, after)
+    ]
+    print(
+        f"correlation with the subject: its own pictures {scores[0]:.2f}, before {scores[1]:.2f}, after {scores[2]:.2f}"
+    )
     print(f'look at {page}; draw more with: customize generate {folder} "{prompts[0]}"')
     return page
 
@@ -62,18 +71,31 @@ def check_output(folder: Path, overwrite: bool) -> None:
     check_free(folder, overwrite, resumed=False, flag="--output")
     own = [path for path in (folder / PAGE, *(folder / "pictures").glob("*")) if path.exists()]
     if own and not overwrite:
-        raise UserError(f"'{folder}' holds an earlier demo; choose another --output, or add --overwrite_output_dir.")
-    captions = {f"{i}.txt": text for i, text in enumerate(reference_captions(SUBJECT, f"{WORD} {SUBJECT.word}"))}
+        raise UserError(
+            f"'{folder}' holds an earlier demo; choose another --output, or add --overwrite_output_dir."
+        )
+    captions = {
+        f"{i}.txt": text for i, text in enumerate(reference_captions(SUBJECT, f"{WORD} {SUBJECT.word}"))
+    }
     for path in own:
-        if not (is_own_image(path) or (path.is_file() and path.read_bytes() == captions.get(path.name, "").encode())):
-            raise UserError(f"--output: '{path}' is not of an earlier demo; move it away, or choose another folder.")
+        if not (
+            is_own_image(path)
+            or (path.is_file() and path.read_bytes() == captions.get(path.name, "").encode())
+        ):
+            raise UserError(
+                f"--output: '{path}' is not of an earlier demo; move it away, or choose another folder."
+            )
 
 
-def draw(pipe, prompts: list[str], seed: int = 0, steps: int = 25, guidance_scale: float = 4.0) -> list[Image.Image]:
+def draw(
+    pipe, prompts: list[str], seed: int = 0, steps: int = 25, guidance_scale: float = 4.0
+) -> list[Image.Image]:
     """One picture for each prompt, from the same noises at every call."""
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    return pipe(prompts, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators).images
+    return pipe(
+        prompts, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators
+    ).images
 
 
 def compose(

@@ -10,7 +10,15 @@ from customize.errors import UserError
 
 ENCODERS = {"clip", "dino", "dinov2"}
 SAMPLING = {"num_images_per_prompt", "num_inference_steps", "guidance_scale", "resolution", "batch_size"}
-DATASET = {"methods", "data_dir", "pretrained_model_name_or_path", "revision", "variant", "train_file", "references"}
+DATASET = {
+    "methods",
+    "data_dir",
+    "pretrained_model_name_or_path",
+    "revision",
+    "variant",
+    "train_file",
+    "references",
+}
 USED = {  # the flags that count for each kind of evaluation
     "--bench stickers": {"methods", "quick", "max_train_steps", "group"},
     "--bench dreambench": ENCODERS | SAMPLING | DATASET | {"limit_subjects", "limit_prompts"},
@@ -26,22 +34,31 @@ class EvaluateConfig:
     bench: Literal["stickers", "dreambench"] = option("stickers", "which benchmark")
     methods: list[str] = field(
         default_factory=lambda: ["base", "real", "textual_inversion", "dreambooth"],
-        metadata={"help": "what is compared: methods, base (the untouched model), real (pictures), or folders of encoder runs"},
+        metadata={
+            "help": "what is compared: methods, base (the untouched model), real (pictures), or folders of encoder runs"
+        },
     )
     quick: bool = option(False, "stickers: 6 subjects, 8 prompts, 1 picture instead of 30, 25 and 4")
     max_train_steps: int = option(200, "stickers: training steps of every method", least=1)
     group: Literal["all", "known", "unknown"] = option(
-        "all", "stickers: subjects whose class the base model knows by other drawings, or does not know, or both"
+        "all",
+        "stickers: subjects whose class the base model knows by other drawings, or does not know, or both",
     )
     output: str = option("", "folder of pictures and report; empty: runs/BENCH, or RUN/evaluation")
-    overwrite_output_dir: bool = option(False, "replace an earlier evaluation in the output folder instead of going on with it")
+    overwrite_output_dir: bool = option(
+        False, "replace an earlier evaluation in the output folder instead of going on with it"
+    )
     seed: int = option(0, "seed of training and of the first picture", least=0, most=4_000_000_000)
     data_dir: str = option("", "dreambench: the dataset's folder, with prompts_and_classes.txt")
     pretrained_model_name_or_path: str = option("", "dreambench: base model, a diffusers folder or a hub id")
     revision: str = option("", "dreambench: revision of the model on the hub")
     variant: str = option("", "dreambench: variant of the weight files, such as fp16")
-    train_file: str = option("", "dreambench: YAML file of training settings, or a folder with one METHOD.yaml for each method")
-    clip: str = option("openai/clip-vit-base-patch32", "CLIP for CLIP-I and CLIP-T: hub id, folder, or stickers")
+    train_file: str = option(
+        "", "dreambench: YAML file of training settings, or a folder with one METHOD.yaml for each method"
+    )
+    clip: str = option(
+        "openai/clip-vit-base-patch32", "CLIP for CLIP-I and CLIP-T: hub id, folder, or stickers"
+    )
     dino: str = option("facebook/dino-vits16", "DINO: hub id, folder, or none")
     dinov2: str = option("facebook/dinov2-base", "DINOv2: hub id, folder, or none")
     references: Literal["all", "one"] = option(
@@ -50,11 +67,15 @@ class EvaluateConfig:
     num_images_per_prompt: int = option(4, "dreambench: pictures of each prompt", least=1)
     num_inference_steps: int = option(50, "dreambench: denoising steps", least=1)
     guidance_scale: float = option(7.5, "dreambench: how strongly prompts steer", least=0)
-    resolution: int | None = option(None, "dreambench: side of the pictures in pixels; none leaves it to the pipeline", least=8)
+    resolution: int | None = option(
+        None, "dreambench: side of the pictures in pixels; none leaves it to the pipeline", least=8
+    )
     batch_size: int = option(4, "dreambench: pictures drawn at once", least=1)
     limit_subjects: int | None = option(None, "dreambench: only the first subjects", least=1)
     limit_prompts: int | None = option(None, "dreambench: only the first prompts", least=1)
-    subject: str = option("", "a run on stickers: the drawing it learned, such as 'flat fox'; empty: what its pictures show")
+    subject: str = option(
+        "", "a run on stickers: the drawing it learned, such as 'flat fox'; empty: what its pictures show"
+    )
 
 
 def evaluate(run: str, config: EvaluateConfig) -> Path:
@@ -67,7 +88,7 @@ def evaluate(run: str, config: EvaluateConfig) -> Path:
         from customize.app.bench.summary import summary
     except ModuleNotFoundError as error:
         raise UserError(f"Evaluation needs {error.name}: pip install 'customize[evaluate]'.") from error
-    from customize.output import locked
+    from customize.runs.output import locked
 
     bench = make_run_bench(run, config) if run else make_bench(config)
     with locked(bench.folder, "--output"):
@@ -91,7 +112,7 @@ def check(config: EvaluateConfig, kind: str) -> None:
 
 
 def output(config: EvaluateConfig, otherwise: str) -> Path:
-    from customize.output import make_folder
+    from customize.runs.output import make_folder
 
     return make_folder(Path(config.output or otherwise), "--output")
 
@@ -105,13 +126,17 @@ def make_bench(config: EvaluateConfig) -> Any:
     common: dict[str, Any] = {"folder": folder, "methods": config.methods, "seed": config.seed}
     if config.bench == "stickers":
         repeats = 1 if config.quick else 4
-        return StickerBench(**common, repeats=repeats, quick=config.quick, steps=config.max_train_steps, group=config.group)
+        return StickerBench(
+            **common, repeats=repeats, quick=config.quick, steps=config.max_train_steps, group=config.group
+        )
     if not config.data_dir:
         raise UserError("--bench dreambench needs --data_dir, the folder of the DreamBooth dataset.")
     if not config.pretrained_model_name_or_path:
         raise UserError("--bench dreambench needs --pretrained_model_name_or_path, the base model.")
     if config.train_file and not Path(config.train_file).exists():
-        raise UserError(f"--train_file: there is no '{config.train_file}'; give a YAML file, or a folder of METHOD.yaml files.")
+        raise UserError(
+            f"--train_file: there is no '{config.train_file}'; give a YAML file, or a folder of METHOD.yaml files."
+        )
     return DreamBench(
         **common,
         data=Path(config.data_dir),
@@ -129,7 +154,7 @@ def make_bench(config: EvaluateConfig) -> Any:
 def make_run_bench(run: str, config: EvaluateConfig) -> Any:
     """The benchmark of one finished run: StickerBench's prompts and judge on the embedded model, DreamBench's on others."""
     from customize.app.bench.finished import PhotographRun, StickerRun
-    from customize.checkpoint import read_info
+    from customize.runs.folder import read_info
 
     info = read_info(Path(run))
     on_stickers = info["base_model"] == "stickers"
@@ -140,22 +165,45 @@ def make_run_bench(run: str, config: EvaluateConfig) -> Any:
     else:
         place /= "evaluation"
     folder = output(config, f"{place}{'-quick' if config.quick else ''}")
-    common: dict[str, Any] = {"folder": folder, "run_path": Path(run), "seed": config.seed, "base": info["base_model"]}
+    common: dict[str, Any] = {
+        "folder": folder,
+        "run_path": Path(run),
+        "seed": config.seed,
+        "base": info["base_model"],
+    }
     if on_stickers:
-        return StickerRun(**common, quick=config.quick, repeats=1 if config.quick else 4, drawing_name=config.subject)
-    common["base_options"] = {name: value for name in ("revision", "variant") if (value := info["config"].get(name))}
-    return PhotographRun(**common, encoders=encoders(config), sampling=sampling(config), repeats=config.num_images_per_prompt)
+        return StickerRun(
+            **common, quick=config.quick, repeats=1 if config.quick else 4, drawing_name=config.subject
+        )
+    common["base_options"] = {
+        name: value for name in ("revision", "variant") if (value := info["config"].get(name))
+    }
+    return PhotographRun(
+        **common, encoders=encoders(config), sampling=sampling(config), repeats=config.num_images_per_prompt
+    )
 
 
 def encoders(config: EvaluateConfig) -> dict:
     """Loaded before anything is trained or drawn, so that a wrong name is told at once."""
     from customize.metrics import load_clip, load_dino, load_sticker_clip
 
-    found: dict[str, Any] = {"clip": load_sticker_clip() if config.clip == "stickers" else load_clip(config.clip)}
-    return found | {flag: load_dino(name, flag) for flag in ("dino", "dinov2") if (name := getattr(config, flag)) != "none"}
+    found: dict[str, Any] = {
+        "clip": load_sticker_clip() if config.clip == "stickers" else load_clip(config.clip)
+    }
+    return found | {
+        flag: load_dino(name, flag)
+        for flag in ("dino", "dinov2")
+        if (name := getattr(config, flag)) != "none"
+    }
 
 
 def sampling(config: EvaluateConfig):
     from customize.app.bench.drawing import Sampling
 
-    return Sampling(config.num_inference_steps, config.guidance_scale, config.batch_size, config.resolution, config.resolution)
+    return Sampling(
+        config.num_inference_steps,
+        config.guidance_scale,
+        config.batch_size,
+        config.resolution,
+        config.resolution,
+    )

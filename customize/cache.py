@@ -25,7 +25,9 @@ class TensorCache:
             if self.folder:
                 self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"The cache folder {self.folder} cannot be made ({error}); choose another.") from error
+            raise UserError(
+                f"The cache folder {self.folder} cannot be made ({error}); choose another."
+            ) from error
 
     def get(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The CPU tensors of `key`, from `compute()` the first time; they are shared, so never change them in place."""
@@ -42,15 +44,21 @@ class TensorCache:
             try:
                 with safe_open(path, framework="pt") as file:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                    if file.metadata() != {"sha256": _digest(tensors)}:  # safetensors itself checks the layout only
+                    if file.metadata() != {
+                        "sha256": _digest(tensors)
+                    }:  # safetensors itself checks the layout only
                         raise ValueError("its values have changed")
                 return tensors
             except (SafetensorError, OSError, ValueError) as error:
-                warnings.warn(f"The cache file {path} is broken ({error}); it is computed again.", stacklevel=3)
+                warnings.warn(
+                    f"The cache file {path} is broken ({error}); it is computed again.", stacklevel=3
+                )
         return None
 
     def _write(self, key: str, computed: dict[str, Tensor]) -> dict[str, Tensor]:
-        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in computed.items()}
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in computed.items()
+        }
         if path := self._path(key):
             with atomic_file(path) as partial:
                 partial.write_bytes(save(tensors, metadata={"sha256": _digest(tensors)}))
@@ -70,9 +78,19 @@ def fingerprint(module: nn.Module) -> str:
     """sha256 hex over class, config and, per tensor, name, shape, type, the sum of its bits as integers and 8 values."""
     config = getattr(module, "config", None) or {}
     entries = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    settings = {name: value for name, value in entries.items() if not name.startswith("_")}  # _name_or_path is a place
-    digest = hashlib.sha256(json.dumps([type(module).__name__, settings], sort_keys=True, default=str).encode())
+    settings = {
+        name: value for name, value in entries.items() if not name.startswith("_")
+    }  # _name_or_path is a place
+    digest = hashlib.sha256(
+        json.dumps([type(module).__name__, settings], sort_keys=True, default=str).encode()
+    )
     for name, tensor in module.state_dict().items():
-        bits = tensor.detach().view(getattr(torch, f"int{8 * tensor.element_size()}"))  # adds up alike on any device
-        digest.update(key_of(name, tensor.shape, str(tensor.dtype), bits.sum().item(), bits.flatten()[:8].tolist()).encode())
+        bits = tensor.detach().view(
+            getattr(torch, f"int{8 * tensor.element_size()}")
+        )  # adds up alike on any device
+        digest.update(
+            key_of(
+                name, tensor.shape, str(tensor.dtype), bits.sum().item(), bits.flatten()[:8].tolist()
+            ).encode()
+        )
     return digest.hexdigest()

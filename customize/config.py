@@ -37,7 +37,9 @@ class Range(NamedTuple):
         if self.least is not None and self.most is not None:
             return f"between {self.least} and {self.most}"
         names = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
-        return " and ".join(f"{word} {end}" for k, word in names.items() if (end := getattr(self, k)) is not None)
+        return " and ".join(
+            f"{word} {end}" for k, word in names.items() if (end := getattr(self, k)) is not None
+        )
 
 
 def option(
@@ -84,7 +86,9 @@ class WordLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-WordLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+WordLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]
+)
 WordLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 
 
@@ -109,9 +113,18 @@ def check_ranges(config: Any) -> None:
 def unmet(limits: Range, number: float) -> str:
     """What a number must be and is not, in words; nothing if all is well."""
     if not limits.holds(number):
-        endless = not isinstance(number, int) and not math.isfinite(number) and limits.most is None and limits.below is None
+        endless = (
+            not isinstance(number, int)
+            and not math.isfinite(number)
+            and limits.most is None
+            and limits.below is None
+        )
         return " and ".join(filter(None, ("finite" * endless, str(limits))))
-    return f"a number of at most {DIGITS} digits" if isinstance(number, int) and abs(number) >= 10**DIGITS else ""
+    return (
+        f"a number of at most {DIGITS} digits"
+        if isinstance(number, int) and abs(number) >= 10**DIGITS
+        else ""
+    )
 
 
 def help_text(dataclasses: list[type]) -> str:
@@ -133,7 +146,14 @@ def flags_of(cls: type) -> list[Flag]:
 
 def flag_of(field: Field, wanted: Any) -> Flag:
     about = field.metadata
-    return Flag(field.name, wanted, default(field), about.get("help", ""), about.get("alias"), about.get("range", Range()))
+    return Flag(
+        field.name,
+        wanted,
+        default(field),
+        about.get("help", ""),
+        about.get("alias"),
+        about.get("range", Range()),
+    )
 
 
 def default(field: Field) -> Any:
@@ -153,7 +173,9 @@ def table(dataclasses: list[type]) -> dict[str, Flag]:
 def build(cls: type, values: dict[str, Any]) -> Any:
     for flag in flags_of(cls):
         if flag.default is MISSING and flag.name not in values:
-            raise UserError(f"--{flag.name} is missing: give it on the command line or as `{flag.name}:` in the YAML file.")
+            raise UserError(
+                f"--{flag.name} is missing: give it on the command line or as `{flag.name}:` in the YAML file."
+            )
     config = cls(**{flag.name: values[flag.name] for flag in flags_of(cls) if flag.name in values})
     check_ranges(config)
     return config
@@ -178,7 +200,9 @@ def load_yaml(path: str) -> dict[Any, Any]:
     try:
         content = yaml.load(text, WordLoader)
     except (yaml.YAMLError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        reason = (
+            "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        )
         raise UserError(f"{path} is not valid YAML, write one `name: value` a line: {reason}.") from error
     if not isinstance(content, dict | NoneType):
         raise UserError(f"{path} must hold a `name: value` on each line: it holds something else.")
@@ -202,7 +226,9 @@ def read_words(words: Sequence[str], known: dict[str, Flag]) -> dict[str, Any]:
 def find_flag(label: str, known: dict[str, Flag]) -> tuple[Flag, bool]:
     """The flag that a word such as --lr or --no_cache names, and whether the word negates it."""
     if not label.startswith("--"):
-        raise UserError(f"'{shortened(label)}' belongs to no flag: write it after the --flag that it is the value of.")
+        raise UserError(
+            f"'{shortened(label)}' belongs to no flag: write it after the --flag that it is the value of."
+        )
     name = label[2:].replace("-", "_")
     if name in known:
         return known[name], False
@@ -232,7 +258,9 @@ def convert(value: Any, wanted: Any, label: str) -> Any:
     for member in sorted(members(wanted), key=lambda member: member is not NoneType):
         with suppress(ValueError, KeyError):
             return cast(value, member)
-    raise UserError(f"{label} expects {expected(wanted)}, not {'nothing' if value is None else shortened(repr(value))}.")
+    raise UserError(
+        f"{label} expects {expected(wanted)}, not {'nothing' if value is None else shortened(repr(value))}."
+    )
 
 
 def cast(value: Any, wanted: Any) -> Any:

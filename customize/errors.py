@@ -1,6 +1,18 @@
-"""What goes wrong through the user's input, said in one sentence with its remedy."""
+"""What goes wrong through the user's input: one sentence with its remedy, and exit code 2."""
 
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+
+DISK_FULL = "The disk is full: free some space, or write elsewhere with --output (generate, demo) or --output_dir (train)."
+OUT_OF_MEMORY = (
+    "Out of memory: try --gradient_checkpointing, --train_batch_size 1 with a larger --gradient_accumulation_steps, "
+    "a smaller --resolution, or --mixed_precision bf16."
+)
 
 
 class UserError(Exception):
@@ -17,3 +29,53 @@ def shortened(text: str, most: int = 80) -> str:
     """A text as messages quote it: on one line, of about `most` characters."""
     line = " ".join(text[: 4 * most].split())
     return line if len(line) <= most and len(text) <= 4 * most else line[: most - 3] + "..."
+
+
+def run_safely(
+    command: Callable[[list[str]], object], words: Sequence[str], out_of_memory: str = OUT_OF_MEMORY
+) -> int:
+    """Runs `command(words)`; returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C.
+
+    Errors that the user cannot mend are raised. `out_of_memory` is the advice for the command's own flags.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # transformers speaks at import already
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        command(list(words))
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not (message := _remedy(error, out_of_memory)):
+            raise
+        with suppress(OSError):  # nobody may listen any more
+            _end_bars()
+            print(f"error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that the disk is full: safetensors says it in words only."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+def _remedy(error: Exception, out_of_memory: str) -> str:
+    """One sentence for an error that the user can mend, or nothing."""
+    if isinstance(error, UserError):
+        return str(error)
+    # by name, because importing torch for its OutOfMemoryError would cost seconds
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
+        return out_of_memory
+    return DISK_FULL if is_disk_full(error) else ""
+
+
+def _end_bars() -> None:
+    """Ends the lines of progress bars that an error left open."""
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from customize.errors import UserError
+from customize.errors import UserError, is_disk_full
 
 HIDDEN = ".customize-"  # what begins so was begun by this toolkit and not finished
 NEW, OLD, PART = HIDDEN + "new-", HIDDEN + "old-", HIDDEN + "part-"
@@ -91,7 +91,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     Raises UserError when the disk is full; what stood there before is then untouched. After a kill, `recover` puts it right.
     """
-    partial, old = folder.with_name(NEW + folder.name), folder.with_name(f"{OLD}{uuid.uuid4().hex[:12]}-{folder.name}")
+    partial, old = (
+        folder.with_name(NEW + folder.name),
+        folder.with_name(f"{OLD}{uuid.uuid4().hex[:12]}-{folder.name}"),
+    )
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -101,7 +104,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 _settle(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if is_full(error):
+        if is_disk_full(error):
             raise UserError(f"the disk is full: '{folder}' was not written; free some space.") from error
         raise
     except BaseException:
@@ -150,11 +153,6 @@ def _discard(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether an error says that the disk is full: safetensors tells it in words."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def _settle(path: Path) -> None:

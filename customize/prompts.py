@@ -1,8 +1,9 @@
-"""What prompts call the subject."""
+"""What prompts call the subject, and the words of subjects that an encoder sees."""
 
 import re
+from collections.abc import Collection
 
-from customize.errors import UserError
+from customize.errors import UserError, nearest, shortened
 
 
 def subject_words(prompt: str) -> str:
@@ -18,5 +19,44 @@ def class_word(instance_prompt: str, class_prompt: str = "", initializer_token: 
     """
     given, words = subject_words(class_prompt or initializer_token), subject_words(instance_prompt).split()
     if not given and len(words) < 2:
-        raise UserError("the subject's class is not known: train with --class_prompt, such as 'a photo of a dog'.")
+        raise UserError(
+            "the subject's class is not known: train with --class_prompt, such as 'a photo of a dog'."
+        )
     return given or words[-1]
+
+
+WORDS = ("<s>", "<s2>", "<s3>", "<s4>")  # of the subjects of one prompt, in their order
+
+
+MAX_REFERENCES = 4  # pictures of one subject
+
+
+def without_words(prompt: str) -> str:
+    """The prompt for an adapter that gives no words."""
+    for word in WORDS:
+        prompt = prompt.replace(f"{word} ", "").replace(word, "")
+    return prompt
+
+
+def check_words(prompt: str, subjects: Collection[str], has_words: bool) -> None:
+    """UserError unless the prompt says the word of every subject, and has a subject for every word."""
+    for word in subjects:
+        if word not in WORDS:
+            raise UserError(
+                f"subject_images: '{word}' is no subject's word; those are {', '.join(WORDS)}.{nearest(word, WORDS)}"
+            )
+        if has_words and word not in prompt:
+            raise UserError(
+                f"the prompt '{shortened(prompt)}' does not say {word}: write it before the noun, as in 'a {word} dog'."
+            )
+    if has_words:
+        check_shown(prompt, subjects)
+
+
+def check_shown(
+    prompt: str, subjects: Collection[str] = (), why: str = "there are no subject_images of it"
+) -> None:
+    """UserError if the prompt says the word of a subject that is not among `subjects`."""
+    for word in WORDS:
+        if word in prompt and word not in subjects:
+            raise UserError(f"the prompt '{shortened(prompt)}' says {word}, but {why}.")

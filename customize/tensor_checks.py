@@ -19,7 +19,9 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() and high.isfinite())
 
 
-def check_finite(tensors: Mapping[str, Tensor], where: str | Path, remedy: str = "use an earlier checkpoint") -> None:
+def check_finite(
+    tensors: Mapping[str, Tensor], where: str | Path, remedy: str = "use an earlier checkpoint"
+) -> None:
     """UserError if a tensor of the file `where` holds NaN or infinity."""
     for name, value in tensors.items():
         if not is_finite(value):

@@ -13,20 +13,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from torch import Tensor
 
-from customize import stickers
-from customize.attention import Injected, is_installed, text_layers, use_xformers
-from customize.checkpoint import load_pipeline, open_run
-from customize.encoders import ImagePrompt, ImageTower, load_tower
-from customize.encoders.encoded import Encoded
-from customize.encoders.tower import tower_of
+from customize import embedded
+from customize.adapters.attention import is_installed, text_layers, use_xformers
+from customize.adapters.embedding_hooks import replaced_words
+from customize.adapters.encoders.image_encoder import ImageEncoder, image_encoder_of, load_image_encoder
+from customize.adapters.subject_files import adapter_file, load_adapter
+from customize.backbones.text import text_parts
 from customize.errors import UserError
-from customize.pipelines.call import (
-    Call,
+from customize.pipelines.conditioning import SubjectCall, stack_references, with_words
+from customize.pipelines.inputs import (
     Reference,
     Subjects,
     by_name,
@@ -34,20 +34,26 @@ from customize.pipelines.call import (
     each_prompt,
     layer_scales,
     opened,
-    packed,
     side_by_side,
     texts_of,
-    with_words,
     without_subjects,
 )
-from customize.run_folder import INFO, read_info
-from customize.subject import ADAPTER_FILES, MAX_REFERENCES, WORDS, adapter_file, check_shown, check_words, load_adapter
-from customize.tokens import replaced_words, text_parts
+from customize.prompts import MAX_REFERENCES, WORDS, check_shown, check_words
+from customize.runs.checkpoint import open_run
+from customize.runs.folder import INFO, read_info
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
 NEGATIVES = ("negative_prompt", "negative_prompt_2")
+
+
 TEXTS = ("prompt", "prompt_2", *NEGATIVES)
+
+
 SIDE_BY_SIDE = "side by side"
+
+
 Stock: Any = object  # a stock pipeline: the mixin is only ever used beside one
 
 
@@ -55,35 +61,42 @@ class SubjectMixin(Stock):
     """Adds subjects to a text-to-image pipeline; without an adapter, or without `subject_images`, it is the stock one."""
 
     adapter: Any = None  # a SubjectAdapter, once one is loaded
-    _subjects: Call | None = None
+    _subjects: SubjectCall | None = None
 
-    def load_subject_adapter(self, name: str | Path, image_encoder: str | ImageTower = "") -> None:
+    def load_subject_adapter(self, name: str | Path, image_encoder: str | ImageEncoder = "") -> None:
         """Loads a subject encoder: a run folder, a file of ours or of a released IP-Adapter, or `stickers`.
 
-        `image_encoder` (folder, hub id, OWNER/NAME/FOLDER or a tower) is read from the run, or else must be given. Raises
+        `image_encoder` (folder, hub id, OWNER/NAME/FOLDER or a image_encoder) is read from the run, or else must be given. Raises
         UserError if there is no encoder, it was made for another base model, or the pipeline is offloaded already.
         """
         if any(hasattr(part, "_hf_hook") for part in self.components.values()):
-            raise UserError("load the subject encoder before offloading: its image tower must be offloaded with the others.")
-        file = stickers.ENCODER if str(name) == "stickers" else adapter_file(str(name))
+            raise UserError(
+                "load the subject encoder before offloading: its image encoder must be offloaded with the others."
+            )
+        file = embedded.SUBJECT_ENCODER if embedded.is_embedded(name) else adapter_file(str(name))
         if (file.parent / INFO).exists():
             open_run(file.parent)  # says so if its files are not as they were written
-        tower = image_encoder if isinstance(image_encoder, ImageTower) else self._find_tower(file, image_encoder)
-        self.adapter = load_adapter(file, self, tower).to(self.unet.dtype)
-        tower.vision.to(self.unet.device, self.unet.dtype)
-        self.register_modules(image_encoder=tower.vision, feature_extractor=tower.processor)
+        image_encoder = (
+            image_encoder
+            if isinstance(image_encoder, ImageEncoder)
+            else self._find_image_encoder(file, image_encoder)
+        )
+        self.adapter = load_adapter(file, self, image_encoder).to(self.unet.dtype)
+        image_encoder.vision.to(self.unet.device, self.unet.dtype)
+        self.register_modules(image_encoder=image_encoder.vision, feature_extractor=image_encoder.processor)
 
-    def _find_tower(self, file: Path, name: str) -> ImageTower:
+    def _find_image_encoder(self, file: Path, name: str) -> ImageEncoder:
         if not name and (file.parent / INFO).exists():
             info = read_info(file.parent)
-            name = info["config"].get("image_encoder") or ("stickers" if info["base_model"] == "stickers" else "")
-        if not name and file == stickers.ENCODER:
-            name = "stickers"
+            own = info["base_model"] if embedded.is_embedded(info["base_model"]) else ""
+            name = info["config"].get("image_encoder") or own
+        if not name and file == embedded.SUBJECT_ENCODER:
+            name = embedded.NAME
         if name:
-            return load_tower(name, self.unet.dtype)
-        if (tower := tower_of(self)) is None:
+            return load_image_encoder(name, self.unet.dtype)
+        if (image_encoder := image_encoder_of(self)) is None:
             raise UserError(f"image_encoder: name the CLIP vision model that '{file}' was trained with.")
-        return tower
+        return image_encoder
 
     def unload_subject_adapter(self) -> None:
         """Back to the stock pipeline."""
@@ -95,15 +108,17 @@ class SubjectMixin(Stock):
 
         UserError for none, more than four, or something that is not a picture."""
         if self.adapter is None:
-            raise UserError("references need a subject encoder to read them: call load_subject_adapter first.")
+            raise UserError(
+                "references need a subject encoder to read them: call load_subject_adapter first."
+            )
         listed: Any = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
         pictures = [opened(image) for image in listed]
         if not 1 <= len(pictures) <= MAX_REFERENCES:
             raise UserError(f"a subject takes 1 to {MAX_REFERENCES} reference pictures, not {len(pictures)}.")
-        tower: Any = tower_of(self)
+        image_encoder: Any = image_encoder_of(self)
         self._place_adapter()
-        pixels = tower.pixels(pictures).to(self._execution_device, self.unet.dtype)
-        return self.adapter.encoder.read(tower(pixels))
+        pixels = image_encoder.pixels(pictures).to(self._execution_device, self.unet.dtype)
+        return self.adapter.encoder.read(image_encoder(pixels))
 
     def _place_adapter(self) -> None:
         """Where and in the precision in which the denoiser runs, unless it is being trained."""
@@ -149,11 +164,19 @@ class SubjectMixin(Stock):
                 check_shown(text, [word for found in subjects for word in found])
         else:
             kwargs |= {name: without_subjects(kwargs[name]) for name in TEXTS if kwargs.get(name)}
-        if not is_installed(self.unet, self.adapter.branches):  # but those of another pipeline with the same denoiser
+        if not is_installed(
+            self.unet, self.adapter.branches
+        ):  # but those of another pipeline with the same denoiser
             self.adapter.install(self.unet)
         scales = layer_scales(subject_scale, list(text_layers(self.unet).values()))
-        call = Call(*packed(subjects), scales, subject_cache, kwargs.get("num_images_per_prompt") or 1)
-        call.regions = self._regions(subject_masks, call.there, kwargs)
+        call = SubjectCall(
+            self.adapter,
+            *stack_references(subjects),
+            scales,
+            subject_cache,
+            kwargs.get("num_images_per_prompt") or 1,
+        )
+        call.regions = self._regions(subject_masks, call.present, kwargs)
         with self._drawing(call):
             return super().__call__(**kwargs)
 
@@ -161,7 +184,10 @@ class SubjectMixin(Stock):
         entry = entry if isinstance(entry, Mapping) else {WORDS[0]: entry}
         if not entry:
             raise UserError("subject_images is empty: give 1 to 4 pictures of the subject.")
-        found = {word: own if isinstance(own, Tensor) else self.encode_references(own) for word, own in entry.items()}
+        found = {
+            word: own if isinstance(own, Tensor) else self.encode_references(own)
+            for word, own in entry.items()
+        }
         width = self.adapter.encoder.feature_dim
         for own in found.values():
             if own.ndim != 3 or own.shape[-1] != width or not 1 <= len(own) <= MAX_REFERENCES:
@@ -179,7 +205,11 @@ class SubjectMixin(Stock):
         """UserError if one of these texts of the call says a subject's word, where there is no subject to be meant."""
         if self.adapter is not None and self.adapter.has_words:
             for name in names:
-                why = "what to avoid has no subject" if name in NEGATIVES else "there are no subject_images of it"
+                why = (
+                    "what to avoid has no subject"
+                    if name in NEGATIVES
+                    else "there are no subject_images of it"
+                )
                 for text in texts_of(kwargs.get(name)) or ():
                     check_shown(text, why=why)
 
@@ -189,29 +219,36 @@ class SubjectMixin(Stock):
         if masks is None:
             return None
         sides = [
-            (kwargs.get(side) or self.unet.config.sample_size * self.vae_scale_factor) // self.vae_scale_factor
+            (kwargs.get(side) or self.unet.config.sample_size * self.vae_scale_factor)
+            // self.vae_scale_factor
             for side in ("width", "height")
         ]
         if isinstance(masks, str) and masks == SIDE_BY_SIDE:
             return side_by_side(there, sides[1], sides[0]).to(self.unet.dtype)
         masks = masks if isinstance(masks, Mapping) else {WORDS[0]: masks}
-        regions = torch.ones(len(WORDS), sides[1], sides[0], device=self._execution_device, dtype=self.unet.dtype)
+        regions = torch.ones(
+            len(WORDS), sides[1], sides[0], device=self._execution_device, dtype=self.unet.dtype
+        )
         for word, mask in masks.items():
             if word not in WORDS:
-                raise UserError(f"subject_masks: '{word}' is no subject's word; those are {', '.join(WORDS)}.")
+                raise UserError(
+                    f"subject_masks: '{word}' is no subject's word; those are {', '.join(WORDS)}."
+                )
             small = opened(mask, "mask").convert("L").resize(tuple(sides), Image.Resampling.BOX)
             regions[WORDS.index(word)] = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)
         return regions[: there.shape[1]].expand(len(there), -1, -1, -1)
 
     @contextmanager
-    def _drawing(self, call: Call):
-        stock = {name: tokenizer for name in TOKENIZERS if (tokenizer := getattr(self, name, None)) is not None}
+    def _drawing(self, call: SubjectCall):
+        stock = {
+            name: tokenizer for name in TOKENIZERS if (tokenizer := getattr(self, name, None)) is not None
+        }
         stock = stock if self.adapter.has_words else {}
-        if isinstance(self.adapter.encoder, ImagePrompt):
+        if self.adapter.encoder.has_blank:
             side = self.image_encoder.config.image_size
-            tower: Any = tower_of(self)
+            image_encoder: Any = image_encoder_of(self)
             nothing = torch.zeros(1, 3, side, side, device=self._execution_device, dtype=self.unet.dtype)
-            call.blank = self._as_adapter(self.adapter.encoder.blank(tower, nothing).unsqueeze(0))
+            call.blank = self._as_adapter(self.adapter.encoder.blank(image_encoder, nothing).unsqueeze(0))
         handle = self.unet.register_forward_pre_hook(self._inject, with_kwargs=True)
         try:
             self._subjects = call
@@ -227,60 +264,25 @@ class SubjectMixin(Stock):
     def _inject(self, unet, inputs, named):
         """Before every step: what the processors are given at its time."""
         call, encoder = self._subjects, self.adapter.encoder
-        sample, t = (inputs[i] if len(inputs) > i else named[name] for i, name in enumerate(("sample", "timestep")))
-        bins = 0
-        if not isinstance(encoder, ImagePrompt):
-            t = torch.as_tensor(t).flatten()[:1].float() / self.scheduler.config.num_train_timesteps
-            bins = int(encoder.bin_of(t))
+        sample, t = (
+            inputs[i] if len(inputs) > i else named[name] for i, name in enumerate(("sample", "timestep"))
+        )
+        bins = int(
+            encoder.bin_of(
+                torch.as_tensor(t).flatten()[:1].float() / self.scheduler.config.num_train_timesteps
+            )
+        )
         guided = len(sample) > len(call.features) * call.images
-        if (bins, guided) not in call.injected:
-            call.injected[bins, guided] = self._injected(call, bins, guided)
         named = dict(named)
         given = named.get("cross_attention_kwargs") or {}
-        named["cross_attention_kwargs"] = {**given, "ip_hidden_states": call.injected[bins, guided]}
-        if bins in call.pooled:
-            added, own = named["added_cond_kwargs"], call.pooled[bins].repeat_interleave(call.images, 0)
-            before = added["text_embeds"][: len(sample) - len(own)]
-            named["added_cond_kwargs"] = {**added, "text_embeds": torch.cat([before, own])}
+        named["cross_attention_kwargs"] = {**given, "ip_hidden_states": call.injected(bins, guided)}
+        added = named.get("added_cond_kwargs") or {}
+        if (
+            "text_embeds" in added
+            and (own := call.pooled_text(bins, added["text_embeds"], len(sample))) is not None
+        ):
+            named["added_cond_kwargs"] = {**added, "text_embeds": own}
         return inputs, named
-
-    def _injected(self, call: Call, bins: int, guided: bool) -> Injected:
-        encoded, contexts = self._encode(call, bins), call.contexts.get(bins)
-        injected = self.adapter.injected(encoded, call.weight, contexts, regions=call.regions, scales=call.scales)
-        for name in ("visual", "weight", "mask", "place", "regions"):
-            if (value := getattr(injected, name)) is not None:
-                setattr(injected, name, value.repeat_interleave(call.images, 0))
-        if contexts is not None:
-            injected.contexts = contexts.repeat_interleave(call.images, 1)
-        if guided and call.blank is not None:
-            self._add_blank(call, injected)
-        injected.cache = {} if call.cached else None
-        return injected
-
-    def _add_blank(self, call: Call, injected: Injected) -> None:
-        """IP-Adapters were trained with a blank picture as the unconditional half's."""
-        rows, subjects, tokens, _ = injected.visual.shape
-        time = torch.zeros(1, device=injected.visual.device)
-        own = self.adapter.encoder(call.blank, torch.ones(1, 1, dtype=torch.bool, device=time.device), time).visual
-        blank = own.repeat(1, -(-tokens // own.shape[1]), 1)[:, :tokens].expand(rows, subjects, -1, -1)
-        injected.visual = torch.cat([blank, injected.visual])
-        if injected.mask is not None or own.shape[1] < tokens:
-            mask = (torch.arange(tokens, device=time.device) < own.shape[1]).expand(rows, subjects, -1)
-            there = injected.mask if injected.mask is not None else torch.ones_like(mask)
-            injected.mask = torch.cat([mask, there])
-        injected.weight = injected.weight.repeat(2, 1)
-        injected.regions = None if injected.regions is None else injected.regions.repeat(2, 1, 1, 1)
-
-    def _encode(self, call: Call, bins: int) -> Encoded:
-        """All subjects of the call at one time, (rows * subjects, ...)."""
-        if bins not in call.encoded:
-            encoder = self.adapter.encoder
-            features = call.features[call.there]
-            t = torch.zeros(len(features), device=features.device)
-            if not isinstance(encoder, ImagePrompt):
-                t = encoder.middle_of(t + bins)
-            call.encoded[bins] = encoder(features, call.present[call.there], t).spread(call.there)
-        return call.encoded[bins]
 
     def encode_prompt(self, *args, **kwargs):
         """The stock method's results; with subjects, S+ is in the prompts, and the text of every time and slot is kept."""
@@ -290,13 +292,17 @@ class SubjectMixin(Stock):
         bound = inspect.signature(super().encode_prompt).bind(*args, **kwargs).arguments
         prompts = [bound["prompt"]] if isinstance(bound["prompt"], str) else list(bound["prompt"])
         tokenizers, encoders = text_parts(self)
-        words = list(WORDS[: call.there.shape[1]])
+        words = list(WORDS[: call.present.shape[1]])
         for bins in range(self.adapter.encoder.config.time_bins):
-            vectors = self.adapter.word_vectors(self._encode(call, bins), call.weight)
-            texts = self.adapter.texts(lambda some: self._encode_text(some, bound), tokenizers, encoders, prompts, vectors)
-            call.contexts[bins] = texts["encoder_hidden_states"]
-            middle = [own[self.adapter.slots // 2] for own in vectors]
-            if "text_embeds" in texts:  # encoded anew: among other slots its last bits would not be those of the stock call
+            vectors = self.adapter.word_vectors(call.encoded(bins), call.weight)
+            texts = self.adapter.texts(
+                lambda some: self._encode_text(some, bound), tokenizers, encoders, prompts, vectors
+            )
+            call.block_texts[bins] = texts["encoder_hidden_states"]
+            middle = [own[self.adapter.text_blocks // 2] for own in vectors]
+            if (
+                "text_embeds" in texts
+            ):  # encoded anew: among other slots its last bits would not be those of the stock call
                 with replaced_words(tokenizers, encoders, words, middle):
                     call.pooled[bins] = self._encode_text(prompts, bound)["text_embeds"]
         # of what follows only the unconditional half counts: steps are given the texts of their time
@@ -310,7 +316,11 @@ class SubjectMixin(Stock):
             second = [bound["prompt_2"]] if isinstance(bound["prompt_2"], str) else bound["prompt_2"]
             options["prompt_2"] = second * (len(prompts) // len(second))
         states, _, *pooled = super().encode_prompt(
-            prompts, device=bound.get("device"), num_images_per_prompt=1, do_classifier_free_guidance=False, **options
+            prompts,
+            device=bound.get("device"),
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            **options,
         )
         return {"encoder_hidden_states": states} | ({"text_embeds": pooled[0]} if pooled else {})
 
@@ -320,7 +330,8 @@ class SubjectMixin(Stock):
             super().enable_attention_slicing(slice_size)
         else:
             warnings.warn(
-                "attention slicing is left off: it would remove the subject encoder, and SDPA needs none.", stacklevel=2
+                "attention slicing is left off: it would remove the subject encoder, and SDPA needs none.",
+                stacklevel=2,
             )
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
@@ -336,41 +347,3 @@ class SubjectSDPipeline(SubjectMixin, StableDiffusionPipeline):
 
 class SubjectSDXLPipeline(SubjectMixin, StableDiffusionXLPipeline):
     """Stable Diffusion XL with subjects."""
-
-
-KINDS = {StableDiffusionPipeline: SubjectSDPipeline, StableDiffusionXLPipeline: SubjectSDXLPipeline}
-
-
-def with_subjects(pipe: DiffusionPipeline) -> Any:
-    """A pipeline that also takes subjects, of the same components; UserError for kinds without cross-attention of a UNet."""
-    if isinstance(pipe, SubjectMixin):
-        return pipe
-    if type(pipe) not in KINDS:
-        raise UserError(f"subjects need a Stable Diffusion 1.x, 2.x or XL base model, not a {type(pipe).__name__}.")
-    options = {"requires_safety_checker": False} if type(pipe) is StableDiffusionPipeline else {}
-    if type(pipe) is StableDiffusionXLPipeline:
-        options = {"force_zeros_for_empty_prompt": pipe.config.force_zeros_for_empty_prompt, "add_watermarker": False}
-    made = KINDS[type(pipe)](**pipe.components, **options)
-    made._progress_bar_config = getattr(pipe, "_progress_bar_config", {})
-    return made
-
-
-def load_subject_pipeline(
-    run: str | Path, adapter: str | Path = "", image_encoder: str = "", dtype: torch.dtype = torch.float32, **options: Any
-) -> Any:
-    """A pipeline that draws subjects from pictures, without tuning.
-
-    `run` is a run of custom_contrast or ip_adapter, or a base model (folder, hub id, `stickers`); with a base model, or a run
-    of a method that trains no encoder (LoRA, words), `adapter` names the encoder (run, file, released IP-Adapter), by default
-    that of the embedded stickers.
-    """
-    pipe = with_subjects(load_pipeline(run, dtype, **options))
-    folder = Path(run)
-    own = (folder / "run.json").exists()
-    on_stickers = str(run) == "stickers" or (own and read_info(folder)["base_model"] == "stickers")
-    if not adapter:
-        adapter = run if own and any((folder / name).is_file() for name in ADAPTER_FILES) else "stickers" if on_stickers else ""
-    if not adapter:
-        raise UserError(f"'{run}' has no subject encoder: name one, a run of custom_contrast or ip_adapter, or a file.")
-    pipe.load_subject_adapter(adapter, image_encoder)
-    return pipe

@@ -1,7 +1,9 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of programs that tests start: several files are tested at a time
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # also of programs that tests start: several files are tested at a time
 
 import numpy as np
 import pytest

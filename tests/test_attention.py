@@ -14,11 +14,12 @@ from diffusers.utils import is_xformers_available
 from peft import LoraConfig
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from customize import attention
-from customize.attention import (
+from customize.adapters import attention
+from customize.adapters.attention import (
     CrossAttention,
     Injected,
     Location,
+    SubjectTokens,
     at_size,
     gate,
     install,
@@ -27,22 +28,32 @@ from customize.attention import (
     text_layers,
     use_xformers,
 )
-from customize.encoders import ImageTower
-from customize.subject import image_prompt, multimodal
+from customize.adapters.encoders.image_encoder import ImageEncoder
+from customize.adapters.subject import image_prompt, multimodal
 from tiny import random, tiny, unet, woken
 
 UNETS = ["sd15", "sdxl"]
-SIZES = {"dim": 16, "depth": 1, "heads": 2, "visual_queries": 3, "feature_layers": 2, "time_bins": 4, "projection": 8}
+SIZES = {
+    "dim": 16,
+    "depth": 1,
+    "heads": 2,
+    "visual_queries": 3,
+    "feature_layers": 2,
+    "time_bins": 4,
+    "projection": 8,
+}
 MID = "7"  # the middle layer's number in the tiny UNets
-WEIGHT = torch.tensor([[1.0, 0.7], [0.5, 0.0]])  # of two subjects in two rows: the last row has no second subject
+WEIGHT = torch.tensor(
+    [[1.0, 0.7], [0.5, 0.0]]
+)  # of two subjects in two rows: the last row has no second subject
 PADDED = torch.tensor([[[1, 1, 1], [1, 1, 0]], [[1, 0, 1], [1, 1, 1]]]).bool()
 
 
-def tower() -> ImageTower:
+def tower() -> ImageEncoder:
     torch.manual_seed(5)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=16, **sizes)
-    return ImageTower(CLIPVisionModelWithProjection(config), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return ImageEncoder(CLIPVisionModelWithProjection(config), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def text_of(unet, batch: int = 4) -> torch.Tensor:
@@ -52,23 +63,27 @@ def text_of(unet, batch: int = 4) -> torch.Tensor:
 def step(unet, injected: Injected | None = None, batch: int = 4, **more) -> torch.Tensor:
     """The UNet's output for a batch with a text of its own in every row."""
     if unet.config.addition_embed_type:
-        more["added_cond_kwargs"] = {"text_embeds": random(batch, 16, seed=3), "time_ids": torch.full((batch, 6), 32.0)}
+        more["added_cond_kwargs"] = {
+            "text_embeds": random(batch, 16, seed=3),
+            "time_ids": torch.full((batch, 6), 32.0),
+        }
     if injected is not None:
         more["cross_attention_kwargs"] = {"ip_hidden_states": injected}
     return unet(random(batch, 4, 16, 16), 500, text_of(unet, batch), **more).sample
 
 
-def with_branches(unet, place_dim: int = 0, text_gate: str = "none"):
+def with_branches(unet, location_dim: int = 0, text_gate: str = "none"):
     """The UNet with random branches installed, and these."""
-    branches = woken(make_branches(unet, 12, place_dim))
+    branches = woken(make_branches(unet, 12, location_dim))
     install(unet, branches, text_gate)
     return unet, branches
 
 
-def two_subjects(place_dim: int = 0, **more) -> Injected:
+def two_subjects(location_dim: int = 0, **more) -> Injected:
     """Two subjects of three tokens in two rows."""
-    place = random(2, 2, place_dim, seed=6) if place_dim else None
-    return Injected(random(2, 2, 3, 12, seed=4), WEIGHT, PADDED, place=place, **more)
+    place = random(2, 2, location_dim, seed=6) if location_dim else None
+    regions, mask = more.pop("regions", None), more.pop("mask", PADDED)
+    return Injected(SubjectTokens(random(2, 2, 3, 12, seed=4), WEIGHT, mask, place, regions), **more)
 
 
 def calls_of(branches) -> Counter:
@@ -160,31 +175,41 @@ def opening(logit: torch.Tensor) -> torch.Tensor:
     return (1 + torch.exp(torch.tensor(-2.0))) / (1 + torch.exp(-2 - logit))
 
 
-def layer_by_hand(attn, branch, hidden, text, injected: Injected, scale: float, text_gate: str) -> torch.Tensor:
+def layer_by_hand(
+    attn, branch, hidden, text, injected: Injected, scale: float, text_gate: str
+) -> torch.Tensor:
     query, key, value = attn.to_q(hidden), attn.to_k(text), attn.to_v(text)
     rows = []
     for row in range(len(hidden)):
         out = attention_by_hand(query[row], key[row], value[row], attn.heads, [True] * text.shape[1])
-        own = row - (len(hidden) - len(injected.visual))
+        own = row - (len(hidden) - len(injected.tokens.visual))
         openings, added = [], torch.zeros_like(out)
-        for subject in range(injected.visual.shape[1]) if own >= 0 else ():
-            weight = injected.weight[own, subject]
-            tokens = injected.visual[own, subject]
+        for subject in range(injected.tokens.visual.shape[1]) if own >= 0 else ():
+            weight = injected.tokens.weight[own, subject]
+            tokens = injected.tokens.visual[own, subject]
             ip_key, ip_value = tokens @ branch.to_k_ip.weight.T, tokens @ branch.to_v_ip.weight.T
-            seen = attention_by_hand(query[row], ip_key, ip_value, attn.heads, injected.mask[own, subject].tolist())
+            seen = attention_by_hand(
+                query[row], ip_key, ip_value, attn.heads, injected.tokens.mask[own, subject].tolist()
+            )
             spread = torch.ones(len(out), 1)
             if branch.location is not None:
-                logit = branch.location(hidden[row : row + 1], injected.place[own, subject][None])[0]
+                logit = branch.location(
+                    hidden[row : row + 1], injected.tokens.location_embedding[own, subject][None]
+                )[0]
                 spread = opening(logit)
                 if weight and text_gate != "none":
                     openings.append(opening(logit if text_gate == "same" else -logit))
-            if injected.regions is not None:
-                region = injected.regions[own, subject]  # 8 x 8, for 4 x 4 pixels
-                means = [region[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean() for y in range(4) for x in range(4)]
+            if injected.tokens.regions is not None:
+                region = injected.tokens.regions[own, subject]  # 8 x 8, for 4 x 4 pixels
+                means = [
+                    region[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean() for y in range(4) for x in range(4)
+                ]
                 spread = spread * torch.stack(means)[:, None]
             added += weight * scale * spread * seen
         if openings:  # text is kept where one of the subjects is, or where none is
-            out = out * (torch.stack(openings).max(0).values if text_gate == "same" else torch.stack(openings).prod(0))
+            out = out * (
+                torch.stack(openings).max(0).values if text_gate == "same" else torch.stack(openings).prod(0)
+            )
         rows.append(out + added)
     return attn.to_out[0](torch.stack(rows))
 
@@ -266,7 +291,9 @@ def test_the_gate_is_exactly_one_at_zero_and_monotone():
     assert gate(torch.tensor(30.0)).item() == pytest.approx(1 + 2.718281828**-2, rel=1e-6)
 
 
-@pytest.mark.parametrize("sides", [(64, 64), (96, 64), (64, 96), (64, 41), (41, 64), (72, 49), (17, 33), (56, 72), (152, 88)])
+@pytest.mark.parametrize(
+    "sides", [(64, 64), (96, 64), (64, 96), (64, 41), (41, 64), (72, 49), (17, 33), (56, 72), (152, 88)]
+)
 @torch.no_grad()
 def test_regions_fit_every_layer_of_any_shape_of_picture(sides):
     """A UNet halves its sides three times, rounding up; a layer's region is the mean over what its pixel covers."""
@@ -297,7 +324,9 @@ def test_scales_are_of_the_layer_that_they_name():
     """A doubled scale in one layer is a doubled value matrix in it; zero in the others is as if they had none."""
     unet, branches = with_branches(tiny("sd15").unet)
     names = text_layers(unet)
-    found = step(unet, two_subjects(scales={name: 2.0 if number == MID else 0.0 for number, name in names.items()}))
+    found = step(
+        unet, two_subjects(scales={name: 2.0 if number == MID else 0.0 for number, name in names.items()})
+    )
     for number, branch in branches.items():
         branch.to_v_ip.weight.mul_(2.0 if number == MID else 0.0)
     assert torch.allclose(found, step(unet, two_subjects()), atol=1e-5)
@@ -339,9 +368,16 @@ def test_a_slots_text_replaces_that_of_the_conditional_rows_only():
     for name in text_layers(unet).values():
         for layer in ("to_k", "to_v"):
             part = unet.get_submodule(f"{name}.{layer}")
-            part.register_forward_hook(lambda _, inputs, __, name=name: read.setdefault(name, []).append(inputs[0]))
-    step(unet, two_subjects(contexts=contexts))
-    order = ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1"]
+            part.register_forward_hook(
+                lambda _, inputs, __, name=name: read.setdefault(name, []).append(inputs[0])
+            )
+    step(unet, two_subjects(block_texts=contexts))
+    order = [
+        "down_blocks.0.attentions.0",
+        "mid_block.attentions.0",
+        "up_blocks.1.attentions.0",
+        "up_blocks.1.attentions.1",
+    ]
     assert len(read) == 8
     for name, seen in read.items():
         [slot] = [i for i, stack in enumerate(order) if name.startswith(stack)]
@@ -355,7 +391,7 @@ def test_a_slots_text_replaces_that_of_the_conditional_rows_only():
 def test_texts_of_slots_leave_the_unconditional_rows_alone():
     unet, _ = with_branches(tiny("sd15").unet)
     plain = step(unet, two_subjects())
-    found = step(unet, two_subjects(contexts=random(4, 2, 6, 16, seed=9)))
+    found = step(unet, two_subjects(block_texts=random(4, 2, 6, 16, seed=9)))
     assert torch.equal(found[:2], plain[:2])
     assert not torch.allclose(found[2:], plain[2:], atol=1e-3)
 
@@ -395,8 +431,13 @@ def test_numbers_and_stacks_of_the_released_models():
     with torch.device("meta"):
         blocks = {"down_block_types": (*cross[0], "DownBlock2D"), "up_block_types": ("UpBlock2D", *cross[1])}
         sd15 = UNet2DConditionModel(block_out_channels=(8,) * 4, **blocks, **slim)
-        blocks = {"down_block_types": ("DownBlock2D", *cross[0][1:]), "up_block_types": (*cross[1][1:], "UpBlock2D")}
-        sdxl = UNet2DConditionModel(block_out_channels=(8,) * 3, transformer_layers_per_block=(1, 2, 10), **blocks, **slim)
+        blocks = {
+            "down_block_types": ("DownBlock2D", *cross[0][1:]),
+            "up_block_types": (*cross[1][1:], "UpBlock2D"),
+        }
+        sdxl = UNet2DConditionModel(
+            block_out_channels=(8,) * 3, transformer_layers_per_block=(1, 2, 10), **blocks, **slim
+        )
     assert sorted(map(int, text_layers(sd15))) == list(range(1, 32, 2))
     assert sorted(map(int, text_layers(sdxl))) == list(range(1, 140, 2))
     assert (len(stacks(sd15)), len(stacks(sdxl))) == (16, 11)
@@ -447,7 +488,9 @@ def test_the_backend_of_the_unet_reaches_the_dispatcher(dispatcher, monkeypatch)
     assert backends == [None] * 12  # 4 self, 4 text, 4 visual
     backends.clear()
     unet.set_attention_backend("native")
-    assert {processor._attention_backend for processor in unet.attn_processors.values()} == {AttentionBackendName.NATIVE}
+    assert {processor._attention_backend for processor in unet.attn_processors.values()} == {
+        AttentionBackendName.NATIVE
+    }
     assert torch.equal(step(unet, two_subjects()), expected)
     assert backends == [AttentionBackendName.NATIVE] * 12
     unet.reset_attention_backend()
@@ -474,14 +517,16 @@ def xformers(dispatcher, monkeypatch):
         return memory_efficient_attention(*inputs, **named)
 
     monkeypatch.setattr(attention_dispatch, "_check_attention_backend_requirements", lambda backend: None)
-    monkeypatch.setattr(attention_dispatch, "xops", SimpleNamespace(memory_efficient_attention=called), raising=False)
+    monkeypatch.setattr(
+        attention_dispatch, "xops", SimpleNamespace(memory_efficient_attention=called), raising=False
+    )
     return calls
 
 
 @torch.no_grad()
 def test_xformers_becomes_the_backend_of_our_processors(xformers):
     unet, _ = with_branches(tiny("sd15").unet)
-    injected = replace(two_subjects(), mask=None)
+    injected = two_subjects(mask=None)
     expected, before = step(unet, injected), unet.attn_processors
     use_xformers(unet)
     assert unet.attn_processors == before
@@ -560,12 +605,16 @@ def gradients(kind: str, checkpointing: bool) -> tuple[dict, Counter]:
     out = pipe.unet(hidden, 500, text, cross_attention_kwargs={"ip_hidden_states": injected}).sample
     out.square().mean().backward()
     named = adapter.named_parameters()
-    return {name: p.grad for name, p in named if "project_" not in name and not name.startswith("starts")}, calls
+    return {
+        name: p.grad for name, p in named if "project_" not in name and not name.startswith("starts")
+    }, calls
 
 
 @pytest.mark.parametrize("kind", ["same", "complement", "image_prompt"])
 def test_gradient_checkpointing_gives_the_same_gradients(kind):
-    (plain, calls), (checkpointed, more_calls) = (gradients(kind, checkpointing) for checkpointing in (False, True))
+    (plain, calls), (checkpointed, more_calls) = (
+        gradients(kind, checkpointing) for checkpointing in (False, True)
+    )
     assert set(calls.values()) == {1}
     assert set(more_calls.values()) == {2}  # the layer ran again
     for name, grad in plain.items():

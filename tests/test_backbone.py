@@ -13,14 +13,15 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
 )
 
-from customize.backbone import Condition, wrap
+from customize.adapters.lora import TEXT_ATTENTION, LoraFields, add_lora
+from customize.backbones.base import Condition
+from customize.backbones.families import wrap
+from customize.backbones.load import load_base
+from customize.backbones.sd3 import WordsSD3Pipeline
 from customize.cache import TensorCache
 from customize.errors import UserError
-from customize.loading import load_base
-from customize.lora import TEXT_ATTENTION, LoraFields, add_lora
-from customize.tokens import WordsSD3Pipeline
-from customize.trainers.method import Method, MethodConfig
-from customize.trainers.setup import decode_whole
+from customize.trainers.methods.base import Method, MethodConfig
+from customize.trainers.prepare import decode_whole
 from customize.trainers.validation import sample
 from tiny import BASES, tiny
 
@@ -37,7 +38,7 @@ def noise(*shape: int, seed: int = 0):
 
 
 def times_of(base: str):
-    return torch.tensor([0.05, 0.5, 0.95]) if base in FLOW else torch.tensor([3, 500, 999])
+    return torch.tensor([0.05, 0.5, 0.95]) if base in FLOW else torch.tensor([0.003, 0.5, 0.999])
 
 
 def short(base: str) -> dict:
@@ -57,7 +58,9 @@ def test_add_noise_by_hand(base):
         if base in FLOW:
             a, b, wanted = 1 - t[i], t[i], epsilon[i] - latents[i]
         else:
-            alpha = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[t[i]]
+            alpha = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[
+                round(float(t[i]) * 1000)
+            ]
             a, b, wanted = alpha.sqrt(), (1 - alpha).sqrt(), epsilon[i]
         assert torch.allclose(noisy[i], a * latents[i] + b * epsilon[i], atol=1e-5)
         assert torch.allclose(target[i], wanted, atol=1e-5)
@@ -88,21 +91,23 @@ def velocity_backbone():
 
 def test_velocity_by_hand_and_back():
     """v = sqrt(alpha) noise - sqrt(1 - alpha) latents (Salimans and Ho, 2022)."""
-    backbone, t = velocity_backbone(), torch.tensor([3, 500, 999])
+    backbone, t = velocity_backbone(), torch.tensor([0.003, 0.5, 0.999])
     latents, epsilon = noise(3, 4, 8, 8), noise(3, 4, 8, 8, seed=1)
     noisy, target = backbone.add_noise(latents, epsilon, t)
     for i in range(3):
-        alpha = backbone.noise.alphas_cumprod[t[i]]
-        assert torch.allclose(target[i], alpha.sqrt() * epsilon[i] - (1 - alpha).sqrt() * latents[i], atol=1e-5)
+        alpha = backbone.noise.alphas_cumprod[round(float(t[i]) * 1000)]
+        assert torch.allclose(
+            target[i], alpha.sqrt() * epsilon[i] - (1 - alpha).sqrt() * latents[i], atol=1e-5
+        )
     assert torch.allclose(backbone.clean(noisy, t, target), latents, atol=1e-4)
 
 
 def test_noise_does_not_follow_the_pipelines_sampler():
     """Euler's own `add_noise` does not keep the variance."""
     pipe = tiny("sd15")
-    expected = wrap(pipe).add_noise(noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1), torch.tensor([700]))
+    expected = wrap(pipe).add_noise(noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1), torch.tensor([0.7]))
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    found = wrap(pipe).add_noise(noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1), torch.tensor([700]))
+    found = wrap(pipe).add_noise(noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1), torch.tensor([0.7]))
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
@@ -110,10 +115,10 @@ def test_noise_does_not_follow_the_pipelines_sampler():
 def test_ddpm_times_are_uniform(base):
     torch.manual_seed(0)
     t = backbone_of(base).draw_times(20000)
-    assert t.dtype == torch.long
-    assert t.min() == 0
-    assert t.max() == 999
-    assert torch.allclose(torch.histc(t.float(), 10, 0, 1000) / 20000, torch.full((10,), 0.1), atol=0.01)
+    index = backbone_of(base).index_of(t)
+    assert torch.equal(t, index / 1000)
+    assert set(index.tolist()) == set(range(1000))
+    assert torch.allclose(torch.histc(t, 10, 0, 1) / 20000, torch.full((10,), 0.1), atol=0.01)
 
 
 @pytest.mark.parametrize(("base", "shift"), [("sd3", 1.0), ("sd3", 3.0), ("flux", 1.0)])
@@ -174,7 +179,9 @@ def test_denoise_equals_the_pipelines_first_step(base):
     pipe = backbone.pipe
     pipe.set_progress_bar_config(disable=True)
     calls, latents = [], noise(1, 4, 16, 12)
-    handle = backbone.denoiser.register_forward_hook(lambda module, args, kwargs, out: calls.append(out[0]), with_kwargs=True)
+    handle = backbone.denoiser.register_forward_hook(
+        lambda module, args, kwargs, out: calls.append(out[0]), with_kwargs=True
+    )
     given = pipe._pack_latents(latents, 1, 4, 16, 12) if base == "flux" else latents
     # Flux takes its guidance as an input, the others switch theirs off at 1
     pipe(
@@ -189,7 +196,7 @@ def test_denoise_equals_the_pipelines_first_step(base):
     )
     handle.remove()
     recorded = pipe._unpack_latents(calls[0], 32, 24, pipe.vae_scale_factor) if base == "flux" else calls[0]
-    t = pipe.scheduler.sigmas[:1] if base in FLOW else pipe.scheduler.timesteps[:1]
+    t = pipe.scheduler.sigmas[:1] if base in FLOW else pipe.scheduler.timesteps[:1] / 1000
     with torch.no_grad():
         ours = backbone.denoise(latents, t, Condition(backbone.encode_prompt(PROMPTS[:1])))
     assert len(calls) == 4
@@ -204,7 +211,9 @@ def test_each_sample_of_a_batch_has_its_own_time_and_prompt(base):
     with torch.no_grad():
         both = backbone.denoise(noisy, t, Condition(backbone.encode_prompt(PROMPTS)))
         for i in range(2):
-            alone = backbone.denoise(noisy[i : i + 1], t[i : i + 1], Condition(backbone.encode_prompt(PROMPTS[i : i + 1])))
+            alone = backbone.denoise(
+                noisy[i : i + 1], t[i : i + 1], Condition(backbone.encode_prompt(PROMPTS[i : i + 1]))
+            )
             assert torch.allclose(both[i], alone[0], atol=1e-5)
 
 
@@ -213,7 +222,10 @@ def test_the_denoiser_is_asked_for_the_given_sides(base):
     backbone = backbone_of(base)
     noisy = noise(1, 4, 8, 12)
     with torch.no_grad():
-        assert backbone.denoise(noisy, times_of(base)[:1], Condition(backbone.encode_prompt(PROMPTS[:1]))).shape == noisy.shape
+        assert (
+            backbone.denoise(noisy, times_of(base)[:1], Condition(backbone.encode_prompt(PROMPTS[:1]))).shape
+            == noisy.shape
+        )
 
 
 # prompts
@@ -252,9 +264,9 @@ def test_pictures_from_cached_prompts_equal_those_from_words(base):
     method = Method(backbone, MethodConfig(), [])
     backbone.pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
-    expected = backbone.pipe(PROMPTS[0], height=16, width=16, num_inference_steps=2, generator=generator, **short(base)).images[
-        0
-    ]
+    expected = backbone.pipe(
+        PROMPTS[0], height=16, width=16, num_inference_steps=2, generator=generator, **short(base)
+    ).images[0]
     backbone.cache_prompts([*PROMPTS, ""], TensorCache())
     backbone.release_text_encoders()
     [(prompt, found)] = sample(method, PROMPTS[:1], 1, 16, seed=3, steps=2)
@@ -307,8 +319,12 @@ def test_only_lora_dropout_follows_the_training_mode(base):
     add_lora(backbone.denoiser, LoraFields(rank=2, lora_dropout=0.5))
     add_lora(backbone.text_encoders[0], LoraFields(rank=2, lora_dropout=0.5), TEXT_ATTENTION)
     method = Method(backbone, MethodConfig(), [])
-    dropouts = [m for n, m in method.named_modules() if "lora_dropout" in n and isinstance(m, torch.nn.Dropout)]
-    others = [m for n, m in method.named_modules() if isinstance(m, torch.nn.Dropout) and "lora_dropout" not in n]
+    dropouts = [
+        m for n, m in method.named_modules() if "lora_dropout" in n and isinstance(m, torch.nn.Dropout)
+    ]
+    others = [
+        m for n, m in method.named_modules() if isinstance(m, torch.nn.Dropout) and "lora_dropout" not in n
+    ]
     assert dropouts
     for mode in (True, False, True):
         method.train(mode)
@@ -354,7 +370,8 @@ def edit(folder, **changes):
 def test_load_base_gives_the_saved_model_in_evaluation_mode(folder):
     pipe = load_base(str(folder))
     assert all(
-        torch.equal(a, b) for a, b in zip(pipe.unet.state_dict().values(), tiny("sd15").unet.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(pipe.unet.state_dict().values(), tiny("sd15").unet.state_dict().values(), strict=True)
     )
     assert not any(m.training for m in (pipe.unet, pipe.vae, pipe.text_encoder))
     assert pipe.unet.dtype == torch.float32
@@ -366,7 +383,11 @@ def test_load_base_in_half_precision(folder):
 
 
 def test_a_safety_checker_is_neither_needed_nor_loaded(folder):
-    edit(folder, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"], requires_safety_checker=True)
+    edit(
+        folder,
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        requires_safety_checker=True,
+    )
     assert load_base(str(folder)).safety_checker is None
 
 
@@ -438,7 +459,12 @@ def test_an_objective_that_is_not_implemented_is_refused(base, objective):
 
 @pytest.mark.parametrize(
     ("base", "kind"),
-    [("sd15", FlowMatchEulerDiscreteScheduler), ("sdxl", EDMEulerScheduler), ("sd3", DDIMScheduler), ("flux", DDIMScheduler)],
+    [
+        ("sd15", FlowMatchEulerDiscreteScheduler),
+        ("sdxl", EDMEulerScheduler),
+        ("sd3", DDIMScheduler),
+        ("flux", DDIMScheduler),
+    ],
 )
 def test_a_scheduler_of_another_family_is_refused(base, kind):
     with pytest.raises(UserError, match=f"its scheduler is a {kind.__name__}"):

@@ -14,23 +14,32 @@ import torch
 from PIL import Image
 
 from customize.config import check_ranges, expected, flags_of, help_line, parse
-from customize.data import DataConfig, SubjectDataset, read_concepts, to_tensor
+from customize.data.concepts import DataConfig, read_concepts
+from customize.data.crops import to_tensor
+from customize.data.dataset import SubjectDataset
+from customize.data.folders import read_folders
+from customize.data.images import find_images
+from customize.data.references import ReferenceConfig, View, item, moved, named
+from customize.data.streams import Streamed, Unreadable, decoded
 from customize.errors import UserError, shortened
-from customize.pictures import find_pictures
-from customize.pipelines.call import opened
-from customize.trainers.custom_contrast import CustomContrastConfig
-from customize.trainers.dreambooth import DreamBoothConfig
-from customize.trainers.ip_adapter import IPAdapterConfig
-from customize.trainers.pivotal_tuning import PivotalTuningConfig
-from customize.trainers.references import ReferenceConfig, View, item, moved, named
+from customize.pipelines.inputs import opened
+from customize.trainers.methods.custom_contrast import CustomContrastConfig
+from customize.trainers.methods.dreambooth import DreamBoothConfig
+from customize.trainers.methods.ip_adapter import IPAdapterConfig
+from customize.trainers.methods.pivotal_tuning import PivotalTuningConfig
+from customize.trainers.methods.textual_inversion import TextualInversionConfig, new_words
 from customize.trainers.settings import TrainConfig
-from customize.trainers.sources import read_folders
-from customize.trainers.streams import Streamed, Unreadable, decoded
-from customize.trainers.textual_inversion import TextualInversionConfig, new_words
 
 torch.set_num_threads(1)
 
-CONFIGS = (TrainConfig, DataConfig, ReferenceConfig, CustomContrastConfig, IPAdapterConfig, PivotalTuningConfig)
+CONFIGS = (
+    TrainConfig,
+    DataConfig,
+    ReferenceConfig,
+    CustomContrastConfig,
+    IPAdapterConfig,
+    PivotalTuningConfig,
+)
 NUMBERS = [(cls, flag) for cls in CONFIGS for flag in flags_of(cls) if flag.type in (int, float)]
 NUMBER = pytest.mark.parametrize(("cls", "flag"), NUMBERS, ids=lambda value: getattr(value, "name", None))
 
@@ -77,12 +86,18 @@ def test_numbers_that_cannot_be_are_refused(cls, flag, word):
         (TrainConfig(seed=2**32), "--seed must be between 0 and 4000000000, not 4294967296."),
         (TrainConfig(adam_beta1=1.5), "--adam_beta1 must be at least 0 and below 1, not 1.5."),
         (TrainConfig(adam_beta2=1.0), "--adam_beta2 must be at least 0 and below 1, not 1.0."),
-        (TrainConfig(max_train_steps=10**30), "--max_train_steps must be a number of at most 18 digits, not 1000"),
+        (
+            TrainConfig(max_train_steps=10**30),
+            "--max_train_steps must be a number of at most 18 digits, not 1000",
+        ),
         (TrainConfig(checkpoints_total_limit=-1), "--checkpoints_total_limit must be at least 0, not -1."),
         (DreamBoothConfig(rank=0), "--rank must be at least 1, not 0."),
         (DreamBoothConfig(lora_dropout=1.0), "--lora_dropout must be at least 0 and below 1, not 1.0."),
         (DreamBoothConfig(sample_batch_size=0), "--sample_batch_size must be at least 1, not 0."),
-        (DataConfig(dataloader_num_workers=-1), "--dataloader_num_workers must be between 0 and 1024, not -1."),
+        (
+            DataConfig(dataloader_num_workers=-1),
+            "--dataloader_num_workers must be between 0 and 1024, not -1.",
+        ),
         (DataConfig(unmasked_weight=1.5), "--unmasked_weight must be between 0 and 1, not 1.5."),
         (CustomContrastConfig(macl_temperature=0.0), "--macl_temperature must be above 0, not 0.0."),
         (TextualInversionConfig(num_vectors=0), "--num_vectors must be at least 1, not 0."),
@@ -95,7 +110,15 @@ def test_configurations_made_in_python_are_checked_too(config, message):
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_defaults_and_zeros_that_mean_something_stay(cls):
     check_ranges(cls())
-    zeros = {"resolution", "holdout", "checkpoints_total_limit", "lora_alpha", "snr_gamma", "text_encoder_lr", "cscl_weight"}
+    zeros = {
+        "resolution",
+        "holdout",
+        "checkpoints_total_limit",
+        "lora_alpha",
+        "snr_gamma",
+        "text_encoder_lr",
+        "cscl_weight",
+    }
     check_ranges(cls(**{f.name: 0 for f in fields(cls) if f.name in zeros}))
 
 
@@ -116,7 +139,7 @@ def test_files_are_checked_as_words_are(tmp_path):
 READERS = {
     "yaml": ("run.yaml", lambda path: parse([TrainConfig], [str(path)])),
     "concepts": ("concepts.json", lambda path: read_concepts(DataConfig(concepts_list=str(path)))),
-    "metadata": ("metadata.jsonl", lambda path: find_pictures(path.parent, "a dog")),
+    "metadata": ("metadata.jsonl", lambda path: find_images(path.parent, "a dog")),
 }
 READER = pytest.mark.parametrize("reader", READERS)
 
@@ -161,7 +184,9 @@ def test_text_files_that_are_none_are_refused(tmp_path, reader, odd):
 
 
 @READER
-@pytest.mark.parametrize("text", [b"\xff\xfe\xfa", b"[" * 10_000, b"[" * 10_000 + b"]" * 10_000, b'{"a":' * 10_000])
+@pytest.mark.parametrize(
+    "text", [b"\xff\xfe\xfa", b"[" * 10_000, b"[" * 10_000 + b"]" * 10_000, b'{"a":' * 10_000]
+)
 def test_text_that_is_none_is_refused(tmp_path, reader, text):
     name, read = READERS[reader]
     (tmp_path / name).write_bytes(text)
@@ -169,7 +194,9 @@ def test_text_that_is_none_is_refused(tmp_path, reader, text):
 
 
 def bomb() -> str:
-    return "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 40))
+    return "a0: &a0 [x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 40)
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,10 +227,14 @@ def test_what_a_file_of_settings_may_not_say(tmp_path, text, said):
     assert said in message
 
 
-@pytest.mark.parametrize("row", ['{"instance_data_dir": "a", "instance_data_dir": "b", "instance_prompt": "c"}', '["\\ud800"]'])
+@pytest.mark.parametrize(
+    "row", ['{"instance_data_dir": "a", "instance_data_dir": "b", "instance_prompt": "c"}', '["\\ud800"]']
+)
 def test_concepts_that_say_two_things_or_no_text(tmp_path, row):
     (tmp_path / "concepts.json").write_text(f"[{row}]")
-    assert "not valid JSON" in refused(read_concepts, DataConfig(concepts_list=str(tmp_path / "concepts.json")))
+    assert "not valid JSON" in refused(
+        read_concepts, DataConfig(concepts_list=str(tmp_path / "concepts.json"))
+    )
 
 
 # picture files
@@ -221,25 +252,31 @@ def test_pictures_masks_and_captions_that_are_no_files_are_skipped_or_refused(tm
     write(tmp_path / "c.png")
     odd(tmp_path / name)
     with pytest.warns(UserWarning, match=rf"{name.replace('.', '[.]')}.* It is skipped"):
-        found = find_pictures(tmp_path, "x")
+        found = find_images(tmp_path, "x")
     assert [picture.path.name for picture in found] == (["a.png", "c.png"] if name == "b.png" else ["c.png"])
-    assert name in refused(find_pictures, tmp_path, "x", strict=True)
+    assert name in refused(find_images, tmp_path, "x", strict=True)
 
 
 def metadata(folder: Path, *names: str) -> Path:
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": "x"}) for name in names))
+    (folder / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": name, "text": "x"}) for name in names)
+    )
     return folder
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "./../secret.png", "{}/secret.png", "../toy/a.png"])
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "sub/../../secret.png", "./../secret.png", "{}/secret.png", "../toy/a.png"]
+)
 def test_metadata_may_not_leave_its_folder_unless_allowed(tmp_path, name):
     write(tmp_path / "secret.png")
     (tmp_path / "toy" / "sub").mkdir(parents=True)
     write(tmp_path / "toy" / "a.png")
     toy = metadata(tmp_path / "toy", name.format(tmp_path))
-    message = refused(find_pictures, toy, "y")
-    assert "names a file outside its folder; move it inside, or allow it with --allow_outside_files" in message
-    found = find_pictures(toy, "y", allow_outside_files=True)
+    message = refused(find_images, toy, "y")
+    assert (
+        "names a file outside its folder; move it inside, or allow it with --allow_outside_files" in message
+    )
+    found = find_images(toy, "y", allow_outside_files=True)
     assert {picture.path.resolve().name for picture in found} >= {Path(name).name}
     config = ReferenceConfig(train_data_dir=str(tmp_path), instance_prompt="<s>")
     assert "--allow_outside_files" in refused(read_folders, config)
@@ -250,27 +287,27 @@ def test_links_inside_the_folder_are_read(tmp_path):
     write(tmp_path / "blob.png")
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "a.png").symlink_to(tmp_path / "blob.png")
-    assert len(find_pictures(metadata(tmp_path / "toy", "a.png"), "x")) == 1
+    assert len(find_images(metadata(tmp_path / "toy", "a.png"), "x")) == 1
 
 
 def test_one_picture_is_not_listed_under_two_names(tmp_path):
     (tmp_path / "sub").mkdir()
     write(tmp_path / "a.png")
-    [found] = find_pictures(metadata(tmp_path, "sub/../a.png"), "y")
+    [found] = find_images(metadata(tmp_path, "sub/../a.png"), "y")
     assert found.caption == "x"
-    assert "lists" in refused(find_pictures, metadata(tmp_path, "a.png", "./a.png"), "y")
+    assert "lists" in refused(find_images, metadata(tmp_path, "a.png", "./a.png"), "y")
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0.png", "gone.png", "", "."])
 def test_names_in_metadata_that_are_no_pictures(tmp_path, name):
     write(tmp_path / "a.png")
-    refused(find_pictures, metadata(tmp_path, name), "y", strict=True)
+    refused(find_images, metadata(tmp_path, name), "y", strict=True)
 
 
 def test_folders_that_no_file_system_has():
     for name in ("x" * 5000, "a\0b"):
         with pytest.raises(UserError, match="There is no folder"):
-            find_pictures(name, "x")
+            find_images(name, "x")
         with pytest.raises(UserError, match="There is no folder"):
             read_folders(ReferenceConfig(train_data_dir=name))
 
@@ -281,7 +318,11 @@ def test_folders_that_no_file_system_has():
 @pytest.mark.parametrize("kind", ["file", "alpha"])
 def test_a_black_mask_is_refused_where_only_masks_count(tmp_path, kind):
     (tmp_path / "toy").mkdir()
-    write(tmp_path / "toy" / "a.png", mode="RGB" if kind == "file" else "RGBA", color=(1, 2, 3, 0)[: 3 + (kind == "alpha")])
+    write(
+        tmp_path / "toy" / "a.png",
+        mode="RGB" if kind == "file" else "RGBA",
+        color=(1, 2, 3, 0)[: 3 + (kind == "alpha")],
+    )
     write(tmp_path / "toy" / "b.png")
     if kind == "file":
         write(tmp_path / "toy" / "a.mask.png", color=0, mode="L")
@@ -302,7 +343,11 @@ def test_a_mask_that_the_crop_leaves_black_is_refused():
     mask.paste(255, (0, 0, 4, 8))
     view = View(Image.new("RGB", (32, 8)), mask)
     config = ReferenceConfig(resolution=8, unmasked_weight=0.0)
-    give = {"rng": np.random.default_rng(0), "config": config, "pixels": lambda pictures: torch.zeros(len(pictures), 3, 8, 8)}
+    give = {
+        "rng": np.random.default_rng(0),
+        "config": config,
+        "pixels": lambda pictures: torch.zeros(len(pictures), 3, 8, 8),
+    }
     assert "--unmasked_weight" in refused(item, view, [[view, view]], "a <s>", 0, **give)
 
 
@@ -326,7 +371,13 @@ def offline(monkeypatch):
     assert not asked
 
 
-ADDRESSES = ["http://localhost/a.png", "https://x.org/a.png", "file:///etc/hosts", "s3://a/b.png", "hf://datasets/a/b/c.png"]
+ADDRESSES = [
+    "http://localhost/a.png",
+    "https://x.org/a.png",
+    "file:///etc/hosts",
+    "s3://a/b.png",
+    "hf://datasets/a/b/c.png",
+]
 ADDRESSES += ["zip://a.png::/tmp/a.zip", "simplecache::http://x.org/a.png", "ftp://x.org/a.png", "://a"]
 
 
@@ -339,7 +390,11 @@ def test_addresses_in_rows_are_never_fetched(offline, address, allowed):
 
 NO_PICTURES = [
     *(None, 5, "a.png", "http://localhost/a.png", [], b"", {}, {"a": 1}, {"bytes": None, "path": None}),
-    *({"bytes": 3, "path": 3}, {"bytes": b"", "path": None}, {"bytes": b"none", "path": "http://localhost/a.png"}),
+    *(
+        {"bytes": 3, "path": 3},
+        {"bytes": b"", "path": None},
+        {"bytes": b"none", "path": "http://localhost/a.png"},
+    ),
     *({"bytes": "text", "path": None}, {"path": "\0"}, {"path": "x" * 5000}, {"path": "/dev/zero"}),
     {"bytes": png((256, 256))[:60]},
 ]
@@ -364,7 +419,8 @@ def test_local_paths_are_read_from_the_datasets_own_folder_alone(tmp_path, monke
 
     places = [{"dataset_name": str(own)}, {"dataset_name": f"{tmp_path}/link"}]
     places += [
-        {"dataset_name": "imagefolder", "data_files": f"{own}/{files}"} for files in ("**", "*.png", "x.parquet", "[ab]/*")
+        {"dataset_name": "imagefolder", "data_files": f"{own}/{files}"}
+        for files in ("**", "*.png", "x.parquet", "[ab]/*")
     ]
     for options in places:
         assert read(own / "sub" / "a.png", **options).size == (8, 8)
@@ -400,7 +456,9 @@ def test_large_pictures_of_rows_are_refused_by_their_header(monkeypatch):
 
 
 def test_pictures_of_rows_keep_transparency_and_stand_upright():
-    shown = decoded({"bytes": png(color=(1, 2, 3, 0), mode="RGBA"), "path": "http://localhost"}, "7", ReferenceConfig())
+    shown = decoded(
+        {"bytes": png(color=(1, 2, 3, 0), mode="RGBA"), "path": "http://localhost"}, "7", ReferenceConfig()
+    )
     assert shown.mode == "RGBA"
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
@@ -409,8 +467,12 @@ def test_pictures_of_rows_keep_transparency_and_stand_upright():
 
 
 def streamed(rows, **options) -> Streamed:
-    config = ReferenceConfig(**{"resolution": 8, "shuffle_buffer": 0, "dataset_name": "a/b", "mask_column": "mask"} | options)
-    return Streamed(config, rows, lambda pictures: torch.stack([to_tensor(picture) for picture in pictures]), 0)
+    config = ReferenceConfig(
+        **{"resolution": 8, "shuffle_buffer": 0, "dataset_name": "a/b", "mask_column": "mask"} | options
+    )
+    return Streamed(
+        config, rows, lambda pictures: torch.stack([to_tensor(picture) for picture in pictures]), 0
+    )
 
 
 def row(**more) -> dict:
@@ -493,13 +555,17 @@ def test_a_panorama_is_moved_within_the_memory():
 
 @pytest.mark.parametrize("word", ["", " ", "+", "<a>+", "<a>+ ", " +<a>", "\t", "<a>+<a>", "<a>+<b>+"])
 def test_blank_words_are_refused(word):
-    config = TextualInversionConfig(placeholder_token=word, initializer_token="+".join(["dog"] * (word.count("+") + 1)))
+    config = TextualInversionConfig(
+        placeholder_token=word, initializer_token="+".join(["dog"] * (word.count("+") + 1))
+    )
     assert "--placeholder_token" in refused(new_words, None, config)
 
 
 @pytest.mark.parametrize("start", ["", " ", "dog+ "])
 def test_blank_starting_words_are_refused(start):
-    config = TextualInversionConfig(placeholder_token="<a>" + "+<b>" * start.count("+"), initializer_token=start)
+    config = TextualInversionConfig(
+        placeholder_token="<a>" + "+<b>" * start.count("+"), initializer_token=start
+    )
     assert "--initializer_token" in refused(new_words, None, config)
 
 

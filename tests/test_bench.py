@@ -10,13 +10,14 @@ from PIL import Image
 
 from customize.app.bench import stickers
 from customize.app.bench.bench import Subject, Taken
-from customize.app.bench.drawing import Sampling, Shot, draw_missing, same_protocol
+from customize.app.bench.drawing import ImageRequest, Sampling, draw_missing, same_protocol
 from customize.app.bench.dreambench import DreamBench, read_dreambench
 from customize.app.bench.sticker_scores import score
 from customize.app.bench.stickers import RECIPES, StickerBench
 from customize.app.cli import main
 from customize.app.evaluate import EvaluateConfig, evaluate
-from customize.data import Concept
+from customize.data.concepts import Concept
+from customize.embedded import subject_score
 from customize.errors import UserError
 from customize.metrics import load_sticker_clip
 from customize.prompts import class_word, subject_words
@@ -26,13 +27,13 @@ from customize.stickers.bench import (
     SEEN,
     bench_prompts,
     bench_subjects,
+    parse_prompt,
     reference_scenes,
-    said,
     true_scene,
     write_references,
 )
 from customize.stickers.measure import best_fit
-from customize.trainers.selection import encoder_scorer, sticker_scorer
+from customize.trainers.scorers import encoder_scorer
 from tiny import tiny
 
 FOX = Drawing("fox", "flat")
@@ -63,20 +64,26 @@ def test_subjects_are_held_out_and_the_quick_ones_come_first():
 )
 def test_a_prompt_says_what_its_scene_shows(field, phrase, value):
     scene = Scene(Drawing("cat", "3d"), **{"background": "bricks", field: value})
-    assert said(caption(scene)) == {"background": "bricks"} | {field: value}
+    assert parse_prompt(caption(scene)) == {"background": "bricks"} | {field: value}
 
 
 def test_a_prompt_may_say_nothing_and_names_its_companion():
-    assert said("a sks fox") == {}
-    assert said("a fox next to a pumpkin in the snow") == {"companion": "pumpkin", "background": "snow"}
+    assert parse_prompt("a sks fox") == {}
+    assert parse_prompt("a fox next to a pumpkin in the snow") == {
+        "companion": "pumpkin",
+        "background": "snow",
+    }
 
 
 def test_every_prompt_speaks_of_a_background_and_the_true_scene_obeys():
     for i, prompt in enumerate(bench_prompts()):
-        assert "background" in said(prompt)
+        assert "background" in parse_prompt(prompt)
         first, again = (np.asarray(true_scene(FOX, prompt, i)) for _ in range(2))
         assert (first == again).all()
-    words = [np.asarray(true_scene(FOX, p, 3)) for p in ("a {} on the beach", "a red {} on the beach", "a {} at sunset")]
+    words = [
+        np.asarray(true_scene(FOX, p, 3))
+        for p in ("a {} on the beach", "a red {} on the beach", "a {} at sunset")
+    ]
     assert not (words[0] == words[1]).all()
     assert not (words[0] == words[2]).all()
 
@@ -137,11 +144,14 @@ class Painter:
         self.calls.append((prompts, options))
         if self.fail_at == len(self.calls):
             raise KeyboardInterrupt
-        colours = [(len(p), *torch.randint(255, (2,), generator=g).tolist()) for p, g in zip(prompts, generator, strict=True)]
+        colours = [
+            (len(p), *torch.randint(255, (2,), generator=g).tolist())
+            for p, g in zip(prompts, generator, strict=True)
+        ]
         return type("Output", (), {"images": [Image.new("RGB", (8, 8), colour) for colour in colours]})
 
 
-SHOTS = [Shot(f"{i}", "a" * (i + 1), i) for i in range(5)]
+SHOTS = [ImageRequest(f"{i}", "a" * (i + 1), i) for i in range(5)]
 
 
 def pixels(pictures):
@@ -180,7 +190,12 @@ def test_another_protocol_is_refused(tmp_path):
 def taken(pictures, prompts, subject=FOX, references=None, prior=(), before=()):
     references = references or [draw_scene(scene, World())[0] for scene in reference_scenes(subject)]
     return Taken(
-        Subject("flat-fox", subject.word, "", tuple(prompts), subject), pictures, references, list(prior), list(before), 1
+        Subject("flat-fox", subject.word, "", tuple(prompts), subject),
+        pictures,
+        references,
+        list(prior),
+        list(before),
+        1,
     )
 
 
@@ -231,7 +246,9 @@ def test_drift_is_nothing_where_nothing_moved(clip):
 def small(monkeypatch):
     """StickerBench of one subject and two prompts."""
     monkeypatch.setattr(stickers, "bench_subjects", lambda quick: [FOX])
-    monkeypatch.setattr(stickers, "bench_prompts", lambda quick: ["a {} on the beach", "a red {} in the snow"])
+    monkeypatch.setattr(
+        stickers, "bench_prompts", lambda quick: ["a {} on the beach", "a red {} in the snow"]
+    )
 
 
 def test_a_method_is_taught_drawn_scored_and_resumed(tmp_path, small, monkeypatch):
@@ -263,7 +280,7 @@ def test_a_method_is_taught_drawn_scored_and_resumed(tmp_path, small, monkeypatc
 
 def test_recipes_are_flags_that_exist():
     from customize.config import parse
-    from customize.trainers.__main__ import configs
+    from customize.trainers.launch import configs
     from customize.trainers.registry import find_method
 
     bench = StickerBench(folder=Path(), methods=["base"])
@@ -332,14 +349,21 @@ def dataset(tmp_path):
         (folder / name).mkdir(parents=True)
         for i in range(3):
             noise = np.random.default_rng(i).integers(-30, 30, (40, 60, 3))
-            Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(folder / name / f"{i:02d}.jpg")
+            Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(
+                folder / name / f"{i:02d}.jpg"
+            )
     (folder / "prompts_and_classes.txt").write_text(FILE)
     return folder
 
 
 def test_reading_the_dataset(dataset):
     mug, rex = read_dreambench(dataset)
-    assert (mug.name, mug.word, mug.group, mug.prompts) == ("mug", "coffee mug", "object", ("a {} in the jungle", "a red {}"))
+    assert (mug.name, mug.word, mug.group, mug.prompts) == (
+        "mug",
+        "coffee mug",
+        "object",
+        ("a {} in the jungle", "a red {}"),
+    )
     assert (rex.group, rex.prompts[1]) == ("live", "a {} wearing a red hat")
 
 
@@ -408,8 +432,12 @@ def test_the_protocol_by_loops(dataset, clip, tmp_path):
     a, b = clip(drawn).double(), clip(real).double()
     assert mug["scores"]["clip_i"] == pytest.approx(np.mean([float(x @ y) for x in a for y in b]), abs=1e-5)
     texts = clip.texts(["a coffee mug in the jungle"] * 2 + ["a red coffee mug"] * 2).double()
-    assert mug["scores"]["clip_t"] == pytest.approx(np.mean([float(x @ t) for x, t in zip(a, texts, strict=True)]), abs=1e-5)
-    assert mug["scores"]["nearest"] == pytest.approx(np.mean([max(float(x @ y) for y in b) for x in a]), abs=1e-5)
+    assert mug["scores"]["clip_t"] == pytest.approx(
+        np.mean([float(x @ t) for x, t in zip(a, texts, strict=True)]), abs=1e-5
+    )
+    assert mug["scores"]["nearest"] == pytest.approx(
+        np.mean([max(float(x @ y) for y in b) for x in a]), abs=1e-5
+    )
     apart = np.mean([1 - float(a[0] @ a[1]), 1 - float(a[2] @ a[3])])
     assert mug["scores"]["diversity"] == pytest.approx(apart, abs=1e-5)
     ceiling = np.mean([float(b[i] @ b[j]) for i in range(3) for j in range(3) if i != j])
@@ -417,8 +445,12 @@ def test_the_protocol_by_loops(dataset, clip, tmp_path):
     assert mug["pictures"][0]["prompt"] == "a sks coffee mug in the jungle"
     assert results["published"]
     assert results["protocol"]["references"] == "all pictures of the subject"
-    assert results["protocol"]["method dreambooth"].startswith("max_train_steps 2, rank 2, resolution 16; 6 pictures")
-    (dataset / "mug" / "02.jpg").unlink()  # the number of pictures differs from that of the evaluation in the folder
+    assert results["protocol"]["method dreambooth"].startswith(
+        "max_train_steps 2, rank 2, resolution 16; 6 pictures"
+    )
+    (
+        dataset / "mug" / "02.jpg"
+    ).unlink()  # the number of pictures differs from that of the evaluation in the folder
     with pytest.raises(UserError, match=r"another protocol.*choose another --output"):
         dreambench(dataset, tmp_path / "out", clip).run()
 
@@ -428,7 +460,9 @@ def test_the_benchmark_decides_some_settings_itself(dataset, clip, tmp_path):
         dreambench(dataset, tmp_path / "out", clip, train=settings_file(tmp_path, "holdout: 1"))
     (tmp_path / "each").mkdir()
     (tmp_path / "each" / "dreambooth.yaml").write_text("rank: 3")
-    assert dreambench(dataset, tmp_path / "out", clip, train=tmp_path / "each").settings("dreambooth") == {"rank": 3}
+    assert dreambench(dataset, tmp_path / "out", clip, train=tmp_path / "each").settings("dreambooth") == {
+        "rank": 3
+    }
     with pytest.raises(UserError, match=r"each/textual_inversion.yaml"):
         dreambench(dataset, tmp_path / "out", clip, train=tmp_path / "each", methods=["textual_inversion"])
 
@@ -440,7 +474,9 @@ def test_real_pictures_alone(dataset, clip, tmp_path):
 
 
 def test_the_one_reference_variant(dataset, clip, tmp_path):
-    results = dreambench(dataset, tmp_path / "out", clip, references="one", methods=["real", "dreambooth"], limits=(1, 1)).run()
+    results = dreambench(
+        dataset, tmp_path / "out", clip, references="one", methods=["real", "dreambooth"], limits=(1, 1)
+    ).run()
     real, taught = (method["subjects"] for method in results["methods"])
     assert len(taught) == 1
     assert (len(real[0]["references"]), len(taught[0]["references"])) == (3, 1)
@@ -455,7 +491,14 @@ def test_the_one_reference_variant(dataset, clip, tmp_path):
 def test_a_run_on_stickers_beside_its_base_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("customize.app.bench.finished.bench_prompts", lambda quick: ["a {} on the beach"])
     write_references(tmp_path / "pictures", FOX, "sks fox")
-    train = ["train", "dreambooth", "--instance_data_dir", str(tmp_path / "pictures"), "--instance_prompt", "a sks fox"]
+    train = [
+        "train",
+        "dreambooth",
+        "--instance_data_dir",
+        str(tmp_path / "pictures"),
+        "--instance_prompt",
+        "a sks fox",
+    ]
     assert main([*train, "--max_train_steps", "2", "--rank", "2", "--output_dir", str(tmp_path / "run")]) == 0
     assert main(["evaluate", str(tmp_path / "run"), "--subject", "flat wolpertinger", "--quick"]) == 2
     assert "no drawing 'flat wolpertinger'" in capsys.readouterr().err
@@ -465,7 +508,9 @@ def test_a_run_on_stickers_beside_its_base_model(tmp_path, monkeypatch, capsys):
     assert found["methods"][1]["subjects"][0]["name"] == "flat-fox"  # the judge knows its references
     assert found["methods"][1]["subjects"][0]["pictures"][0]["prompt"] == "a sks fox on the beach"
 
-    write_references(tmp_path / "pictures", Drawing("apple", "cartoon"), "sks fox")  # the same folder, other pictures
+    write_references(
+        tmp_path / "pictures", Drawing("apple", "cartoon"), "sks fox"
+    )  # the same folder, other pictures
     assert main(["evaluate", str(tmp_path / "run"), "--quick"]) == 2
     assert "another protocol" in capsys.readouterr().err
 
@@ -477,7 +522,14 @@ def test_a_run_from_a_users_own_pictures(tmp_path, monkeypatch):
         path = tmp_path / "pictures" / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         true_scene(FOX, "a fox on green grass", i).resize(size).save(path)
-    train = ["train", "dreambooth", "--instance_data_dir", str(tmp_path / "pictures"), "--instance_prompt", "a sks fox"]
+    train = [
+        "train",
+        "dreambooth",
+        "--instance_data_dir",
+        str(tmp_path / "pictures"),
+        "--instance_prompt",
+        "a sks fox",
+    ]
     assert main([*train, "--max_train_steps", "1", "--rank", "2", "--output_dir", str(tmp_path / "run")]) == 0
     assert main(["evaluate", str(tmp_path / "run"), "--quick", "--subject", "flat fox"]) == 0
     found = json.loads((tmp_path / "run" / "evaluation-quick" / "results.json").read_text())
@@ -485,7 +537,7 @@ def test_a_run_from_a_users_own_pictures(tmp_path, monkeypatch):
 
 
 def test_the_scorer_of_stickers_prefers_the_subject_and_the_prompt():
-    rate = sticker_scorer([draw_scene(scene, World())[0] for scene in reference_scenes(FOX)])
+    rate = subject_score([draw_scene(scene, World())[0] for scene in reference_scenes(FOX)])
     prompts = [f"a sks fox {phrase}" for phrase in ("on the beach", "under a night sky", "at sunset")]
     right = [(p, true_scene(FOX, p, i)) for i, p in enumerate(prompts)]
     other = [(p, true_scene(Drawing("bus", "cartoon"), p, i)) for i, p in enumerate(prompts)]

@@ -117,7 +117,15 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_key_of_is_unambiguous():
-    keys = [key_of("a", "b"), key_of("ab"), key_of("a,b"), key_of('a", "b'), key_of(["a", "b"]), key_of("1"), key_of(1)]
+    keys = [
+        key_of("a", "b"),
+        key_of("ab"),
+        key_of("a,b"),
+        key_of('a", "b'),
+        key_of(["a", "b"]),
+        key_of("1"),
+        key_of(1),
+    ]
     assert len(set(keys)) == len(keys)
     assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
 
@@ -160,10 +168,17 @@ def test_fingerprint_of_diffusers_and_transformers_models():
 
     def vae(factor):
         torch.manual_seed(0)
-        return AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, layers_per_block=1, scaling_factor=factor)
+        return AutoencoderKL(
+            block_out_channels=(4,), norm_num_groups=2, layers_per_block=1, scaling_factor=factor
+        )
 
     assert fingerprint(vae(0.5)) == fingerprint(vae(0.5)) != fingerprint(vae(0.6))
     config = CLIPTextConfig(
-        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, eos_token_id=8
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=8,
     )
     assert len(fingerprint(CLIPTextModel(config))) == 64

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from customize.app import cli
+from customize.adapters.subject import FILE, RELEASED
+from customize.app import generate as generating
 from customize.app.cli import main
 from customize.errors import UserError
-from customize.subject import ADAPTER_FILES
+from customize.trainers import launch
 from customize.trainers.registry import METHODS, find_method
 
 
@@ -59,7 +60,9 @@ def pipe(monkeypatch, tmp_path):
     return pipe
 
 
-@pytest.mark.parametrize("words", [["--help"], ["methods"], ["generate", "--help"], ["demo", "--help"], ["push", "-h"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["methods"], ["generate", "--help"], ["demo", "--help"], ["push", "-h"]]
+)
 def test_light_commands_leave_torch_alone(words):
     code = f"import sys; from customize.app.cli import main; assert main({words}) == 0; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -79,7 +82,7 @@ def test_methods_lists_the_registry_a_line_each(capsys):
 
 
 def test_find_method_imports_the_class(monkeypatch):
-    fake_module(monkeypatch, "customize.trainers.dreambooth", DreamBooth=FakePipe)
+    fake_module(monkeypatch, "customize.trainers.methods.dreambooth", DreamBooth=FakePipe)
     assert find_method("dreambooth") is FakePipe
     with pytest.raises(UserError, match=r"`customize methods` lists them\. Did you mean 'dreambooth'\?"):
         find_method("dreamboth")
@@ -103,11 +106,12 @@ def test_unknown_names_end_with_one_line_and_code_2(words, parts):
 
 def test_train_hands_all_words_to_the_trainer(monkeypatch, capsys):
     seen = []
-    fake_module(monkeypatch, "customize.trainers.__main__", run=seen.append, usage=lambda method: f"flags of {method}")
+    monkeypatch.setattr(launch, "run", lambda words: seen.append(words) or "runs/out")
     assert main(["train", "dreambooth", "cat.yaml", "--lr", "1e-4"]) == 0
     assert seen == [["dreambooth", "cat.yaml", "--lr", "1e-4"]]
+    assert capsys.readouterr().out.endswith("the run is in runs/out\n")
     assert main(["train", "dreambooth", "--help"]) == 0
-    assert capsys.readouterr().out.endswith("flags of dreambooth\n")
+    assert "customize train dreambooth" in capsys.readouterr().out
     assert main(["train", "--help"]) == 0
     assert "METHOD" in capsys.readouterr().out
     assert len(seen) == 1
@@ -121,15 +125,32 @@ def test_demo_passes_its_flags(monkeypatch):
 
 
 def test_push_prints_the_url(monkeypatch, tmp_path, capsys):
-    fake_module(monkeypatch, "customize.hub", push=lambda run, *given: f"https://hub/{given}")
+    fake_module(monkeypatch, "customize.runs.hub", push=lambda run, *given: f"https://hub/{given}")
     assert main(["push", str(tmp_path), "me/cat"]) == 0
     assert main(["push", str(tmp_path), "me/cat", "--no_private", "--samples", "a.png", "--dry_run"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said == ["https://hub/('me/cat', True, [], False)", "https://hub/('me/cat', False, ['a.png'], True)"]
+    assert said == [
+        "https://hub/('me/cat', True, [], False)",
+        "https://hub/('me/cat', False, ['a.png'], True)",
+    ]
 
 
 def test_generate_seeds_every_picture_alone_and_names_it(pipe, capsys):
-    assert main(["generate", "stickers", "A <cat>, sitting!", "dog", "--num_images_per_prompt", "2", "--seed", "5"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "stickers",
+                "A <cat>, sitting!",
+                "dog",
+                "--num_images_per_prompt",
+                "2",
+                "--seed",
+                "5",
+            ]
+        )
+        == 0
+    )
     names = ["a-cat-sitting-5.png", "a-cat-sitting-6.png", "dog-5.png", "dog-6.png"]
     assert capsys.readouterr().out.split() == [f"generated/{name}" for name in names]
     settings = {"num_images_per_prompt": 2, "num_inference_steps": 25, "seeds": [5, 6]}
@@ -157,7 +178,13 @@ def test_generate_hands_on_only_what_was_given(pipe):
         "4",
     ]
     assert main(["generate", "stickers", "cat", *flags, "--dtype", "bfloat16", "--device", "cpu"]) == 0
-    expected = {"guidance_scale": 3.0, "height": 64, "width": 128, "negative_prompt": "blurry", "num_inference_steps": 4}
+    expected = {
+        "guidance_scale": 3.0,
+        "height": 64,
+        "width": 128,
+        "negative_prompt": "blurry",
+        "num_inference_steps": 4,
+    }
     assert pipe.calls == [{"prompt": "cat", "seeds": [0], "num_images_per_prompt": 1, **expected}]
     assert (pipe.dtype, pipe.device) == (torch.bfloat16, "cpu")
 
@@ -175,19 +202,38 @@ def test_generate_writes_into_the_run_and_never_over_a_picture(pipe, tmp_path):
 
 
 def test_the_picture_carries_what_makes_it_again(pipe):
-    main(["generate", "stickers", "chat à la plage", "--seed", "7", "--num_inference_steps", "3", "--guidance_scale", "2.5"])
+    main(
+        [
+            "generate",
+            "stickers",
+            "chat à la plage",
+            "--seed",
+            "7",
+            "--num_inference_steps",
+            "3",
+            "--guidance_scale",
+            "2.5",
+        ]
+    )
     parameters = json.loads(Image.open("generated/chat-à-la-plage-7.png").text["parameters"])
-    expected = {"prompt": "chat à la plage", "seed": 7, "steps": 3, "scale": 2.5, "negative_prompt": "", "run": "stickers"}
+    expected = {
+        "prompt": "chat à la plage",
+        "seed": 7,
+        "steps": 3,
+        "scale": 2.5,
+        "negative_prompt": "",
+        "run": "stickers",
+    }
     expected |= {"dtype": "float32", "width": 8, "height": 8}
     assert parameters == expected
 
 
 def test_long_and_empty_slugs():
-    assert cli.slug("cat " * 100) == ("cat-" * 100)[:50].strip("-")
-    assert cli.slug("?!") == "image"
+    assert generating.slug("cat " * 100) == ("cat-" * 100)[:50].strip("-")
+    assert generating.slug("?!") == "image"
 
 
-@pytest.mark.parametrize("file", ADAPTER_FILES)
+@pytest.mark.parametrize("file", [FILE, RELEASED])
 def test_an_encoder_is_not_drawn_with_without_pictures(file, pipe, tmp_path, capsys):
     (tmp_path / file).touch()
     assert main(["generate", str(tmp_path), "a <s> fox"]) == 2
@@ -221,23 +267,44 @@ def test_all_prompts_are_checked_before_the_first_is_drawn(pipe, tmp_path, capsy
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["generate", "stickers", "a <s> cat", "--subject_images", "no.png"], ["--subject_images", "'no.png'"]),
-        (["generate", "stickers", "a <s> cat", "--subject_adapter", "runs/e"], ["--subject_adapter", "--subject_images"]),
-        (["generate", "stickers", "a <s> cat", "--image_encoder", "a/b"], ["--image_encoder", "--subject_images"]),
+        (
+            ["generate", "stickers", "a <s> cat", "--subject_images", "no.png"],
+            ["--subject_images", "'no.png'"],
+        ),
+        (
+            ["generate", "stickers", "a <s> cat", "--subject_adapter", "runs/e"],
+            ["--subject_adapter", "--subject_images"],
+        ),
+        (
+            ["generate", "stickers", "a <s> cat", "--image_encoder", "a/b"],
+            ["--image_encoder", "--subject_images"],
+        ),
         (["generate", "stickers", "a cat", "--side_by_side"], ["--side_by_side", "--subject_images"]),
-        (["generate", "stickers", "a cat", "--subject_scale", "0.5"], ["--subject_scale", "--subject_images"]),
+        (
+            ["generate", "stickers", "a cat", "--subject_scale", "0.5"],
+            ["--subject_scale", "--subject_images"],
+        ),
         (["generate"], ['RUN "PROMPT"', "not ''"]),
         (["generate", "stickers"], ['RUN "PROMPT"', "'stickers'"]),
         (["generate", "stickers", " "], ['"PROMPT" is empty']),
         (["generate", "stickers", "cat", "--seed", "1", "dog"], ["--seed"]),
         (["generate", "stickers", "cat", "--sead", "1"], ["--sead", "Did you mean '--seed'?"]),
-        (["generate", "stickers", "cat", "--num_images_per_prompt", "0"], ["--num_images_per_prompt", "at least 1"]),
-        (["generate", "stickers", "cat", "--num_inference_steps", "-3"], ["--num_inference_steps", "at least 1"]),
+        (
+            ["generate", "stickers", "cat", "--num_images_per_prompt", "0"],
+            ["--num_images_per_prompt", "at least 1"],
+        ),
+        (
+            ["generate", "stickers", "cat", "--num_inference_steps", "-3"],
+            ["--num_inference_steps", "at least 1"],
+        ),
         (["generate", "stickers", "cat", "--height", "0"], ["--height", "at least 8"]),
         (["generate", "stickers", "cat", "--width", "100"], ["--width", "multiple of 8"]),
         (["generate", "stickers", "cat", "--seed", "1" + "0" * 30], ["--seed"]),
         (["generate", "stickers", "cat", "--guidance_scale", "nan"], ["--guidance_scale"]),
-        (["generate", "stickers", b"caf\xe9".decode(errors="surrogateescape")], ["UTF-8", "type the words anew"]),
+        (
+            ["generate", "stickers", b"caf\xe9".decode(errors="surrogateescape")],
+            ["UTF-8", "type the words anew"],
+        ),
         (["generate", "stickers", "cat", "--seed", "-1"], ["--seed"]),
         (["generate", "stickers", "cat", "--dtype", "int8"], ["--dtype", "float32, bfloat16, float16"]),
         (["generate", "stickers", "cat", "--output", "file"], ["file", "--output"]),
@@ -280,18 +347,25 @@ def fail_training(monkeypatch, error: BaseException) -> int:
     def run(words):
         raise error
 
-    fake_module(monkeypatch, "customize.trainers.__main__", run=run, usage=str)
+    monkeypatch.setattr(launch, "run", run)
     return main(["train", "dreambooth"])
 
 
 ALLOCATOR = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA"), RuntimeError(ALLOCATOR)])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA"), RuntimeError(ALLOCATOR)]
+)
 def test_out_of_memory_names_the_flags_that_help(monkeypatch, capsys, error):
     assert fail_training(monkeypatch, error) == 2
     message = capsys.readouterr().err
-    flags = ("--gradient_checkpointing", "--train_batch_size 1", "--gradient_accumulation_steps", "--resolution")
+    flags = (
+        "--gradient_checkpointing",
+        "--train_batch_size 1",
+        "--gradient_accumulation_steps",
+        "--resolution",
+    )
     assert all(flag in message for flag in (*flags, "--mixed_precision bf16"))
 
 

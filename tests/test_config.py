@@ -53,11 +53,15 @@ def test_no_words_give_the_defaults():
 
 
 def test_values_by_hand():
-    assert train("--learning_rate", "1e-4", "--max_train_steps=7") == Train(learning_rate=1e-4, max_train_steps=7)
+    assert train("--learning_rate", "1e-4", "--max_train_steps=7") == Train(
+        learning_rate=1e-4, max_train_steps=7
+    )
     assert train("--placeholder-token", "-1") == Train(placeholder_token="-1")
     assert train("--placeholder_token=--x=y") == Train(placeholder_token="--x=y")
     assert data("--instance_prompt", "", "--rank", "8") == Data(instance_prompt="", rank=8)
-    assert data("--instance_prompt", "a cat", "--resolution", "none") == Data(instance_prompt="a cat", resolution=None)
+    assert data("--instance_prompt", "a cat", "--resolution", "none") == Data(
+        instance_prompt="a cat", resolution=None
+    )
 
 
 def test_words_are_shared_out_among_the_dataclasses():
@@ -91,7 +95,9 @@ def test_no_switches_off_what_is_on_by_default():
 
 
 def test_a_list_takes_all_the_words_up_to_the_next_flag():
-    assert data("--validation_prompts", "a b", "c", "--rank", "8") == Data(validation_prompts=["a b", "c"], rank=8)
+    assert data("--validation_prompts", "a b", "c", "--rank", "8") == Data(
+        validation_prompts=["a b", "c"], rank=8
+    )
     assert data("--validation_prompts", "one").validation_prompts == ["one"]
     assert data("--validation_prompts=one").validation_prompts == ["one"]
 
@@ -113,10 +119,14 @@ def test_the_last_of_two_equal_flags_wins():
 
 def test_file_values_by_hand(tmp_path):
     text = "learning-rate: 1e-4\nuse_ema: yes\nmixed_precision: no\nplaceholder_token: 12\n"
-    assert train(write(tmp_path, text)) == Train(learning_rate=1e-4, use_ema=True, mixed_precision="no", placeholder_token="12")
+    assert train(write(tmp_path, text)) == Train(
+        learning_rate=1e-4, use_ema=True, mixed_precision="no", placeholder_token="12"
+    )
     text = "resolution: null\ninstance_prompt:\nvalidation_prompts: [a, 'b c']\nrank: 8\n"
     assert data(write(tmp_path, text)) == Data(resolution=None, validation_prompts=["a", "b c"], rank=8)
-    assert data(write(tmp_path, "instance_prompt: ''\nvalidation_prompts: one")) == Data("", validation_prompts=["one"])
+    assert data(write(tmp_path, "instance_prompt: ''\nvalidation_prompts: one")) == Data(
+        "", validation_prompts=["one"]
+    )
 
 
 def test_an_empty_file_changes_nothing(tmp_path):

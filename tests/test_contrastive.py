@@ -11,15 +11,19 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from customize.backbone import Step, wrap
+from customize.backbones.base import Step
+from customize.backbones.families import wrap
 from customize.errors import UserError
 from customize.losses.contrastive import appearance_contrast, cosines, cross_modal_contrast, gathered, scaled
-from customize.trainers.custom_contrast import CustomContrast, CustomContrastConfig
-from customize.trainers.diagnostics import rank_correlation
+from customize.trainers.methods.contrast_diagnostics import rank_correlation
+from customize.trainers.methods.custom_contrast import CustomContrast, CustomContrastConfig
 from tiny import tiny
 
 FORMS = ("ratio", "weight", "soft", "product", "plain")
-ROWS, COLUMNS = [0, 1, 0, 2], [0, 1, 0, 2, 1, 3, 0]  # subjects of the samples, the last three columns from a queue
+ROWS, COLUMNS = (
+    [0, 1, 0, 2],
+    [0, 1, 0, 2, 1, 3, 0],
+)  # subjects of the samples, the last three columns from a queue
 
 
 def noise(*shape, seed=0):
@@ -111,14 +115,19 @@ def test_the_cross_modal_loss_and_its_gradient_by_loops(columns):
 
 def test_the_cross_modal_loss_is_symmetric():
     visual, textual, same = noise(4, 5), noise(4, 5, seed=1), same_subject(ROWS, ROWS)
-    forth, back = cross_modal_contrast(visual, textual, same, 4.0), cross_modal_contrast(textual, visual, same, 4.0)
+    forth, back = (
+        cross_modal_contrast(visual, textual, same, 4.0),
+        cross_modal_contrast(textual, visual, same, 4.0),
+    )
     assert forth.item() == pytest.approx(back.item(), abs=1e-6)
 
 
 def test_the_cross_modal_loss_ignores_lengths():
     visual, textual, same = noise(4, 5), noise(4, 5, seed=1), same_subject(ROWS, ROWS)
     stretched = cross_modal_contrast(visual * 7, textual * torch.tensor([[0.1], [1], [20], [3]]), same, 4.0)
-    assert stretched.item() == pytest.approx(cross_modal_contrast(visual, textual, same, 4.0).item(), abs=1e-5)
+    assert stretched.item() == pytest.approx(
+        cross_modal_contrast(visual, textual, same, 4.0).item(), abs=1e-5
+    )
 
 
 def test_two_perfect_clusters_cost_nothing():
@@ -158,7 +167,11 @@ def views():
 @pytest.mark.parametrize("columns", [ROWS, COLUMNS], ids=["square", "queue"])
 def test_the_appearance_loss_and_its_gradient_by_loops(form, columns, views):
     anchors, positives, similarity = views
-    positives, similarity, same = positives[:, : len(columns)], similarity[:, : len(columns)], same_subject(ROWS, columns)
+    positives, similarity, same = (
+        positives[:, : len(columns)],
+        similarity[:, : len(columns)],
+        same_subject(ROWS, columns),
+    )
     compare_with_gradients(
         lambda a, p: appearance_contrast(a, p, similarity, same, form, 0.3),
         lambda a, p: looped_appearance(a, p, similarity, ROWS, columns, form, 0.3),
@@ -215,7 +228,11 @@ def test_no_gradient_reaches_the_similarity(form, views):
 @pytest.mark.parametrize("form", FORMS)
 def test_another_picture_of_the_subject_is_no_negative(form):
     """One row; its columns are its own second view, two of other subjects, and another picture of its subject."""
-    anchors, positives, similarity = noise(1, 1, 5), noise(1, 4, 5, seed=1), torch.tensor([[1.0, 0.2, 0.6, 0.9]])
+    anchors, positives, similarity = (
+        noise(1, 1, 5),
+        noise(1, 4, 5, seed=1),
+        torch.tensor([[1.0, 0.2, 0.6, 0.9]]),
+    )
     same = same_subject([0], [0, 1, 2, 0])
 
     def loss_with(column):
@@ -225,14 +242,18 @@ def test_another_picture_of_the_subject_is_no_negative(form):
 
     before = appearance_contrast(anchors, positives, similarity, same, form)
     assert loss_with(3).equal(before)
-    assert (loss_with(1) - before).abs() > 1e-3 or form == "product"  # where the least alike negative has a logit of 0
+    assert (
+        loss_with(1) - before
+    ).abs() > 1e-3 or form == "product"  # where the least alike negative has a logit of 0
     assert loss_with(2) > before + 1e-3
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_of_one_subject_costs_nothing_and_has_finite_gradients(form):
     anchors, positives = noise(2, 3, 5).requires_grad_(), noise(2, 3, 5, seed=1).requires_grad_()
-    loss = appearance_contrast(anchors, positives, noise(3, 3, seed=2), torch.ones(3, 3, dtype=torch.bool), form)
+    loss = appearance_contrast(
+        anchors, positives, noise(3, 3, seed=2), torch.ones(3, 3, dtype=torch.bool), form
+    )
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6)
     assert torch.isfinite(torch.cat([anchors.grad, positives.grad])).all()
@@ -401,7 +422,8 @@ def make(tower, **options):
     backbone.resolution = 32
     sizes = {"dim": 24, "depth": 1, "heads": 2, "visual_queries": 3, "feature_layers": 2, "time_bins": 4}
     method = CustomContrast(
-        backbone, CustomContrastConfig(image_encoder=str(tower), initializer_token="photo", **(sizes | options))
+        backbone,
+        CustomContrastConfig(image_encoder=str(tower), initializer_token="photo", **(sizes | options)),
     )
     if method.adapter.has_words:
         for head in method.adapter.encoder.heads:
@@ -411,7 +433,10 @@ def make(tower, **options):
 
 def batch_of(identity, seed=0):
     n = len(identity)
-    batch = {"pixels": noise(n, 3, 32, 32, seed=seed).tanh(), "references": noise(n, 1, 2, 3, 32, 32, seed=seed + 1)}
+    batch = {
+        "pixels": noise(n, 3, 32, 32, seed=seed).tanh(),
+        "references": noise(n, 1, 2, 3, 32, 32, seed=seed + 1),
+    }
     batch |= {"present": torch.ones(n, 1, dtype=torch.bool), "shows_target": torch.zeros(n, dtype=torch.bool)}
     return batch | {"prompt": ["a photo of <s> dog"] * n, "identity": torch.tensor(identity)}
 
@@ -426,25 +451,39 @@ def compared(method, batch):
     encoder, views = method.adapter.encoder, []
     for i in range(2):
         with torch.no_grad():
-            output = method.tower.vision(batch["references"][:, 0, i], output_hidden_states=True)
+            output = method.image_encoder.vision(batch["references"][:, 0, i], output_hidden_states=True)
             features = torch.cat([output.hidden_states[layer] for layer in encoder.layers], -1)[:, None]
             present = torch.ones(features.shape[:2], dtype=torch.bool)
             views.append(encoder(features, present, torch.full([len(features)], 0.4)))
     (first, second), layers = views, [view.words[0].transpose(0, 1) for view in views]
     assert len(second.words) == 1
-    return {"anchor": layers[0], "positive": layers[1], "v": first.visual_cls, "t": first.textual_cls, "looks": output[0]}
+    return {
+        "anchor": layers[0],
+        "positive": layers[1],
+        "v": first.visual_cls,
+        "t": first.textual_cls,
+        "looks": output[0],
+    }
 
 
 def expected_terms(method, batch, queued=()):
     """Both terms by loops, with unramped weights; `queued` are earlier batches, the newest first."""
     rows, parts = compared(method, batch), [compared(method, each) for each in (batch, *queued)]
-    identity = [batch["identity"].tolist(), [i for each in (batch, *queued) for i in each["identity"].tolist()]]
+    identity = [
+        batch["identity"].tolist(),
+        [i for each in (batch, *queued) for i in each["identity"].tolist()],
+    ]
     textual = torch.cat([part["t"] for part in parts])
     cscl = looped_cross_modal(rows["v"], textual, *identity, 1 / 0.07)
-    positives, looks = torch.cat([part["positive"] for part in parts], 1), torch.cat([part["looks"] for part in parts])
+    positives, looks = (
+        torch.cat([part["positive"] for part in parts], 1),
+        torch.cat([part["looks"] for part in parts]),
+    )
     similarity = torch.tensor([[cosine(a, b).item() for b in looks] for a in rows["looks"]])
     config = method.config
-    macl = looped_appearance(rows["anchor"], positives, similarity, *identity, config.macl_form, config.macl_temperature)
+    macl = looped_appearance(
+        rows["anchor"], positives, similarity, *identity, config.macl_form, config.macl_temperature
+    )
     return {"cscl": config.cscl_weight * cscl.item(), "macl": config.macl_weight * macl.item()}
 
 
@@ -472,7 +511,7 @@ def test_the_terms_train_the_encoder_and_the_scale_but_not_the_tower(tower):
     assert encoder.heads[0].weight.grad is None
     found["macl"].backward()
     assert encoder.heads[0].weight.grad.any()
-    assert all(p.grad is None for p in method.tower.parameters())
+    assert all(p.grad is None for p in method.image_encoder.parameters())
 
 
 def test_the_scale_stops_at_100(tower):
@@ -491,7 +530,9 @@ def test_the_weights_rise_over_the_first_steps(tower):
     assert min(full.values()) > 0
     for at, share in ((0, 0), (5, 0.25), (10, 0.5), (20, 1), (21, 1), (99, 1)):
         method.on_step(at, 100)
-        assert values(method.contrast(step)) == pytest.approx({name: share * value for name, value in full.items()}, rel=1e-5)
+        assert values(method.contrast(step)) == pytest.approx(
+            {name: share * value for name, value in full.items()}, rel=1e-5
+        )
 
 
 def test_a_queue_of_earlier_samples_serves_as_negatives(tower):
@@ -502,7 +543,9 @@ def test_a_queue_of_earlier_samples_serves_as_negatives(tower):
 
     second = method.contrast(step_of(method, batches[1]))
     assert values(second) == pytest.approx(expected_terms(method, batches[1], batches[:1]), rel=1e-4)
-    assert second["cscl"].item() > expected_terms(method, batches[1])["cscl"]  # subjects 1 and 2 for 0 and 3 are new to it
+    assert (
+        second["cscl"].item() > expected_terms(method, batches[1])["cscl"]
+    )  # subjects 1 and 2 for 0 and 3 are new to it
     assert method.queue["identity"].tolist() == [1, 3, 0, 0, 1]  # the newest come first
     assert all(len(value) == 5 and not value.requires_grad for value in method.queue.values())
 
@@ -542,7 +585,7 @@ def test_contrasts_without_words_are_refused(tower):
 def test_a_diagnosis_names_its_numbers_and_writes_its_picture(tower, tmp_path):
     method = make(tower)
     found = method.diagnose([batch_of([0, 1, 2]), batch_of([3, 4], seed=10)], tmp_path / "samples", 30)
-    slots = [found[f"retrieval slot {i}"] for i in range(method.adapter.slots)]
+    slots = [found[f"retrieval slot {i}"] for i in range(method.adapter.text_blocks)]
     assert found["retrieval"] == pytest.approx(np.mean(slots))
     assert -1 <= found["spearman"] <= 1
     assert found["cscl gradient"] > 0

@@ -11,18 +11,21 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from test_encoders import PLUS, SIZES, eye
 
-from customize import checkpoint
-from customize.backbone import wrap
-from customize.encoders import MultimodalConfig
+from customize.adapters.encoders.multimodal import MultimodalConfig
+from customize.adapters.lora import TEXT_ATTENTION, LoraFields, add_lora
+from customize.adapters.lora_files import LORA, METADATA, check_lora
+from customize.adapters.subject import image_prompt, multimodal
+from customize.adapters.subject_files import load_adapter
+from customize.adapters.words import LearnedWords, load_words
+from customize.backbones.families import wrap
+from customize.backbones.load import load_base
+from customize.backbones.text import ENCODER_NAMES
 from customize.errors import UserError
 from customize.files import header
-from customize.loading import load_base
-from customize.lora import METADATA, TEXT_ATTENTION, LoraFields, add_lora, check_lora
-from customize.run_folder import RESUME, checkpoint_step, latest_checkpoint
-from customize.subject import image_prompt, load_adapter, multimodal, save_adapter
-from customize.tokens import ENCODER_NAMES, ConceptTokens, load_words
-from customize.trainers.state import good_checkpoint, load_state, save_state
-from tiny import BASES, tiny
+from customize.runs import checkpoint
+from customize.runs.folder import RESUME, checkpoint_step, latest_checkpoint
+from customize.trainers.resume import good_checkpoint, load_state, save_state
+from tiny import BASES, lora_of, save_adapter, tiny
 
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -154,14 +157,28 @@ def test_weights_that_do_not_all_load(bases, tmp_path, base, file, edit):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, b"x" * 100, None])
-@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+)
 def test_weight_files_that_are_cut_off(folder, file, content):
     path = folder / file
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
     refused(folder, "could not be loaded")
 
 
-INDEXES = ["[]", "3", "null", '"text"', DEEP, "{", "", "\ufeff{}", "{}", '{"_class_name": null}', '{"_class_name": ["a", "b"]}']
+INDEXES = [
+    "[]",
+    "3",
+    "null",
+    '"text"',
+    DEEP,
+    "{",
+    "",
+    "\ufeff{}",
+    "{}",
+    '{"_class_name": null}',
+    '{"_class_name": ["a", "b"]}',
+]
 
 
 @pytest.mark.parametrize("text", INDEXES, ids=lambda text: text[:12])
@@ -175,7 +192,9 @@ def test_an_index_that_is_not_utf8(folder):
     refused(folder, "is damaged")
 
 
-@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+)
 def test_a_pipe_in_the_place_of_a_file(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
@@ -187,12 +206,27 @@ def edit_json(path, **changes):
 
 
 COMPONENTS = [
-    *(("unet", value) for value in ([], ["diffusers"], ["diffusers", None], [None, None], [1, 2], "unet", {}, 5, None)),
-    *(("unet", ["diffusers", kind]) for kind in ("NoSuchModel", "DDIMScheduler", "UNet2DModel", "__doc__", "")),
-    *(("unet", [library, "UNet2DConditionModel"]) for library in ("transformers", "os", "no_such_library", "..", "")),
+    *(
+        ("unet", value)
+        for value in ([], ["diffusers"], ["diffusers", None], [None, None], [1, 2], "unet", {}, 5, None)
+    ),
+    *(
+        ("unet", ["diffusers", kind])
+        for kind in ("NoSuchModel", "DDIMScheduler", "UNet2DModel", "__doc__", "")
+    ),
+    *(
+        ("unet", [library, "UNet2DConditionModel"])
+        for library in ("transformers", "os", "no_such_library", "..", "")
+    ),
     *(("vae", value) for value in ([None, None], ["diffusers", "AutoencoderTiny"])),
-    *(("text_encoder", value) for value in ([None, None], ["transformers", "CLIPVisionModel"], ["transformers", "Trainer"])),
-    *(("tokenizer", value) for value in ([None, None], ["transformers", "NoSuchTokenizer"], ["transformers", None])),
+    *(
+        ("text_encoder", value)
+        for value in ([None, None], ["transformers", "CLIPVisionModel"], ["transformers", "Trainer"])
+    ),
+    *(
+        ("tokenizer", value)
+        for value in ([None, None], ["transformers", "NoSuchTokenizer"], ["transformers", None])
+    ),
     *(
         ("scheduler", value)
         for value in ([None, None], ["diffusers", "NoSuchScheduler"], ["diffusers", "UNet2DConditionModel"])
@@ -255,7 +289,9 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("file", "key", "value"), [(f, k, v) for f, own in SETTINGS.items() for k, v in own.items()], ids=str)
+@pytest.mark.parametrize(
+    ("file", "key", "value"), [(f, k, v) for f, own in SETTINGS.items() for k, v in own.items()], ids=str
+)
 def test_a_setting_of_another_type(folder, file, key, value):
     edit_json(folder / file, **{key: value})
     refused(folder, "could not be loaded|has ")
@@ -300,12 +336,14 @@ def loras(tmp_path_factory):
             for encoder in backbone.text_encoders if options else []:
                 if "CLIP" in type(encoder).__name__:
                     add_lora(encoder, LoraFields(rank=2, **options), TEXT_ATTENTION)
-            checkpoint.save(root / base / name, backbone, None, {"base_model": base, "method": "none", "config": {}})
+            checkpoint.save(
+                root / base / name, [lora_of(backbone)], {"base_model": base, "method": "none", "config": {}}
+            )
     return root
 
 
 def lora(loras, base: str, name: str = "all") -> tuple[dict, dict]:
-    path = loras / base / name / checkpoint.LORA
+    path = loras / base / name / LORA
     return load_file(path), header(path)
 
 
@@ -316,7 +354,7 @@ def test_lora_that_fits_is_let_through(loras, base, name):
     pipe = tiny(base)
     check_lora(pipe, state, "file")
     check_lora(pipe, state, "file", about)
-    pipe.load_lora_weights(str(loras / base / name), weight_name=checkpoint.LORA)
+    pipe.load_lora_weights(str(loras / base / name), weight_name=LORA)
     check_lora(pipe, state, "file", about)  # beside one that is loaded already
 
 
@@ -330,12 +368,19 @@ def unpaired(state):
 
 
 def another_rank(state):
-    key = matrix(state, "up.weight" if "unet" in next(iter(state)) or "lora.up" in str(state.keys()) else "lora_B.weight")
+    key = matrix(
+        state,
+        "up.weight" if "unet" in next(iter(state)) or "lora.up" in str(state.keys()) else "lora_B.weight",
+    )
     state[key] = state[key][:, 1:]
 
 
 def no_rank(state):
-    for key in [k for k in state if k.rpartition(".lora")[0] == matrix(state).rpartition(".lora")[0] and state[k].ndim == 2]:
+    for key in [
+        k
+        for k in state
+        if k.rpartition(".lora")[0] == matrix(state).rpartition(".lora")[0] and state[k].ndim == 2
+    ]:
         state[key] = state[key][:0] if "down" in key or "lora_A" in key else state[key][:, :0]
 
 
@@ -356,8 +401,12 @@ def two_layouts(state):
     peft = "lora_A" in str(state.keys())
     for key in list(state):
         if key.startswith("text_encoder."):
-            new = key.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up.")
-            old = key.replace(".lora_linear_layer.down.", ".lora_A.").replace(".lora_linear_layer.up.", ".lora_B.")
+            new = key.replace(".lora_A.", ".lora_linear_layer.down.").replace(
+                ".lora_B.", ".lora_linear_layer.up."
+            )
+            old = key.replace(".lora_linear_layer.down.", ".lora_A.").replace(
+                ".lora_linear_layer.up.", ".lora_B."
+            )
             state[new if peft else old] = state.pop(key)
 
 
@@ -388,7 +437,17 @@ def scalars(state):
 
 
 LORA_DAMAGES = [
-    *(unpaired, another_rank, no_rank, another_layer, another_part, extra, two_layouts, without_magnitudes, flat_magnitudes),
+    *(
+        unpaired,
+        another_rank,
+        no_rank,
+        another_layer,
+        another_part,
+        extra,
+        two_layouts,
+        without_magnitudes,
+        flat_magnitudes,
+    ),
     *(integers, all_transposed, narrower, scalars, empty),
 ]
 
@@ -398,7 +457,9 @@ LORA_DAMAGES = [
 def test_lora_that_does_not_fit(loras, base, edit):
     state, _ = lora(loras, base)
     edit(state)
-    with pytest.raises(UserError, match=r"'file' does not fit this base model \(.*\); load the base model") as error:
+    with pytest.raises(
+        UserError, match=r"'file' does not fit this base model \(.*\); load the base model"
+    ) as error:
         check_lora(tiny(base), state, "file")
     sentence(error)
 
@@ -430,7 +491,9 @@ def test_a_layer_that_the_header_lists_must_be_there(loras, base):
         check_lora(tiny(base), fewer, "file", about)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"text"', DEEP, "{}", '{"r": 1}'], ids=lambda text: text[:9])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '"text"', DEEP, "{}", '{"r": 1}'], ids=lambda text: text[:9]
+)
 def test_a_lora_header_of_another_form(loras, text):
     state, _ = lora(loras, "sd15")
     with pytest.raises(UserError, match=r"'file' (is damaged|does not fit)") as error:
@@ -438,8 +501,21 @@ def test_a_lora_header_of_another_form(loras, text):
     sentence(error)
 
 
-HEADERS = [("r", "3"), ("r", 4), ("r", 0), ("r", True), ("lora_alpha", "x"), ("lora_alpha", math.nan), ("lora_alpha", None)]
-HEADERS += [("target_modules", None), ("target_modules", 3), ("target_modules", ["x"]), ("target_modules", [1])]
+HEADERS = [
+    ("r", "3"),
+    ("r", 4),
+    ("r", 0),
+    ("r", True),
+    ("lora_alpha", "x"),
+    ("lora_alpha", math.nan),
+    ("lora_alpha", None),
+]
+HEADERS += [
+    ("target_modules", None),
+    ("target_modules", 3),
+    ("target_modules", ["x"]),
+    ("target_modules", [1]),
+]
 HEADERS += [("use_dora", False), ("use_dora", "yes"), ("no_such_setting", 1)]
 
 
@@ -456,7 +532,7 @@ def test_a_setting_of_another_type_in_a_lora_header(loras, key, value):
 
 
 def word(base: str) -> dict[str, torch.Tensor]:
-    return ConceptTokens(wrap(tiny(base), base), {"<dog>": "dog"}, 2).by_word()["<dog>"]
+    return LearnedWords(wrap(tiny(base), base), {"<dog>": "dog"}, 2).by_word()["<dog>"]
 
 
 WORD_DAMAGES = {
@@ -474,7 +550,9 @@ WORD_DAMAGES = {
 @pytest.mark.parametrize("damage", WORD_DAMAGES)
 def test_a_word_that_does_not_fit(base, damage):
     for name, value in word(base).items():
-        with pytest.raises(UserError, match=r"the learned word '<dog>' does not fit this base model \(") as error:
+        with pytest.raises(
+            UserError, match=r"the learned word '<dog>' does not fit this base model \("
+        ) as error:
             load_words(tiny(base), "<dog>", word(base) | {name: WORD_DAMAGES[damage](value)})
         sentence(error)
 
@@ -524,7 +602,9 @@ def encoders(tmp_path_factory):
     return root
 
 
-def encoder_refused(path, match: str = "damaged|another (base model|version|image tower)|subject encoder and no") -> None:
+def encoder_refused(
+    path, match: str = "damaged|another (base model|version|image tower)|subject encoder and no"
+) -> None:
     with pytest.raises(UserError, match=match) as error:
         load_adapter(path, tiny("sd15"), eye())
     sentence(error)
@@ -557,38 +637,62 @@ def every_first(tensors):
 
 
 @pytest.mark.parametrize("name", ["ours", "plain", "plus"])
-@pytest.mark.parametrize("edit", [drop, rename, transpose, narrow, nan, infinite, empty, spare, whole_numbers, every_first])
+@pytest.mark.parametrize(
+    "edit", [drop, rename, transpose, narrow, nan, infinite, empty, spare, whole_numbers, every_first]
+)
 def test_an_encoder_that_does_not_fit(encoders, tmp_path, name, edit):
     path = damaged(encoders, tmp_path, name, edit)
-    encoder_refused(path, "not finite" if edit in (nan, infinite) else "damaged|another|no IP-Adapter|neither a plain")
+    encoder_refused(
+        path, "not finite" if edit in (nan, infinite) else "damaged|another|no IP-Adapter|neither a plain"
+    )
 
 
-@pytest.mark.parametrize("key", ["latents", "proj_in.weight", "proj_out.weight", "layers.0.0.to_q.weight", "norm_out.weight"])
 @pytest.mark.parametrize(
-    "value", [torch.ones(()), torch.ones(3), torch.ones(0, 0), torch.ones(1, 2, 3, 4)], ids=["0", "1", "2", "4"]
+    "key", ["latents", "proj_in.weight", "proj_out.weight", "layers.0.0.to_q.weight", "norm_out.weight"]
+)
+@pytest.mark.parametrize(
+    "value",
+    [torch.ones(()), torch.ones(3), torch.ones(0, 0), torch.ones(1, 2, 3, 4)],
+    ids=["0", "1", "2", "4"],
 )
 def test_a_resampler_of_other_dimensions(encoders, tmp_path, key, value):
-    encoder_refused(damaged(encoders, tmp_path, "plus", lambda state: state.update({f"image_proj.{key}": value})))
+    encoder_refused(
+        damaged(encoders, tmp_path, "plus", lambda state: state.update({f"image_proj.{key}": value}))
+    )
 
 
 @pytest.mark.parametrize("key", ["proj.weight", "proj.bias", "norm.weight"])
-@pytest.mark.parametrize("value", [torch.ones(()), torch.ones(3), torch.ones(0), torch.ones(0, 0)], ids=["0", "1", "2", "3"])
+@pytest.mark.parametrize(
+    "value", [torch.ones(()), torch.ones(3), torch.ones(0), torch.ones(0, 0)], ids=["0", "1", "2", "3"]
+)
 def test_a_projection_of_other_dimensions(encoders, tmp_path, key, value):
-    encoder_refused(damaged(encoders, tmp_path, "plain", lambda state: state.update({f"image_proj.{key}": value})))
+    encoder_refused(
+        damaged(encoders, tmp_path, "plain", lambda state: state.update({f"image_proj.{key}": value}))
+    )
 
 
-@pytest.mark.parametrize("layer", ["layers.999999999999.0.to_q.weight", "layers.x.0.to_q.weight", "layers.", "layers.-1.a"])
+@pytest.mark.parametrize(
+    "layer", ["layers.999999999999.0.to_q.weight", "layers.x.0.to_q.weight", "layers.", "layers.-1.a"]
+)
 def test_a_resampler_of_other_layers(encoders, tmp_path, layer):
-    encoder_refused(damaged(encoders, tmp_path, "plus", lambda state: state.update({f"image_proj.{layer}": torch.ones(2, 2)})))
+    encoder_refused(
+        damaged(
+            encoders, tmp_path, "plus", lambda state: state.update({f"image_proj.{layer}": torch.ones(2, 2)})
+        )
+    )
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"text"', DEEP, "{}", '{"config": 3}'], ids=lambda text: text[:9])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '"text"', DEEP, "{}", '{"config": 3}'], ids=lambda text: text[:9]
+)
 def test_an_encoders_header_of_another_form(encoders, tmp_path, text):
     encoder_refused(damaged(encoders, tmp_path, "ours", about=text))
 
 
 WRONG = ["16", None, -1, 0, 2.5, True, [], {}, 10**12]
-FIELDS = [f for f in MultimodalConfig.__dataclass_fields__ if f not in ("words", "fusion", "location", "text_dims")]
+FIELDS = [
+    f for f in MultimodalConfig.__dataclass_fields__ if f not in ("words", "fusion", "location", "text_dims")
+]
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -613,11 +717,16 @@ OTHERS = [
 @pytest.mark.parametrize(("field", "value"), OTHERS, ids=str)
 def test_an_encoders_other_settings(encoders, tmp_path, field, value):
     about = json.loads(header(encoders / "ours.safetensors")["subject"])
-    encoder_refused(damaged(encoders, tmp_path, "ours", about=json.dumps(about | {"config": about["config"] | {field: value}})))
+    encoder_refused(
+        damaged(
+            encoders, tmp_path, "ours", about=json.dumps(about | {"config": about["config"] | {field: value}})
+        )
+    )
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("text_gate", "open"), ("text_gate", []), ("layers", None), ("layers", []), ("layers", {})]
+    ("key", "value"),
+    [("text_gate", "open"), ("text_gate", []), ("layers", None), ("layers", []), ("layers", {})],
 )
 def test_what_an_encoders_header_says_of_its_model(encoders, tmp_path, key, value):
     about = json.loads(header(encoders / "ours.safetensors")["subject"])
@@ -659,7 +768,9 @@ def resumable(tmp_path):
     return folder
 
 
-def resume_refused(folder, match: str = "is damaged .*use an earlier checkpoint|holds values|other settings|processes"):
+def resume_refused(
+    folder, match: str = "is damaged .*use an earlier checkpoint|holds values|other settings|processes"
+):
     trained, others = parts()
     with pytest.raises(UserError, match=match) as error:
         load_state(folder, Alone(), trained, **others)
@@ -684,8 +795,26 @@ def test_a_whole_resume_file_is_restored(resumable):
     assert torch.equal(trained["a"], load_file(resumable / RESUME)["state.trained.a"])
 
 
-TREES = ["", "{", "[]", "3", "null", '"x"', "{}", DEEP, '{"dict": 3}', '{"dict": [[1]]}', '{"dict": []}', '{"tensor": "no"}']
-TREES += ['{"dict": [["step", {"value": 3}]]}', '{"list": [{"value": 1}]}', '{"value": {"step": 1}}', '{"other": 1}']
+TREES = [
+    "",
+    "{",
+    "[]",
+    "3",
+    "null",
+    '"x"',
+    "{}",
+    DEEP,
+    '{"dict": 3}',
+    '{"dict": [[1]]}',
+    '{"dict": []}',
+    '{"tensor": "no"}',
+]
+TREES += [
+    '{"dict": [["step", {"value": 3}]]}',
+    '{"list": [{"value": 1}]}',
+    '{"value": {"step": 1}}',
+    '{"other": 1}',
+]
 
 
 @pytest.mark.parametrize("tree", TREES, ids=lambda text: text[:20])
@@ -715,7 +844,16 @@ def test_a_step_that_is_none(resumable, step):
 @pytest.mark.parametrize("part", ["trained", "random", "optimizer", "schedule"])
 @pytest.mark.parametrize(
     "node",
-    [{"value": 3}, {"value": None}, {"list": []}, {"dict": []}, {"tensor": "state.trained.a"}, {"tensor": "no"}, {}, []],
+    [
+        {"value": 3},
+        {"value": None},
+        {"list": []},
+        {"dict": []},
+        {"tensor": "state.trained.a"},
+        {"tensor": "no"},
+        {},
+        [],
+    ],
     ids=str,
 )
 def test_a_part_of_another_kind(resumable, part, node):
@@ -726,7 +864,11 @@ def test_a_part_of_another_kind(resumable, part, node):
     resume_refused(resumable)
 
 
-KEYS = [("optimizer", "param_groups", 0, "lr"), ("optimizer", "param_groups", 0, "betas", 0), ("schedule", "last_epoch")]
+KEYS = [
+    ("optimizer", "param_groups", 0, "lr"),
+    ("optimizer", "param_groups", 0, "betas", 0),
+    ("schedule", "last_epoch"),
+]
 KEYS += [("schedule", "base_lrs"), ("schedule", "_last_lr", 0), ("optimizer", "param_groups", 0, "eps")]
 
 
@@ -742,12 +884,19 @@ def test_a_value_of_another_kind(resumable, path, value):
     resume_refused(resumable)
 
 
-NAMES = ["state.optimizer.state.0.exp_avg", "state.optimizer.state.1.exp_avg_sq", "state.random.0.cpu", "state.trained.a"]
+NAMES = [
+    "state.optimizer.state.0.exp_avg",
+    "state.optimizer.state.1.exp_avg_sq",
+    "state.random.0.cpu",
+    "state.trained.a",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "value", [torch.ones(5), torch.ones(()), torch.ones(0), torch.ones(3, 2).int()], ids=["1", "0", "none", "int"]
+    "value",
+    [torch.ones(5), torch.ones(()), torch.ones(0), torch.ones(3, 2).int()],
+    ids=["1", "0", "none", "int"],
 )
 def test_tensors_of_other_shapes(resumable, name, value):
     rewrite(resumable, edit=lambda tensors: tensors.update({name: value}))

@@ -10,21 +10,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from customize.batches import Batches
-from customize.data import (
-    Concept,
-    DataConfig,
-    SubjectDataset,
-    buckets,
-    check_resolution,
-    collate,
-    fit,
-    nearest_bucket,
-    read_concepts,
-    split_holdout,
-)
+from customize.data.batches import BucketBatches
+from customize.data.concepts import Concept, DataConfig, read_concepts
+from customize.data.crops import buckets, check_resolution, fit, nearest_bucket
+from customize.data.dataset import SubjectDataset, collate, split_holdout
+from customize.data.images import ImageFile, find_images, read_image_file
 from customize.errors import UserError
-from customize.pictures import Picture, find_pictures, read_picture
 
 torch.set_num_threads(1)
 rng = np.random.default_rng(0)
@@ -40,12 +31,12 @@ def write(path, width=8, height=8, color=(10, 20, 30)):
 
 
 def only(folder, **options):
-    [picture] = find_pictures(folder, "a dog", **options)
+    [picture] = find_images(folder, "a dog", **options)
     return picture
 
 
 def picture(index, size=(64, 64), concept=0, is_prior=False):
-    return Picture(f"{index}.png", f"caption {index}", None, concept, is_prior, str(index), size)
+    return ImageFile(f"{index}.png", f"caption {index}", None, concept, is_prior, str(index), size)
 
 
 # What a viewer does for each EXIF orientation, written with array operations on (H, W, C).
@@ -70,7 +61,7 @@ def test_exif_orientation_is_applied_once(tmp_path, orientation, suffix):
     expected = UPRIGHT[orientation](array)
     found = only(tmp_path)
     assert found.size == (expected.shape[1], expected.shape[0])
-    np.testing.assert_array_equal(np.array(read_picture(found)[0]), expected)
+    np.testing.assert_array_equal(np.array(read_image_file(found)[0]), expected)
 
 
 def test_a_mask_file_is_upright_already(tmp_path):
@@ -78,7 +69,7 @@ def test_a_mask_file_is_upright_already(tmp_path):
     exif[0x0112] = 6
     Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
     Image.fromarray(mask).save(tmp_path / "a.mask.png", exif=exif)
-    np.testing.assert_array_equal(np.array(read_picture(only(tmp_path))[1]), mask)
+    np.testing.assert_array_equal(np.array(read_image_file(only(tmp_path))[1]), mask)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +90,7 @@ def test_a_mask_file_is_upright_already(tmp_path):
 )
 def test_every_mode_becomes_rgb(tmp_path, mode, suffix, color, rgb):
     Image.new(mode, (3, 2), color).save(tmp_path / f"a.{suffix}")
-    image, mask = read_picture(only(tmp_path))
+    image, mask = read_image_file(only(tmp_path))
     assert (image.mode, image.size) == ("RGB", (3, 2))
     assert set(image.get_flattened_data()) == {rgb}
     assert (mask is None) == (rgb != (255, 255, 255) or mode == "1")
@@ -110,21 +101,21 @@ def test_palette_with_a_transparent_colour(tmp_path):
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putdata([0, 1])
     image.save(tmp_path / "a.png", transparency=1)
-    image, mask = read_picture(only(tmp_path))
+    image, mask = read_image_file(only(tmp_path))
     assert list(image.get_flattened_data()) == [(10, 20, 30), (255, 255, 255)]
     assert list(mask.get_flattened_data()) == [255, 0]
 
 
 def test_half_transparent_is_composited_on_white(tmp_path):
     Image.new("RGBA", (1, 1), (0, 0, 0, 51)).save(tmp_path / "a.png")
-    image, mask = read_picture(only(tmp_path))
+    image, mask = read_image_file(only(tmp_path))
     assert (image.getpixel((0, 0)), mask.getpixel((0, 0))) == ((204, 204, 204), 51)
 
 
 def test_a_mask_file_wins_over_alpha(tmp_path):
     Image.new("RGBA", (1, 1), (0, 0, 0, 0)).save(tmp_path / "a.png")
     Image.new("RGBA", (1, 1), (255, 255, 255, 90)).save(tmp_path / "a.mask.png")
-    image, mask = read_picture(only(tmp_path))
+    image, mask = read_image_file(only(tmp_path))
     assert (image.getpixel((0, 0)), mask.getpixel((0, 0))) == ((255, 255, 255), 90)
 
 
@@ -134,7 +125,7 @@ def test_sidecar_wins_over_metadata_over_prompt(tmp_path):
     (tmp_path / "a.txt").write_text("sidecar of a <sks>\n")
     rows = [{"file_name": f"{name}.png", "text": f"metadata of {name}"} for name in "ab"]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    found = find_pictures(tmp_path, "prompt {}", concept=3, is_prior=True)
+    found = find_images(tmp_path, "prompt {}", concept=3, is_prior=True)
     assert [p.caption for p in found] == ["sidecar of a <sks>", "metadata of b", "prompt {}"]
     assert {(p.concept, p.is_prior, p.mask) for p in found} == {(3, True, None)}
 
@@ -160,7 +151,7 @@ def test_bad_metadata(tmp_path, line, said):
     write(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text("\n" + line)
     with pytest.raises(UserError, match=said):
-        find_pictures(tmp_path, "x")
+        find_images(tmp_path, "x")
 
 
 @pytest.mark.parametrize(("is_prior", "flag"), [(False, "--instance_prompt"), (True, "--class_prompt")])
@@ -168,14 +159,14 @@ def test_no_caption_at_all(tmp_path, is_prior, flag):
     write(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(UserError, match=flag):
-        find_pictures(tmp_path, "", is_prior=is_prior)
+        find_images(tmp_path, "", is_prior=is_prior)
 
 
 def test_a_sidecar_must_be_text(tmp_path):
     write(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UserError, match=r"a\.txt.*UTF-8"):
-        find_pictures(tmp_path, "x")
+        find_images(tmp_path, "x")
 
 
 def test_sorted_and_only_pictures(tmp_path):
@@ -185,10 +176,12 @@ def test_sorted_and_only_pictures(tmp_path):
     write(tmp_path / "a.mask.png")
     write(tmp_path / "._a.png")
     (tmp_path / "notes.md").write_text("no picture")
-    found = find_pictures(tmp_path, "x")
+    found = find_images(tmp_path, "x")
     assert [p.path.name for p in found] == sorted(names)
     assert found[0].mask == tmp_path / "a.mask.png"
-    assert found[0].digest == sha256((tmp_path / "a.PNG").read_bytes() + found[0].mask.read_bytes()).hexdigest()
+    assert (
+        found[0].digest == sha256((tmp_path / "a.PNG").read_bytes() + found[0].mask.read_bytes()).hexdigest()
+    )
     assert found[1].digest == sha256((tmp_path / "b.jpg").read_bytes()).hexdigest()
 
 
@@ -211,19 +204,19 @@ def test_unreadable_pictures_are_skipped_or_refused(tmp_path, suffix, spoil):
     bad = tmp_path / f"bad.{suffix}"
     spoil(bad)
     with pytest.warns(UserWarning, match=bad.name), pytest.raises(UserError, match="no readable picture"):
-        find_pictures(tmp_path, "x")
+        find_images(tmp_path, "x")
     write(tmp_path / "good.png")
     with pytest.warns(UserWarning, match=bad.name):
         assert only(tmp_path).path.name == "good.png"
     with pytest.raises(UserError, match=bad.name):
-        find_pictures(tmp_path, "x", strict=True)
+        find_images(tmp_path, "x", strict=True)
 
 
 def test_an_unreadable_mask_is_named(tmp_path):
     write(tmp_path / "a.png")
     truncated(tmp_path / "a.mask.png")
     with pytest.raises(UserError, match=r"a\.mask\.png"):
-        find_pictures(tmp_path, "x", strict=True)
+        find_images(tmp_path, "x", strict=True)
 
 
 def test_pictures_over_the_limit(tmp_path):
@@ -238,7 +231,7 @@ def test_pils_own_limit_is_set_aside_and_restored(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_picture(only(tmp_path))
+        read_image_file(only(tmp_path))
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
@@ -246,7 +239,7 @@ def test_a_mask_of_another_size(tmp_path):
     write(tmp_path / "a.png", 8, 5)
     write(tmp_path / "a.mask.png", 5, 8)
     with pytest.raises(UserError, match=r"a\.mask\.png.*\(5, 8\).*\(8, 5\)"):
-        find_pictures(tmp_path, "x")
+        find_images(tmp_path, "x")
 
 
 def test_a_picture_that_changed_or_vanished(tmp_path):
@@ -254,19 +247,19 @@ def test_a_picture_that_changed_or_vanished(tmp_path):
     found = only(tmp_path)
     write(path, 5, 8)
     with pytest.raises(UserError, match="changed"):
-        read_picture(found)
+        read_image_file(found)
     path.unlink()
     with pytest.raises(UserError, match=r"a\.png"):
-        read_picture(found)
+        read_image_file(found)
 
 
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.*--instance_data_dir"):
-        find_pictures(tmp_path / "nowhere", "x")
+        find_images(tmp_path / "nowhere", "x")
     with pytest.raises(UserError, match="--class_data_dir"):
-        find_pictures("", "x", is_prior=True)
+        find_images("", "x", is_prior=True)
     with pytest.raises(UserError, match="no readable picture"):
-        find_pictures(tmp_path, "x")
+        find_images(tmp_path, "x")
 
 
 def test_concepts_of_the_single_flags():
@@ -281,7 +274,10 @@ def test_concepts_of_a_list(tmp_path):
     ]
     path = tmp_path / "concepts.json"
     path.write_text(json.dumps(rows))
-    assert read_concepts(DataConfig(concepts_list=str(path))) == [Concept("d", "p", "c", "e"), Concept("f", "q")]
+    assert read_concepts(DataConfig(concepts_list=str(path))) == [
+        Concept("d", "p", "c", "e"),
+        Concept("f", "q"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +309,9 @@ def test_concepts_missing_neither_or_both(tmp_path):
             read_concepts(config)
 
 
-@pytest.mark.parametrize(("resolution", "factor"), [(512, 8), (1024, 16), (1024, 64), (64, 8), (64, 64), (768, 32)])
+@pytest.mark.parametrize(
+    ("resolution", "factor"), [(512, 8), (1024, 16), (1024, 64), (64, 8), (64, 64), (768, 32)]
+)
 def test_buckets(resolution, factor):
     found = buckets(resolution, factor)
     assert (resolution, resolution) in found
@@ -333,14 +331,18 @@ def test_nearest_bucket_is_symmetric_in_the_logarithm():
     assert nearest_bucket((145, 100), [(100, 100), (100, 200)]) == (100, 200)
 
 
-@pytest.mark.parametrize(("resolution", "said"), [(500, "496 or 504"), (0, "is 8"), (-16, "is 8"), (3, "is 8")])
+@pytest.mark.parametrize(
+    ("resolution", "said"), [(500, "496 or 504"), (0, "is 8"), (-16, "is 8"), (3, "is 8")]
+)
 def test_check_resolution(resolution, said):
     check_resolution(512, 8)
     with pytest.raises(UserError, match=f"--resolution {resolution} .*{said}"):
         check_resolution(resolution, 8)
 
 
-@pytest.mark.parametrize(("size", "target"), [((300, 100), (64, 64)), ((100, 300), (64, 96)), ((90, 120), (96, 64))])
+@pytest.mark.parametrize(
+    ("size", "target"), [((300, 100), (64, 64)), ((100, 300), (64, 96)), ((90, 120), (96, 64))]
+)
 def test_fit_neither_distorts_nor_shifts(size, target):
     """A centred square stays a centred square, scaled by the larger of the two ratios."""
     width, height = size
@@ -372,7 +374,9 @@ def test_items_and_the_flip_of_mask_and_picture(tmp_path, source, flip):
     else:
         Image.fromarray(np.concatenate([array, mask], 2)).save(tmp_path / "a.png")
         expected = array * (mask / 255) + 255 * (1 - mask / 255)
-    dataset = SubjectDataset(find_pictures(tmp_path, "a dog", concept=2), DataConfig(resolution=16, unmasked_weight=0.25), 8)
+    dataset = SubjectDataset(
+        find_images(tmp_path, "a dog", concept=2), DataConfig(resolution=16, unmasked_weight=0.25), 8
+    )
     assert (len(dataset), dataset.bucket_of(0)) == (1, (16, 16))
     item = dataset[0, (16, 16), flip]
     weight = 0.25 + 0.75 * mask / 255
@@ -388,7 +392,7 @@ def test_the_loss_weight_is_one_without_masks(tmp_path):
     write(tmp_path / "a.png")
     write(tmp_path / "b.png")
     write(tmp_path / "b.mask.png", color=0)
-    pictures = find_pictures(tmp_path, "x")
+    pictures = find_images(tmp_path, "x")
     masked = SubjectDataset(pictures, DataConfig(resolution=8, unmasked_weight=0.1), 8)
     plain = SubjectDataset(pictures, DataConfig(resolution=8, masked_loss=False), 8)
     assert torch.equal(masked[0, (8, 8), False]["mask"], torch.ones(1, 8, 8))
@@ -407,9 +411,11 @@ def test_loader_collates_batches_of_one_bucket(tmp_path, workers):
         write(tmp_path / f"{index}.png", *size)
     (tmp_path / "class").mkdir()
     write(tmp_path / "class" / "p.png", 40, 30)
-    pictures = find_pictures(tmp_path, "a sks dog") + find_pictures(tmp_path / "class", "a dog", is_prior=True)
+    pictures = find_images(tmp_path, "a sks dog") + find_images(tmp_path / "class", "a dog", is_prior=True)
     dataset = SubjectDataset(pictures, DataConfig(resolution=64, use_aspect_ratio_buckets=True), 8)
-    loader = DataLoader(dataset, batch_sampler=Batches(dataset, 2, 0), collate_fn=collate, num_workers=workers)
+    loader = DataLoader(
+        dataset, batch_sampler=BucketBatches(dataset, 2, 0), collate_fn=collate, num_workers=workers
+    )
     for batch in itertools.islice(loader, 3):
         height, width = dataset.bucket_of(int(batch["index"][0]))
         assert batch["pixels"].shape == (4, 3, height, width)
@@ -424,7 +430,7 @@ def dataset_of(pictures, **options):
 
 
 def take(count, *args, **options):
-    return list(itertools.islice(Batches(*args, **options), count))
+    return list(itertools.islice(BucketBatches(*args, **options), count))
 
 
 SIZES = [(64, 64), (128, 64), (64, 128)]
@@ -458,7 +464,9 @@ def test_a_short_batch_is_filled_from_its_bucket():
     assert set(seen) == set(range(6))
 
 
-WITH_PRIORS = [picture(i, concept=i % 2) for i in range(6)] + [picture(i, concept=i % 2, is_prior=True) for i in range(6, 16)]
+WITH_PRIORS = [picture(i, concept=i % 2) for i in range(6)] + [
+    picture(i, concept=i % 2, is_prior=True) for i in range(6, 16)
+]
 
 
 def test_resuming_gives_exactly_the_tail():
@@ -494,7 +502,9 @@ def test_priors_pair_with_their_concept_and_cycle():
 
 def test_the_order_of_priors_depends_on_the_seed():
     def order(seed):
-        return [index for batch in take(20, dataset_of(WITH_PRIORS), 1, seed=seed) for index, _, _ in batch[1:]]
+        return [
+            index for batch in take(20, dataset_of(WITH_PRIORS), 1, seed=seed) for index, _, _ in batch[1:]
+        ]
 
     assert order(0) == order(0)
     assert set(order(0)) == set(order(1))
@@ -515,16 +525,18 @@ def test_flips_are_drawn_for_each_key_and_leave_the_order():
     assert not any(flip for batch in plain for *_, flip in batch)
     assert 120 < sum(flip for batch in flipped for *_, flip in batch) < 280
     assert any(len({flip for *_, flip in batch}) == 2 for batch in flipped)
-    assert [[key[:2] for key in batch] for batch in plain] == [[key[:2] for key in batch] for batch in flipped]
+    assert [[key[:2] for key in batch] for batch in plain] == [
+        [key[:2] for key in batch] for batch in flipped
+    ]
 
 
 def test_batches_refuse_what_would_never_end():
     with pytest.raises(UserError, match="class_data_dir"):
-        Batches(dataset_of([picture(0), picture(1, concept=1), picture(2, is_prior=True)]), 1, 0)
+        BucketBatches(dataset_of([picture(0), picture(1, concept=1), picture(2, is_prior=True)]), 1, 0)
     with pytest.raises(UserError, match="instance pictures"):
-        Batches(dataset_of([picture(0, is_prior=True)]), 1, 0)
+        BucketBatches(dataset_of([picture(0, is_prior=True)]), 1, 0)
     with pytest.raises(UserError, match="--train_batch_size"):
-        Batches(dataset_of([picture(0)]), 0, 0)
+        BucketBatches(dataset_of([picture(0)]), 0, 0)
 
 
 def test_split_holdout():

@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from customize.trainers.diagnostics import (
+from customize.trainers.methods.contrast_diagnostics import (
     appearance_correlation,
     gradient_ratios,
     rank_correlation,
-    similarity_picture,
+    similarity_image,
     view_retrieval,
     write_similarity,
 )
@@ -20,7 +20,9 @@ def noise(*shape, seed=0):
 
 
 def cosine(a, b):
-    return (sum(x * y for x, y in zip(a, b, strict=True))) / (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5
+    return (sum(x * y for x, y in zip(a, b, strict=True))) / (
+        sum(x * x for x in a) * sum(y * y for y in b)
+    ) ** 0.5
 
 
 def looped_cosines(a, b):
@@ -39,11 +41,18 @@ def with_cosines(matrix):
 
 
 def test_view_retrieval_by_loops():
-    anchors, positives, identity = noise(3, 8, 4), noise(3, 8, 4, seed=1), torch.tensor([0, 1, 2, 3, 0, 1, 2, 2])
+    anchors, positives, identity = (
+        noise(3, 8, 4),
+        noise(3, 8, 4, seed=1),
+        torch.tensor([0, 1, 2, 3, 0, 1, 2, 2]),
+    )
     expected = []
     for layer in range(3):
         likeness = looped_cosines(anchors[layer], positives[layer])
-        hits = [identity[max(range(8), key=lambda j, row=row: row[j])] == identity[i] for i, row in enumerate(likeness)]
+        hits = [
+            identity[max(range(8), key=lambda j, row=row: row[j])] == identity[i]
+            for i, row in enumerate(likeness)
+        ]
         expected.append(sum(map(float, hits)) / 8)
     assert len(set(expected)) > 1
     assert view_retrieval(anchors, positives, identity) == pytest.approx(expected)
@@ -82,12 +91,19 @@ def test_rank_correlation_asks_for_the_order_alone():
 
 
 def test_appearance_correlation_by_loops():
-    anchors, positives, looks, identity = noise(3, 6, 4), noise(3, 6, 4, seed=1), noise(6, 5, seed=2), [0, 1, 2, 1, 3, 0]
+    anchors, positives, looks, identity = (
+        noise(3, 6, 4),
+        noise(3, 6, 4, seed=1),
+        noise(6, 5, seed=2),
+        [0, 1, 2, 1, 3, 0],
+    )
     learned = sum(looped_cosines(a, p) for a, p in zip(anchors, positives, strict=True)) / 3
     real = looped_cosines(looks, looks)
     pairs = [(i, j) for i in range(6) for j in range(6) if identity[i] != identity[j]]
     # pictures have one cosine in both directions: which of a pair comes first is left open
-    expected = looped_spearman([learned[i, j] for i, j in pairs], [real[i, j] + 1e-9 * (i < j) for i, j in pairs])
+    expected = looped_spearman(
+        [learned[i, j] for i, j in pairs], [real[i, j] + 1e-9 * (i < j) for i, j in pairs]
+    )
     found = appearance_correlation(anchors, positives, looks, torch.tensor(identity))
     assert found == pytest.approx(expected, abs=0.1)
 
@@ -116,17 +132,21 @@ def test_pairs_of_one_subject_do_not_count():
     same = identity[:, None] == identity
     views = with_cosines(torch.where(same, -0.3, real))
     assert appearance_correlation(*views, looks, identity) > 0.995
-    assert appearance_correlation(*views, looks, torch.arange(8)) < 0.995  # where they do, they are out of order
+    assert (
+        appearance_correlation(*views, looks, torch.arange(8)) < 0.995
+    )  # where they do, they are out of order
 
 
 def test_correlation_and_picture_work_in_mixed_precision():
     """Validation runs under training's autocast."""
     anchors, positives, looks = noise(2, 6, 4), noise(2, 6, 4, seed=1), noise(6, 5, seed=2)
     exact = appearance_correlation(anchors, positives, looks, torch.arange(6))
-    picture = np.asarray(similarity_picture(anchors, positives, looks))
+    picture = np.asarray(similarity_image(anchors, positives, looks))
     with torch.autocast("cpu", torch.bfloat16):
-        assert appearance_correlation(anchors, positives, looks, torch.arange(6)) == pytest.approx(exact, abs=0.05)
-        found = np.asarray(similarity_picture(anchors, positives, looks))
+        assert appearance_correlation(anchors, positives, looks, torch.arange(6)) == pytest.approx(
+            exact, abs=0.05
+        )
+        found = np.asarray(similarity_image(anchors, positives, looks))
     assert np.abs(found.astype(int) - picture.astype(int)).max() <= 3
 
 
@@ -135,7 +155,7 @@ def test_correlation_and_picture_work_in_mixed_precision():
 
 def test_the_picture_shows_both_matrices_from_black_to_white():
     anchors, positives, looks = noise(2, 4, 3), noise(2, 4, 3, seed=1), noise(4, 5, seed=2)
-    picture = similarity_picture(anchors, positives, looks, side=40)
+    picture = similarity_image(anchors, positives, looks, side=40)
     assert picture.mode == "L"
     assert picture.size == (82, 40)
     learned = sum(looped_cosines(a, p) for a, p in zip(anchors, positives, strict=True)) / 2
@@ -145,20 +165,22 @@ def test_the_picture_shows_both_matrices_from_black_to_white():
             for j in range(4):
                 shade = 255 * (matrix[i, j] - matrix.min()) / (matrix.max() - matrix.min())
                 square = picture.crop((left + 10 * j, 10 * i, left + 10 * j + 10, 10 * i + 10)).getextrema()
-                assert square[0] == square[1] == pytest.approx(shade, abs=1.01)  # first views from top to bottom
+                assert (
+                    square[0] == square[1] == pytest.approx(shade, abs=1.01)
+                )  # first views from top to bottom
     assert picture.crop((40, 0, 42, 40)).getextrema() == (255, 255)  # the gap
 
 
 def test_subjects_that_are_all_alike_give_a_picture_too():
     """As before training, when S+ is the same for all."""
-    assert similarity_picture(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.ones(3, 5)).size == (492, 240)
+    assert similarity_image(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.ones(3, 5)).size == (492, 240)
 
 
 def test_the_picture_is_written_by_its_step(tmp_path):
     views = noise(2, 4, 3), noise(2, 4, 3, seed=1), noise(4, 5, seed=2)
     write_similarity(tmp_path / "new" / "samples", 250, *views)
     with Image.open(tmp_path / "new" / "samples" / "similarity-000250.png") as written:
-        assert np.array_equal(np.asarray(written), np.asarray(similarity_picture(*views)))
+        assert np.array_equal(np.asarray(written), np.asarray(similarity_image(*views)))
 
 
 # gradients

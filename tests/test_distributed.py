@@ -13,26 +13,62 @@ from tiny import tiny
 
 def launch(*words, processes: int):
     """As `accelerate launch` starts processes on a machine without a GPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--standalone",
+    ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "-m", "customize.trainers", *words], capture_output=True, text=True, timeout=280, env=environment
+        [*command, "-m", "customize.trainers", *words],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
     )
 
 
 def test_two_processes_train_one_adapter_and_resume(tmp_path, pictures):
     tiny("sd15").save_pretrained(tmp_path / "base")
-    words = ["dreambooth", "--pretrained_model_name_or_path", str(tmp_path / "base"), "--instance_data_dir", str(pictures)]
-    words += ["--instance_prompt", "a photo of sks dog", "--resolution", "32", "--rank", "2", "--learning_rate", "1e-2"]
+    words = [
+        "dreambooth",
+        "--pretrained_model_name_or_path",
+        str(tmp_path / "base"),
+        "--instance_data_dir",
+        str(pictures),
+    ]
+    words += [
+        "--instance_prompt",
+        "a photo of sks dog",
+        "--resolution",
+        "32",
+        "--rank",
+        "2",
+        "--learning_rate",
+        "1e-2",
+    ]
     words += ["--train_batch_size", "2", "--checkpointing_steps", "2"]
 
     whole = launch(*words, "--max_train_steps", "4", "--output_dir", str(tmp_path / "whole"), processes=2)
     assert whole.returncode == 0, whole.stderr[-2000:]
     half = launch(*words, "--max_train_steps", "2", "--output_dir", str(tmp_path / "half"), processes=2)
     assert half.returncode == 0, half.stderr[-2000:]
-    resumed = [*words, "--max_train_steps", "4", "--output_dir", str(tmp_path / "half"), "--resume_from_checkpoint", "latest"]
+    resumed = [
+        *words,
+        "--max_train_steps",
+        "4",
+        "--output_dir",
+        str(tmp_path / "half"),
+        "--resume_from_checkpoint",
+        "latest",
+    ]
     assert launch(*resumed, processes=2).returncode == 0
-    first, second = (load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in ("whole", "half"))
+    first, second = (
+        load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in ("whole", "half")
+    )
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["step"] == 4
     assert all(first[name].equal(second[name]) for name in first)
 
@@ -60,8 +96,23 @@ sys.exit(main(["train", *sys.argv[2:]]))
 def test_a_signal_to_one_process_stops_all_at_one_step(rank, tmp_path, pictures):
     tiny("sd15").save_pretrained(tmp_path / "base")
     (tmp_path / "stop.py").write_text(STOP_ONE)
-    words = ["dreambooth", "--pretrained_model_name_or_path", str(tmp_path / "base"), "--instance_data_dir", str(pictures)]
-    words += ["--instance_prompt", "a photo of sks dog", "--resolution", "32", "--rank", "2", "--max_train_steps", "50"]
+    words = [
+        "dreambooth",
+        "--pretrained_model_name_or_path",
+        str(tmp_path / "base"),
+        "--instance_data_dir",
+        str(pictures),
+    ]
+    words += [
+        "--instance_prompt",
+        "a photo of sks dog",
+        "--resolution",
+        "32",
+        "--rank",
+        "2",
+        "--max_train_steps",
+        "50",
+    ]
     command = [
         sys.executable,
         "-m",

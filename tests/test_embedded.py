@@ -45,7 +45,10 @@ def test_draws_as_a_stranger_would_load_it(kind):
 def test_backgrounds_obey_the_prompt(pipe):
     pictures = draw(pipe, [f"a fox {phrase}" for phrase in BACKGROUNDS.values()])
     assert {picture.size for picture in pictures} == {(128, 128)}
-    right = sum(background_of(picture) == background for picture, background in zip(pictures, BACKGROUNDS, strict=True))
+    right = sum(
+        background_of(picture) == background
+        for picture, background in zip(pictures, BACKGROUNDS, strict=True)
+    )
     assert right >= 9
 
 
@@ -80,7 +83,11 @@ def test_the_encoder_carries_colours_of_drawings_never_seen():
     for subject in bench_subjects():
         if subject.word in ("apple", "turtle"):
             images = [draw_scene(scene, World())[0] for scene in reference_scenes(subject)[:2]]
-            options = {"num_inference_steps": 15, "guidance_scale": 4.0, "generator": torch.Generator().manual_seed(0)}
+            options = {
+                "num_inference_steps": 15,
+                "guidance_scale": 4.0,
+                "generator": torch.Generator().manual_seed(0),
+            }
             drawn = pipe("a <s> sticker on a white background", subject_images=images, **options).images[0]
             found[subject.word] = np.asarray(drawn, float)[48:80, 48:80].mean((0, 1))
     assert found["apple"][0] > found["apple"][1] + 60

@@ -10,26 +10,32 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from customize.backbone import wrap
-from customize.encoders import load_tower
+from customize.adapters.encoders.image_encoder import load_image_encoder
+from customize.adapters.subject import FILE, RELEASED
+from customize.backbones.families import wrap
+from customize.data.folders import Folders, read_folders
+from customize.data.references import ReferenceConfig, collate_references, held_out_batches
+from customize.data.sources import ReferenceData
 from customize.errors import UserError
-from customize.pipelines.subject import with_subjects
-from customize.run_folder import RESUME
-from customize.subject import ADAPTER_FILES, WORDS, save_adapter
-from customize.trainers.__main__ import run
-from customize.trainers.custom_contrast import CustomContrast
-from customize.trainers.ip_adapter import IPAdapter
+from customize.pipelines.conditioning import SubjectCall
+from customize.pipelines.load import with_subjects
+from customize.prompts import WORDS
+from customize.runs.folder import RESUME
+from customize.trainers.launch import run
 from customize.trainers.loop import train
-from customize.trainers.references import ReferenceConfig, collate_references, held_out_batches
+from customize.trainers.methods.custom_contrast import CustomContrast
+from customize.trainers.methods.ip_adapter import IPAdapter
 from customize.trainers.settings import TrainConfig, make_accelerator
-from customize.trainers.sources import Folders, read_folders
-from tiny import BASES, tiny
+from tiny import BASES, save_adapter, tiny
 
 SMALL = {"dim": 16, "depth": 1, "heads": 2, "visual_queries": 3}
 MFI = SMALL | {"feature_layers": 2, "time_bins": 4, "multi_reference_rate": 0.5}
 CASES = {
     "custom_contrast": (CustomContrast, MFI),
-    "custom_contrast_gated": (CustomContrast, MFI | {"text_gate": "same", "macl_form": "soft", "queue_size": 6}),
+    "custom_contrast_gated": (
+        CustomContrast,
+        MFI | {"text_gate": "same", "macl_form": "soft", "queue_size": 6},
+    ),
     "custom_contrast_visual_only": (
         CustomContrast,
         MFI | {"words": False, "fusion": False, "cscl_weight": 0.0, "macl_weight": 0.0},
@@ -78,23 +84,33 @@ def build(base: str, case: str, tower: str, **more):
 
 
 def dataset(subjects: Path, method) -> Folders:
-    config = ReferenceConfig(train_data_dir=str(subjects), resolution=32, instance_prompt="a photo of <s> dog")
-    return Folders(config, read_folders(config), method.tower.pixels, seed=0)
+    config = ReferenceConfig(
+        train_data_dir=str(subjects), resolution=32, instance_prompt="a photo of <s> dog"
+    )
+    return Folders(config, read_folders(config), method.image_encoder.pixels, seed=0)
 
 
 def trained(method, subjects: Path, folder: Path, steps: int = 4, **settings):
-    config = TrainConfig(output_dir=str(folder), train_batch_size=3, max_train_steps=steps, learning_rate=1e-2, **settings)
+    config = TrainConfig(
+        output_dir=str(folder), train_batch_size=3, max_train_steps=steps, learning_rate=1e-2, **settings
+    )
     data = dataset(subjects, method)
     held = held_out_batches(data, 3, 3, torch.device("cpu"))
-    about = {"base_model": method.backbone.name, "method": "x", "config": {"image_encoder": method.config.image_encoder}}
-    train(method, data, config, make_accelerator(config), held, about)
+    about = {
+        "base_model": method.backbone.name,
+        "method": "x",
+        "config": {"image_encoder": method.config.image_encoder},
+    }
+    train(method, ReferenceData(data, held_out=held), config, make_accelerator(config), about)
     return method.eval()
 
 
 def picture(pipe, subjects: Path, prompt: str = "a photo of <s> dog"):
     options = {"height": 32, "width": 32, "num_inference_steps": 3, "output_type": "np"}
     images = [str(subjects / "dog0" / f"{k}.png") for k in range(2)]
-    return pipe(prompt, subject_images=images, generator=torch.Generator().manual_seed(1), **options).images[0]
+    return pipe(prompt, subject_images=images, generator=torch.Generator().manual_seed(1), **options).images[
+        0
+    ]
 
 
 def reloaded(base: str, file: Path, tower: str):
@@ -127,25 +143,49 @@ def test_trains_saves_and_reloads(base, case, tower, subjects, tmp_path):
 
 @pytest.mark.parametrize(
     ("base", "case"),
-    [("sd15", "custom_contrast"), ("sdxl", "custom_contrast"), ("sdxl", "ip_adapter_plus"), ("sd15", "ip_adapter")],
+    [
+        ("sd15", "custom_contrast"),
+        ("sdxl", "custom_contrast"),
+        ("sdxl", "ip_adapter_plus"),
+        ("sd15", "ip_adapter"),
+    ],
 )
 def test_bf16_trains_draws_and_saves_in_float32(base, case, tower, subjects, tmp_path, monkeypatch):
     """As on a GPU: base model and image tower in bf16, what is trained in float32, autocast, activations recomputed."""
     tiny(base).save_pretrained(tmp_path / "base")
     method, options = CASES[case]
     made, begin = [], method.__init__
-    monkeypatch.setattr(method, "__init__", lambda self, *given, **named: made.append(self) or begin(self, *given, **named))
-    flags = options | {"pretrained_model_name_or_path": tmp_path / "base", "image_encoder": tower, "resolution": 32}
-    flags |= {"train_data_dir": subjects, "instance_prompt": "a photo of <s> dog", "holdout": 2, "output_dir": tmp_path / "run"}
+    monkeypatch.setattr(
+        method, "__init__", lambda self, *given, **named: made.append(self) or begin(self, *given, **named)
+    )
+    flags = options | {
+        "pretrained_model_name_or_path": tmp_path / "base",
+        "image_encoder": tower,
+        "resolution": 32,
+    }
+    flags |= {
+        "train_data_dir": subjects,
+        "instance_prompt": "a photo of <s> dog",
+        "holdout": 2,
+        "output_dir": tmp_path / "run",
+    }
     flags |= {"mixed_precision": "bf16", "train_batch_size": 2, "max_train_steps": 2, "validation_steps": 2}
     flags |= {"validation_prompt": "a <s> dog", "validation_images": subjects / "dog0" / "0.png"}
-    words = [part for name, value in flags.items() if value is not False for part in (f"--{name}", str(value))]
-    words = [*words, "--gradient_checkpointing", *("--no_plus" for name, value in flags.items() if value is False)]
+    words = [
+        part for name, value in flags.items() if value is not False for part in (f"--{name}", str(value))
+    ]
+    words = [
+        *words,
+        "--gradient_checkpointing",
+        *("--no_plus" for name, value in flags.items() if value is False),
+    ]
     run([case.removesuffix("_plus"), *words])
-    assert made[0].tower.vision.dtype == made[0].backbone.denoiser.dtype == torch.bfloat16
+    assert made[0].image_encoder.vision.dtype == made[0].backbone.denoiser.dtype == torch.bfloat16
     [row] = (json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines())
     assert np.isfinite(row["validation_loss"])
-    [saved] = (load_file(tmp_path / "run" / file) for file in ADAPTER_FILES if (tmp_path / "run" / file).exists())
+    [saved] = (
+        load_file(tmp_path / "run" / file) for file in (FILE, RELEASED) if (tmp_path / "run" / file).exists()
+    )
     assert {value.dtype for value in saved.values()} == {torch.float32}
     assert np.asarray(Image.open(tmp_path / "run" / "samples" / "step-000002.png")).std() > 0
 
@@ -166,7 +206,7 @@ def test_diagnostics_are_logged_with_the_validation_loss(tower, subjects, tmp_pa
     row = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[-1])
     slots = [name for name in row if name.startswith("retrieval slot")]
     assert {"validation_loss", "retrieval", "spearman", "cscl gradient", "macl gradient"} <= row.keys()
-    assert len(slots) == build("sd15", "custom_contrast", tower).adapter.slots
+    assert len(slots) == build("sd15", "custom_contrast", tower).adapter.text_blocks
     assert (tmp_path / "samples" / "similarity-000002.png").exists()
 
 
@@ -204,10 +244,16 @@ def test_one_sample_has_nothing_to_be_contrasted_with(tower, subjects):
 
 WRONG = {
     "no pictures": (["--validation_prompt", "a <s> dog"], "--validation_images"),
-    "no such picture": (["--validation_prompt", "a <s> dog", "--validation_images", "nowhere.png"], "nowhere.png"),
+    "no such picture": (
+        ["--validation_prompt", "a <s> dog", "--validation_images", "nowhere.png"],
+        "nowhere.png",
+    ),
     "too many": (["--validation_prompt", "a <s> dog", "--validation_images", *["a.png"] * 5], "1 to 4"),
     "no word": (["--validation_prompt", "a dog", "--validation_images", "a.png"], "does not say <s>"),
-    "score": (["--validation_prompt", "a <s> dog", "--validation_images", "a.png", "--validation_metric", "score"], "score"),
+    "score": (
+        ["--validation_prompt", "a <s> dog", "--validation_images", "a.png", "--validation_metric", "score"],
+        "score",
+    ),
     "no folder": (["--train_data_dir", "nowhere"], "nowhere"),
     "unreadable": (["--train_data_dir", "subjects"], "correct --train_data_dir"),
     "no heads": (["--heads", "0"], "--heads must be at least 1"),
@@ -217,7 +263,9 @@ WRONG = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*It is skipped")  # the picture that is none, before its folder is refused
+@pytest.mark.filterwarnings(
+    "ignore:.*It is skipped"
+)  # the picture that is none, before its folder is refused
 @pytest.mark.parametrize("case", WRONG)
 def test_what_a_run_cannot_begin_with_is_refused_before_anything_is_lost(case, tmp_path, monkeypatch):
     """An earlier run in the folder is replaced only once all that the new one needs was found."""
@@ -236,7 +284,10 @@ def test_what_a_run_cannot_begin_with_is_refused_before_anything_is_lost(case, t
         run([*words, "--overwrite_output_dir"])
     with pytest.raises(UserError, match="earlier run"):
         run(["custom_contrast", "--output_dir", "run"])
-    assert all((tmp_path / "run" / file).exists() for file in ("best/run.json", f"checkpoint-3/{RESUME}", "validation.jsonl"))
+    assert all(
+        (tmp_path / "run" / file).exists()
+        for file in ("best/run.json", f"checkpoint-3/{RESUME}", "validation.jsonl")
+    )
 
 
 def test_a_run_of_another_method_takes_the_place_of_the_earlier_one(tower, subjects, tmp_path):
@@ -256,7 +307,13 @@ def test_what_cannot_be_told_is_left_out_of_the_log(tower, subjects, tmp_path):
     config = TrainConfig(output_dir=str(tmp_path), train_batch_size=3, max_train_steps=1, validation_steps=1)
     held = [drawn_rows(batch_of(method, subjects), slice(0, 2))]
     held[0]["identity"] = torch.zeros(2, dtype=torch.long)
-    train(method, dataset(subjects, method), config, make_accelerator(config), held, {"base_model": "x", "method": "x"})
+    train(
+        method,
+        ReferenceData(dataset(subjects, method), held_out=held),
+        config,
+        make_accelerator(config),
+        {"base_model": "x", "method": "x"},
+    )
     [line] = (tmp_path / "validation.jsonl").read_text().splitlines()
     assert "NaN" not in line
     assert json.loads(line).keys() >= {"validation_loss", "retrieval"}
@@ -278,16 +335,20 @@ def woken(method):
 
 def injected_by_the_pipeline(method, prompts: list[str], given: list[dict]):
     """What a pipeline's call with the method's adapter and these features of subjects injects at time 0.6."""
-    pipe = method.pipe
-    seen, made = {}, pipe._injected
-    pipe._injected = lambda call, bins, guided: seen.setdefault(bins, made(call, bins, guided))
-    pipe(prompts, subject_images=given, height=32, width=32, num_inference_steps=5)
+    pipe, made, seen = method.pipe, SubjectCall.injected, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            SubjectCall,
+            "injected",
+            lambda call, bins, guided: seen.setdefault(bins, made(call, bins, guided)),
+        )
+        pipe(prompts, subject_images=given, height=32, width=32, num_inference_steps=5)
     return seen[int(0.6 * 4)]
 
 
 def features_of(method, batch: dict) -> torch.Tensor:
     """Features of all references, (pictures, subjects, references, tokens, features)."""
-    read = method.adapter.encoder.read(method.tower(batch["references"].flatten(0, 2)))
+    read = method.adapter.encoder.read(method.image_encoder(batch["references"].flatten(0, 2)))
     return read.unflatten(0, batch["references"].shape[:3])
 
 
@@ -302,8 +363,9 @@ def test_training_conditions_as_the_pipeline_does(both, tower, subjects):
         trained_on = method.condition(batch, torch.full((4,), 0.6)).injected
         given = [{WORDS[0]: own[0, : 1 + both]} for own in features_of(method, batch)]
         drawn = injected_by_the_pipeline(method, batch["prompt"], given)
-    for part in ("visual", "contexts", "place"):
-        assert torch.allclose(getattr(trained_on, part), getattr(drawn, part), atol=1e-5), part
+    for part in ("visual", "location_embedding"):
+        assert torch.allclose(getattr(trained_on.tokens, part), getattr(drawn.tokens, part), atol=1e-5), part
+    assert torch.allclose(trained_on.block_texts, drawn.block_texts, atol=1e-5)
 
 
 def test_the_pooled_text_of_every_time_is_that_of_training(tower, subjects):
@@ -311,7 +373,9 @@ def test_the_pooled_text_of_every_time_is_that_of_training(tower, subjects):
     batch, seen = batch_of(method, subjects), {}
 
     def remember(unet, args, named, output):
-        seen[int(named["timestep"] if "timestep" in named else args[1])] = named["added_cond_kwargs"]["text_embeds"]
+        seen[int(named["timestep"] if "timestep" in named else args[1])] = named["added_cond_kwargs"][
+            "text_embeds"
+        ]
 
     with torch.no_grad():
         given = [{WORDS[0]: own[0, :1]} for own in features_of(method, batch)]
@@ -368,7 +432,9 @@ def two_subjects(method, subjects: Path) -> dict:
     batch["present"] = torch.tensor([[True, True], [True, False], [True, False], [True, True]])
     batch["references"][1:3, 1] = 0
     batch["regions"] = torch.ones(4, 2, *batch["pixels"].shape[-2:])
-    batch["prompt"] = [f"{prompt} and a <s2> cup" if i in (0, 3) else prompt for i, prompt in enumerate(batch["prompt"])]
+    batch["prompt"] = [
+        f"{prompt} and a <s2> cup" if i in (0, 3) else prompt for i, prompt in enumerate(batch["prompt"])
+    ]
     return batch
 
 
@@ -388,9 +454,11 @@ def test_pictures_with_fewer_subjects_are_conditioned_as_alone(name, tower, subj
         first = method.backbone.denoise(noisy, t * 999, together)
         second = method.backbone.denoise(noisy[1:3], t[1:3] * 999, method.condition(alone, t[1:3]))
         swapped = batch | {"references": batch["references"].clone()}
-        swapped["references"][:, 1] = batch["references"][:, 1].roll(3, 0)  # the second subjects of both pairs change places
+        swapped["references"][:, 1] = batch["references"][:, 1].roll(
+            3, 0
+        )  # the second subjects of both pairs change places
         third = method.backbone.denoise(noisy, t * 999, method.condition(swapped, t))
-    assert together.injected.weight.tolist() == [[1, 1], [1, 0], [1, 0], [1, 1]]
+    assert together.injected.tokens.weight.tolist() == [[1, 1], [1, 0], [1, 0], [1, 1]]
     assert torch.isfinite(first).all()
     assert torch.allclose(first[1:3], second, atol=1e-5)
     assert not torch.allclose(first[0], third[0], atol=1e-3)
@@ -409,9 +477,10 @@ def test_two_subjects_are_trained_on_as_the_pipeline_draws_them(tower, subjects)
             for row in zip(features, batch["present"], strict=True)
         ]
         drawn = injected_by_the_pipeline(method, batch["prompt"], given)
-    for part in ("visual", "contexts", "place", "weight"):
-        assert torch.allclose(getattr(trained_on, part), getattr(drawn, part), atol=1e-5), part
-    assert not drawn.visual[1:3, 1].any()
+    for part in ("visual", "location_embedding", "weight"):
+        assert torch.allclose(getattr(trained_on.tokens, part), getattr(drawn.tokens, part), atol=1e-5), part
+    assert torch.allclose(trained_on.block_texts, drawn.block_texts, atol=1e-5)
+    assert not drawn.tokens.visual[1:3, 1].any()
 
 
 @pytest.mark.parametrize("name", ["custom_contrast", "ip_adapter"])
@@ -429,11 +498,11 @@ def test_a_subject_is_seen_only_in_the_region_that_is_told(name, tower, subjects
             for regions in (batch["regions"], half)
         ]
     latent = side // method.backbone.pipe.vae_scale_factor
-    assert found[0].regions.shape == (4, 2, latent, latent)
-    assert (found[0].regions == 1).all()
-    assert (found[1].regions[:, 1, :, : latent // 2] == 0).all()
-    assert (found[1].regions[:, 1, :, latent // 2 :] == 1).all()
-    assert (found[1].regions[:, 0] == 1).all()
+    assert found[0].tokens.regions.shape == (4, 2, latent, latent)
+    assert (found[0].tokens.regions == 1).all()
+    assert (found[1].tokens.regions[:, 1, :, : latent // 2] == 0).all()
+    assert (found[1].tokens.regions[:, 1, :, latent // 2 :] == 1).all()
+    assert (found[1].tokens.regions[:, 0] == 1).all()
 
 
 @pytest.mark.parametrize("name", ["custom_contrast", "ip_adapter"])
@@ -443,12 +512,14 @@ def test_two_subjects_are_trained_on(name, tower, subjects):
     sum(losses.values()).backward()
     assert losses.keys() == ({"denoise", "cscl", "macl"} if name == "custom_contrast" else {"denoise"})
     if name == "custom_contrast":  # only first subjects are contrasted
-        assert len(method.condition(two_subjects(method, subjects), torch.zeros(4)).looks) == 4
+        assert len(method.condition(two_subjects(method, subjects), torch.zeros(4)).image_embeds) == 4
     assert all(torch.isfinite(p.grad).all() for p in method.trainable().values() if p.grad is not None)
 
 
 def test_dropped_samples_lose_their_prompt_or_their_pictures(tower, subjects):
-    method = build("sd15", "custom_contrast", tower, dropout_text=0.3, dropout_image=0.3, dropout_both=0.3).train()
+    method = build(
+        "sd15", "custom_contrast", tower, dropout_text=0.3, dropout_image=0.3, dropout_both=0.3
+    ).train()
     torch.manual_seed(0)
     no_text, no_image = method.dropped(20_000)
     assert abs(float((no_text & ~no_image).float().mean()) - 0.3) < 0.02
@@ -476,5 +547,5 @@ def test_the_tower_that_a_run_names_is_loaded_with_it(tower, subjects, tmp_path)
     trained(build("sd15", "ip_adapter", tower), subjects, tmp_path, 1)
     pipe = with_subjects(tiny("sd15"))
     pipe.load_subject_adapter(tmp_path)
-    own = load_tower(tower).vision.state_dict()
+    own = load_image_encoder(tower).vision.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in pipe.image_encoder.state_dict().items())

@@ -13,30 +13,53 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerFast
 
-from customize.encoders import ImagePrompt, ImageTower, MultimodalConfig, MultimodalEncoder, load_tower, tower
-from customize.encoders.image_prompt import Projection
-from customize.encoders.multimodal import Fusion, evenly, fourier
-from customize.encoders.perceiver import Resampler
+from customize.adapters.encoders import image_encoder as tower
+from customize.adapters.encoders.image_encoder import ImageEncoder, load_image_encoder
+from customize.adapters.encoders.ip_adapter import ImagePrompt, Projection
+from customize.adapters.encoders.multimodal import (
+    Fusion,
+    MultimodalConfig,
+    MultimodalEncoder,
+    evenly,
+    fourier,
+)
+from customize.adapters.encoders.resampler import Resampler
+from customize.adapters.subject import FILE, RELEASED, image_prompt, multimodal
+from customize.adapters.subject_files import load_adapter, read_file
 from customize.errors import UserError
 from customize.files import header
-from customize.pipelines.subject import with_subjects
-from customize.subject import FILE, RELEASED, image_prompt, load_adapter, multimodal, read_file, save_adapter
-from tiny import random, tiny, woken
+from customize.pipelines.load import with_subjects
+from tiny import random, save_adapter, tiny, woken
 
 logging.set_verbosity_error()  # stock pipelines warn of modules that they did not expect
-SIZES = {"dim": 16, "depth": 2, "heads": 2, "visual_queries": 3, "feature_layers": 2, "time_bins": 4, "projection": 8}
-PLUS = {"dim": 32, "depth": 4, "heads": 2, "queries": 5}  # diffusers expects four layers; heads are 64 wide, whatever `dim`
+SIZES = {
+    "dim": 16,
+    "depth": 2,
+    "heads": 2,
+    "visual_queries": 3,
+    "feature_layers": 2,
+    "time_bins": 4,
+    "projection": 8,
+}
+PLUS = {
+    "dim": 32,
+    "depth": 4,
+    "heads": 2,
+    "queries": 5,
+}  # diffusers expects four layers; heads are 64 wide, whatever `dim`
 HALVES = (0.5, 0.5, 0.5)
 
 
 def vision() -> CLIPVisionModelWithProjection:
     torch.manual_seed(5)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
-    return CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=16, **sizes))
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=16, **sizes)
+    )
 
 
-def eye() -> ImageTower:
-    return ImageTower(vision(), HALVES, (0.25, 0.5, 1.0))
+def eye() -> ImageEncoder:
+    return ImageEncoder(vision(), HALVES, (0.25, 0.5, 1.0))
 
 
 def noise(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
@@ -95,14 +118,30 @@ def released(base: str, plus: bool) -> dict[str, torch.Tensor]:
     dim = unet.config.cross_attention_dim
     if plus:
         shapes = {"latents": (1, 5, 64), "proj_in.weight": (64, 32), "proj_in.bias": (64,)}
-        shapes |= {"proj_out.weight": (dim, 64), "proj_out.bias": (dim,), "norm_out.weight": (dim,), "norm_out.bias": (dim,)}
+        shapes |= {
+            "proj_out.weight": (dim, 64),
+            "proj_out.bias": (dim,),
+            "norm_out.weight": (dim,),
+            "norm_out.bias": (dim,),
+        }
         for i in range(4):
-            linear = {"0.to_q": (64, 64), "0.to_kv": (128, 64), "0.to_out": (64, 64), "1.1": (256, 64), "1.3": (64, 256)}
+            linear = {
+                "0.to_q": (64, 64),
+                "0.to_kv": (128, 64),
+                "0.to_out": (64, 64),
+                "1.1": (256, 64),
+                "1.3": (64, 256),
+            }
             shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in linear.items()}
             norms = ("0.norm1", "0.norm2", "1.0")
             shapes |= {f"layers.{i}.{name}.{kind}": (64,) for name in norms for kind in ("weight", "bias")}
     else:
-        shapes = {"proj.weight": (4 * dim, 16), "proj.bias": (4 * dim,), "norm.weight": (dim,), "norm.bias": (dim,)}
+        shapes = {
+            "proj.weight": (4 * dim, 16),
+            "proj.bias": (4 * dim,),
+            "norm.weight": (dim,),
+            "norm.bias": (dim,),
+        }
     shapes = {f"image_proj.{name}": shape for name, shape in shapes.items()}
     for i, name in enumerate(unet.attn_processors):
         if name.endswith("attn2.processor"):
@@ -127,7 +166,13 @@ def write(state: dict[str, torch.Tensor], path: Path) -> Path:
 
 
 def drawn(pipe, prompt="a photo of the dog", **named) -> np.ndarray:
-    named = {"height": 32, "width": 32, "num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "np"} | named
+    named = {
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 3,
+        "guidance_scale": 5.0,
+        "output_type": "np",
+    } | named
     return pipe(prompt, generator=torch.Generator().manual_seed(1), **named).images
 
 
@@ -148,7 +193,12 @@ def ours(base: str, file: Path):
 
 @pytest.mark.parametrize(
     ("base", "plus", "suffix"),
-    [("sd15", False, ".safetensors"), ("sd15", True, ".bin"), ("sdxl", False, ".bin"), ("sdxl", True, ".safetensors")],
+    [
+        ("sd15", False, ".safetensors"),
+        ("sd15", True, ".bin"),
+        ("sdxl", False, ".bin"),
+        ("sdxl", True, ".safetensors"),
+    ],
 )
 def test_a_released_adapter_draws_what_it_draws_in_stock_diffusers(base, plus, suffix, tmp_path):
     file = write(released(base, plus), tmp_path / f"ip-adapter{suffix}")
@@ -168,7 +218,10 @@ def test_scale_guidance_prompts_and_number_of_images_as_in_stock_diffusers(plus,
     file = write(released("sd15", plus), tmp_path / "ip-adapter.safetensors")
     theirs, own = stock("sd15", file, 0.4), ours("sd15", file)
     picture, prompts = noise(0), ["a dog", "a red toy on grass"]
-    for named in ({"guidance_scale": 1.0}, {"num_images_per_prompt": 2, "negative_prompt": ["a cat", "a blue cat"]}):
+    for named in (
+        {"guidance_scale": 1.0},
+        {"num_images_per_prompt": 2, "negative_prompt": ["a cat", "a blue cat"]},
+    ):
         expected = drawn(theirs, prompts, ip_adapter_image=picture, **named)
         found = drawn(own, prompts, subject_images=picture, subject_scale=0.4, **named)
         assert found.shape == expected.shape
@@ -181,7 +234,12 @@ def test_stock_diffusers_reads_our_image_prompt_adapter(base, plus, tmp_path):
     adapter = woken(image_prompt(pipe, eye(), plus, **(PLUS if plus else {})), 0.15)
     file = save_adapter(adapter, tmp_path)
     assert file == tmp_path / RELEASED
-    assert {name.split(".")[1] for name in load_file(file) if name.startswith("ip_adapter")} == {"1", "3", "5", "7"}
+    assert {name.split(".")[1] for name in load_file(file) if name.startswith("ip_adapter")} == {
+        "1",
+        "3",
+        "5",
+        "7",
+    }
     found = drawn(ours(base, file), subject_images=[noise(0), noise(1)])
     assert np.abs(found - drawn(stock(base, file), ip_adapter_image=[[noise(0), noise(1)]])).max() < 1e-5
     assert np.abs(found - drawn(tiny(base))).max() > 1e-3
@@ -189,7 +247,14 @@ def test_stock_diffusers_reads_our_image_prompt_adapter(base, plus, tmp_path):
 
 FACES = {
     "face_id": ["proj.0.weight", "proj.0.bias", "proj.2.weight", "proj.2.bias", "norm.weight", "norm.bias"],
-    "full_face": ["proj.0.weight", "proj.0.bias", "proj.2.weight", "proj.2.bias", "proj.3.weight", "proj.3.bias"],
+    "full_face": [
+        "proj.0.weight",
+        "proj.0.bias",
+        "proj.2.weight",
+        "proj.2.bias",
+        "proj.3.weight",
+        "proj.3.bias",
+    ],
     "face_id_plus": ["proj.0.weight", "norm.weight", "perceiver_resampler.proj_in.weight"],
 }
 
@@ -212,10 +277,14 @@ def test_padding_references_of_an_image_prompt_are_masked(plus):
     assert features.shape == ((2, 2, 17, 32) if plus else (2, 2, 1, 16))
     found = encoder(features, torch.tensor([[True, False], [True, True]]), torch.zeros(2))
     assert found.mask.tolist() == [[True] * tokens + [False] * tokens, [True] * 2 * tokens]
-    assert encoder(features, torch.ones(2, 2, dtype=torch.bool), torch.zeros(2)).mask is None  # nothing is padding
+    assert (
+        encoder(features, torch.ones(2, 2, dtype=torch.bool), torch.zeros(2)).mask is None
+    )  # nothing is padding
     for row in range(2):  # each reference on its own, one after the other
         for i in range(2):
-            alone = encoder(features[row : row + 1, i : i + 1], torch.ones(1, 1, dtype=torch.bool), torch.zeros(1)).visual
+            alone = encoder(
+                features[row : row + 1, i : i + 1], torch.ones(1, 1, dtype=torch.bool), torch.zeros(1)
+            ).visual
             assert torch.allclose(found.visual[row, i * tokens : (i + 1) * tokens], alone[0], atol=1e-5)
 
 
@@ -249,15 +318,22 @@ def test_shapes_of_what_is_encoded():
     assert found.visual.shape == (2, 3, 12)
     assert found.mask is None
     assert [words.shape for words in found.words] == [(2, 5, 16), (2, 5, 10)]
-    assert found.place.shape == (2, 16)
+    assert found.location_embedding.shape == (2, 16)
     assert found.visual_cls.shape == found.textual_cls.shape == (2, 8)
 
 
 @torch.no_grad()
 def test_half_precision_throughout():
     encoder = woken(encoder_of()).to(torch.bfloat16)
-    features, present, t = features_of(encoder, 2, 1), torch.ones(2, 1, dtype=torch.bool), torch.full((2,), 0.3)
-    found, whole = everything(encoder(features.bfloat16(), present, t)), everything(encoder.float()(features, present, t))
+    features, present, t = (
+        features_of(encoder, 2, 1),
+        torch.ones(2, 1, dtype=torch.bool),
+        torch.full((2,), 0.3),
+    )
+    found, whole = (
+        everything(encoder(features.bfloat16(), present, t)),
+        everything(encoder.float()(features, present, t)),
+    )
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
     for name, value in whole.items():
         assert (found[name] - value).norm() < 0.1 * value.norm(), name
@@ -267,9 +343,16 @@ def test_half_precision_throughout():
 def test_parts_that_are_left_out():
     encoder = encoder_of(words=False, location=False)
     found = encoder(features_of(encoder, 1, 1), torch.ones(1, 1, dtype=torch.bool), torch.rand(1))
-    assert (found.words, found.textual_cls, found.place, encoder.place_dim) == ([], None, None, 0)
+    assert (found.words, found.textual_cls, found.location_embedding, encoder.location_dim) == (
+        [],
+        None,
+        None,
+        0,
+    )
     whole, plain = woken(encoder_of()), encoder_of(fusion=False)
-    plain.load_state_dict({name: value for name, value in whole.state_dict().items() if not name.startswith("fusion")})
+    plain.load_state_dict(
+        {name: value for name, value in whole.state_dict().items() if not name.startswith("fusion")}
+    )
     arguments = features_of(whole, 1, 1), torch.ones(1, 1, dtype=torch.bool), torch.rand(1)
     same = alike(everything(whole(*arguments)), everything(plain(*arguments)))
     assert same == dict.fromkeys(same, True) | {"visual": False}
@@ -299,7 +382,9 @@ def test_bins_of_time():
     """Times of one bin cannot be told apart, those of two can, in words and location maps."""
     encoder = woken(encoder_of())
     features, present = features_of(encoder, 1, 1), torch.ones(1, 1, dtype=torch.bool)
-    first, same, other = (everything(encoder(features, present, torch.tensor([t]))) for t in (0.26, 0.49, 0.51))
+    first, same, other = (
+        everything(encoder(features, present, torch.tensor([t]))) for t in (0.26, 0.49, 0.51)
+    )
     assert all(torch.equal(first[name], same[name]) for name in first)
     differing = [name for name, equal in alike(first, other).items() if not equal]
     assert differing == ["words.0", "words.1", "visual", "place", "textual_cls"]  # visual: text-refined
@@ -313,7 +398,7 @@ def test_before_training_words_are_zero_and_know_no_time():
     features, present = features_of(encoder, 2, 1), torch.ones(2, 1, dtype=torch.bool)
     found, later = (encoder(features, present, torch.full((2,), t)) for t in (0.1, 0.9))
     assert not any(words.any() for words in found.words)
-    assert torch.equal(found.place, later.place)
+    assert torch.equal(found.location_embedding, later.location_embedding)
     assert torch.equal(found.textual_cls, later.textual_cls)
     assert not torch.allclose(found.visual_cls[0], found.visual_cls[1], atol=1e-3)
 
@@ -348,7 +433,9 @@ def test_fusion_by_loops():
         read = [0.0] * 4  # how much each visual token is read, on average over the words
         for word in range(3):
             query = fusion.to_q.weight @ textual[row, word]
-            scores = [math.exp(query @ (fusion.to_k.weight @ visual[row, v]) / math.sqrt(8)) for v in range(4)]
+            scores = [
+                math.exp(query @ (fusion.to_k.weight @ visual[row, v]) / math.sqrt(8)) for v in range(4)
+            ]
             read = [read[v] + scores[v] / sum(scores) / 3 for v in range(4)]
         for v in range(4):
             assert torch.allclose(found[row, v], visual[row, v] * (1 + fusion.alpha * read[v] * 4), atol=1e-5)
@@ -384,25 +471,42 @@ def adapted(base: str, **options):
     pipe = tiny(base)
     for name in ("tokenizer", "tokenizer_2"):
         if hasattr(pipe, name):
-            core = Tokenizer.from_str(getattr(pipe, name).backend_tokenizer.to_str().replace('"<s>"', '"<start>"'))
-            special = {"pad_token": "<pad>", "bos_token": "<start>", "eos_token": "</s>", "unk_token": "<unk>"}
-            setattr(pipe, name, PreTrainedTokenizerFast(tokenizer_object=core, **special, model_max_length=16))
+            core = Tokenizer.from_str(
+                getattr(pipe, name).backend_tokenizer.to_str().replace('"<s>"', '"<start>"')
+            )
+            special = {
+                "pad_token": "<pad>",
+                "bos_token": "<start>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+            }
+            setattr(
+                pipe, name, PreTrainedTokenizerFast(tokenizer_object=core, **special, model_max_length=16)
+            )
     return pipe, multimodal(pipe, eye(), "toy", **(SIZES | options))
 
 
 def encoded_by(adapter, rows: int = 2, subjects: int = 2):
     features = features_of(adapter.encoder, rows * subjects, 1)
-    return adapter.encoder(features, torch.ones(len(features), 1, dtype=torch.bool), torch.full((len(features),), 0.3))
+    return adapter.encoder(
+        features, torch.ones(len(features), 1, dtype=torch.bool), torch.full((len(features),), 0.3)
+    )
 
 
 def texts(pipe, adapter, prompts: list[str], vectors) -> torch.Tensor:
     tokenizers = [pipe.tokenizer, pipe.tokenizer_2] if hasattr(pipe, "tokenizer_2") else [pipe.tokenizer]
-    encoders = [pipe.text_encoder, pipe.text_encoder_2] if hasattr(pipe, "tokenizer_2") else [pipe.text_encoder]
-    return adapter.texts(lambda some: {"states": plain_text(pipe, some)}, tokenizers, encoders, prompts, vectors)["states"]
+    encoders = (
+        [pipe.text_encoder, pipe.text_encoder_2] if hasattr(pipe, "tokenizer_2") else [pipe.text_encoder]
+    )
+    return adapter.texts(
+        lambda some: {"states": plain_text(pipe, some)}, tokenizers, encoders, prompts, vectors
+    )["states"]
 
 
 def plain_text(pipe, prompts: list[str]) -> torch.Tensor:
-    return pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+    return pipe.encode_prompt(
+        prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )[0]
 
 
 @pytest.mark.parametrize("base", ["sd15", "sdxl"])
@@ -476,7 +580,9 @@ def test_a_multimodal_adapter_comes_back_from_its_file(base, options, tmp_path):
     same_adapter(found, adapter)
     assert found.encoder.config == adapter.encoder.config
     assert found.text_gate == options.get("text_gate", "none")
-    assert {p.text_gate for p in pipe.unet.attn_processors.values() if p.branch is not None} == {found.text_gate}
+    assert {p.text_gate for p in pipe.unet.attn_processors.values() if p.branch is not None} == {
+        found.text_gate
+    }
     assert not found.training
     assert not any(p.requires_grad for p in found.parameters())
 
@@ -493,7 +599,9 @@ def test_an_image_prompt_adapter_comes_back_from_its_file(plus, tmp_path):
 @torch.no_grad()
 def test_half_precision_files(kind, tmp_path):
     pipe = tiny("sd15")
-    adapter = multimodal(pipe, eye(), "toy", **SIZES) if kind == "multimodal" else image_prompt(pipe, eye(), False)
+    adapter = (
+        multimodal(pipe, eye(), "toy", **SIZES) if kind == "multimodal" else image_prompt(pipe, eye(), False)
+    )
     file = save_adapter(woken(adapter), tmp_path, half=True)
     assert {value.dtype for value in load_file(file).values()} == {torch.float16}
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
@@ -557,7 +665,9 @@ def test_another_image_tower_is_refused_and_the_adapter_in_place_stays(kind, tmp
     if kind == "multimodal":
         file = save_adapter(multimodal(pipe, eye(), "toy", **SIZES), tmp_path)
     else:
-        file = save_adapter(image_prompt(pipe, eye(), kind == "plus", **(PLUS if kind == "plus" else {})), tmp_path)
+        file = save_adapter(
+            image_prompt(pipe, eye(), kind == "plus", **(PLUS if kind == "plus" else {})), tmp_path
+        )
     loaded = ours("sd15", write(released("sd15", False), tmp_path / "good.safetensors"))
     expected = drawn(loaded, subject_images=noise(0))
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -567,7 +677,7 @@ def test_another_image_tower_is_refused_and_the_adapter_in_place_stays(kind, tmp
             CLIPVisionConfig(**({"image_size": 32, "patch_size": 8, "projection_dim": 16} | sizes | other))
         )
         with pytest.raises(UserError, match=rf"{file}' reads another image tower"):
-            loaded.load_subject_adapter(file, ImageTower(vision, HALVES, HALVES))
+            loaded.load_subject_adapter(file, ImageEncoder(vision, HALVES, HALVES))
     assert np.array_equal(drawn(loaded, subject_images=noise(0)), expected)
 
 
@@ -639,7 +749,7 @@ def test_a_released_file_with_a_part_missing_is_refused(missing, tmp_path):
 
 def test_a_tower_comes_from_a_folder(tmp_path):
     vision().save_pretrained(tmp_path / "tower")
-    found = load_tower(str(tmp_path / "tower"))
+    found = load_image_encoder(str(tmp_path / "tower"))
     assert (found.width, found.depth) == (32, 4)
     assert found.processor.image_mean == pytest.approx(tower.OPENAI["image_mean"])
     assert found.processor.image_std == pytest.approx(tower.OPENAI["image_std"])
@@ -648,7 +758,10 @@ def test_a_tower_comes_from_a_folder(tmp_path):
     assert torch.equal(output.image_embeds, expected.image_embeds)
     assert len(output.hidden_states) == 5
     assert torch.equal(output.hidden_states[-2], expected.hidden_states[-2])
-    assert load_tower(str(tmp_path / "tower"), torch.bfloat16)(pixels).image_embeds.dtype == torch.bfloat16
+    assert (
+        load_image_encoder(str(tmp_path / "tower"), torch.bfloat16)(pixels).image_embeds.dtype
+        == torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("place", ["feature_extractor", "image_encoder"])
@@ -656,7 +769,7 @@ def test_pixels_are_normalised_as_the_folder_says(place, tmp_path):
     """In the tower's own folder or in the feature_extractor beside it, as pipelines are saved."""
     vision().save_pretrained(tmp_path / "image_encoder")
     eye().processor.save_pretrained(tmp_path / place)
-    found = load_tower(str(tmp_path / "image_encoder"))
+    found = load_image_encoder(str(tmp_path / "image_encoder"))
     assert list(found.processor.image_mean) == [0.5, 0.5, 0.5]
     assert list(found.processor.image_std) == [0.25, 0.5, 1.0]
 
@@ -675,7 +788,7 @@ def test_a_folder_inside_a_hub_repository(monkeypatch):
 
     monkeypatch.setattr(tower.CLIPVisionModelWithProjection, "from_pretrained", load)
     monkeypatch.setattr(tower.CLIPImageProcessorPil, "from_pretrained", no_processor)
-    load_tower("owner/name/models/image_encoder")
+    load_image_encoder("owner/name/models/image_encoder")
     assert asked[:2] == [("owner/name", "models/image_encoder")] * 2
     assert {place for place, _ in asked} == {"owner/name"}
 
@@ -685,7 +798,7 @@ def test_a_tower_that_is_not_there_is_refused(name, tmp_path):
     (tmp_path / "empty").mkdir()
     for place in (name, str(tmp_path / name)):
         with pytest.raises(UserError, match=f"image_encoder: '{place}' could not be loaded"):
-            load_tower(place)
+            load_image_encoder(place)
 
 
 def test_the_tower_stays_in_evaluation_mode_and_without_gradients():
@@ -718,11 +831,15 @@ def test_what_is_transparent_becomes_white(kind, tmp_path):
 
 def test_half_transparent_pixels_are_mixed_with_white():
     found = eye().pixels([Image.new("RGBA", (32, 32), (0, 0, 0, 128))])
-    assert found[0, :, 0, 0].tolist() == pytest.approx([(127 / 255 - 0.5) / std for std in (0.25, 0.5, 1.0)], abs=1e-5)
+    assert found[0, :, 0, 0].tolist() == pytest.approx(
+        [(127 / 255 - 0.5) / std for std in (0.25, 0.5, 1.0)], abs=1e-5
+    )
 
 
 def test_grey_pictures_have_three_channels():
-    assert eye().pixels([Image.new("L", (32, 32), 255)])[0, :, 0, 0].tolist() == pytest.approx([2.0, 1.0, 0.5])
+    assert eye().pixels([Image.new("L", (32, 32), 255)])[0, :, 0, 0].tolist() == pytest.approx(
+        [2.0, 1.0, 0.5]
+    )
 
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 32), (32, 80), (20, 50)])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from customize.config import parse
-from customize.trainers.__main__ import configs
+from customize.trainers.launch import configs
 from customize.trainers.registry import METHODS, find_method
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -42,7 +42,9 @@ def test_variants_of_encoders_differ_in_what_they_name():
         for name, (method, flags) in encoders["VARIANTS"].items()
         if method == "custom_contrast" and name not in encoders["STARTS"]
     }
-    contrasts = {name: (own["cscl_weight"], own["macl_weight"], own["location"]) for name, own in found.items()}
+    contrasts = {
+        name: (own["cscl_weight"], own["macl_weight"], own["location"]) for name, own in found.items()
+    }
     assert contrasts.pop("words") == (0, 0, False)
     assert contrasts.pop("cscl") == (0.005, 0, False)
     assert contrasts.pop("macl") == (0, 0.004, False)

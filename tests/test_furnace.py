@@ -114,8 +114,10 @@ def test_a_piece_holds_latents_and_token_numbers_that_the_reader_turns_into_text
     states = text(ids[:3])
     assert states.shape == (3, 56, 192)
     with torch.no_grad():
-        expected = text.tower(ids[1:2].long()).last_hidden_state[0]
-    assert torch.allclose(states[1].float(), expected, atol=0.05)  # float16, and bfloat16 where the processor has it
+        expected = text.image_encoder(ids[1:2].long()).last_hidden_state[0]
+    assert torch.allclose(
+        states[1].float(), expected, atol=0.05
+    )  # float16, and bfloat16 where the processor has it
     assert text.nothing().shape == (56, 192)
 
 
@@ -131,7 +133,9 @@ def counting():
 
 @pytest.fixture
 def counted():
-    numbers = supply.Supply(counting, 0, kept=3, shows=2, spread=0.25, prepare=lambda piece: (piece[0] + 100, piece[1]))
+    numbers = supply.Supply(
+        counting, 0, kept=3, shows=2, spread=0.25, prepare=lambda piece: (piece[0] + 100, piece[1])
+    )
     yield numbers
     numbers.close()
 
@@ -144,8 +148,12 @@ def test_a_supply_keeps_the_last_pieces_and_shows_each_row_as_often_as_it_is_tol
         seen.append({int(n) for n in numbers[:, 0]})
     assert min(map(min, seen)) == 100  # as `prepare` left it
     last = counted.taken - 1
-    assert seen[-1] <= {100 + last - i for i in range(4)}  # the last three, or a piece more had it come in between
-    assert 3 <= counted.taken <= 3 + len(seen) * 4 / (2 * 4) + 1  # full, then one for each two shows of its size
+    assert seen[-1] <= {
+        100 + last - i for i in range(4)
+    }  # the last three, or a piece more had it come in between
+    assert (
+        3 <= counted.taken <= 3 + len(seen) * 4 / (2 * 4) + 1
+    )  # full, then one for each two shows of its size
 
 
 def test_a_supply_stops_while_it_waits(counted):
@@ -173,12 +181,16 @@ def test_the_text_tower_knows_the_looks_of_both_things():
     looks, text = text_tower.Looks(WORLD), scenes.Text("cpu")
     rng = np.random.default_rng(0)
     chosen = [CORE[i] for i in rng.permutation(len(CORE))]
-    prompts = [f"a {a} next to a {b} on green grass" for a, b in zip(chosen, chosen[1:] + chosen[:1], strict=True)]
+    prompts = [
+        f"a {a} next to a {b} on green grass" for a, b in zip(chosen, chosen[1:] + chosen[:1], strict=True)
+    ]
     states = text(text.ids(prompts)).float()
     patches = torch.stack([looks.patches[looks.index[drawing]] for drawing in chosen])
     for first, wanted in ((text_tower.FIRST_PATCH, patches), (text_tower.SECOND_PATCH, patches.roll(-1, 0))):
         inputs = torch.cat([states[:, first : first + 16], torch.ones(len(chosen), 16, 1)], -1)
-        readout = torch.linalg.lstsq(inputs[:300].flatten(0, 1), wanted[:300].flatten(0, 1), driver="gelsd").solution
+        readout = torch.linalg.lstsq(
+            inputs[:300].flatten(0, 1), wanted[:300].flatten(0, 1), driver="gelsd"
+        ).solution
         error = (inputs[300:] @ readout - wanted[300:]).square().mean()
         assert error < 0.2 * wanted.var(0).mean()  # on drawings that the read-out was not fitted to
 
@@ -288,7 +300,9 @@ def test_a_runs_average_follows_its_weights_and_resumes(tmp_path, monkeypatch):
     assert torch.allclose(run.average["0.weight"], average, atol=1e-6)
     assert run.average["1.num_batches_tracked"] == 3
     run.save()
-    again = recipe.Run("stage", torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)), lr=0.1, ema=0.9)
+    again = recipe.Run(
+        "stage", torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)), lr=0.1, ema=0.9
+    )
     assert (again.step, again.images) == (3, 12)
     assert torch.equal(again.model[0].weight, model[0].weight)
     assert torch.equal(again.average["0.weight"], run.average["0.weight"])
@@ -310,7 +324,9 @@ def test_the_judge_sees_images_as_networks_draw_them():
 def test_what_the_judge_is_to_find_in_two_drawings_is_half_of_each():
     drawings = WORLD.drawings(held_out=None)
     a, b = drawings[3], drawings[40]
-    wanted = judge_recipe.targets([Scene(a, "snow", companion=b, tint="red"), Scene(b, "grass", count=3)], drawings)
+    wanted = judge_recipe.targets(
+        [Scene(a, "snow", companion=b, tint="red"), Scene(b, "grass", count=3)], drawings
+    )
     assert wanted["drawing"][0, 3] == wanted["drawing"][0, 40] == 0.5
     assert wanted["drawing"][1, 40] == 1
     assert wanted["drawing"].sum() == 2
@@ -324,8 +340,14 @@ def test_the_text_towers_losses_by_loops():
     torch.manual_seed(0)
     teacher = text_tower.Teacher(text_tower.build(tokenizer)).eval()
     prompts = ["a flat fox on the beach", "a 3d cat next to a flat dog", ""]
-    ids = tokenizer(prompts, padding="max_length", max_length=text_tower.LENGTH, return_tensors="pt").input_ids
-    nouns, looks, patches = torch.tensor([[3, 0], [4, 9], [0, 0]]), random(3, 2, text_tower.LOOK), random(3, 2, 16, 64, seed=1)
+    ids = tokenizer(
+        prompts, padding="max_length", max_length=text_tower.LENGTH, return_tensors="pt"
+    ).input_ids
+    nouns, looks, patches = (
+        torch.tensor([[3, 0], [4, 9], [0, 0]]),
+        random(3, 2, text_tower.LOOK),
+        random(3, 2, 16, 64, seed=1),
+    )
     factors = {name: torch.zeros(3, dtype=torch.long) for name in text_tower.READ}
     with torch.no_grad():
         found = teacher(ids, nouns, looks, patches, factors)
@@ -336,15 +358,21 @@ def test_the_text_towers_losses_by_loops():
             for place in range(text_tower.LENGTH):
                 if not first or place < first:
                     continue
-                later = second and (second <= place < text_tower.FIRST_PATCH or place >= text_tower.SECOND_PATCH)
+                later = second and (
+                    second <= place < text_tower.FIRST_PATCH or place >= text_tower.SECOND_PATCH
+                )
                 if not later and place >= text_tower.SECOND_PATCH:
                     continue
                 weight = 9.0 if place in (first, second) else 1.0
-                total += weight * (teacher.look(states[row, place]) - looks[row, int(bool(later))]).square().mean()
+                total += (
+                    weight * (teacher.look(states[row, place]) - looks[row, int(bool(later))]).square().mean()
+                )
                 weights += weight
         assert torch.allclose(found["look"], total / weights, atol=1e-5)
         error = 0.0
         for thing, start in enumerate((text_tower.FIRST_PATCH, text_tower.SECOND_PATCH)):
             error += (teacher.patch(states[:, start : start + 16]) - patches[:, thing]).square().mean()
         assert torch.allclose(found["patch"], error / 0.3, atol=1e-4)
-        assert torch.allclose(found["subject"], 0.3 * (teacher.subject(pooled) - looks[:, 0]).square().mean(), atol=1e-5)
+        assert torch.allclose(
+            found["subject"], 0.3 * (teacher.subject(pooled) - looks[:, 0]).square().mean(), atol=1e-5
+        )

@@ -21,26 +21,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from conftest import write_noise
-from customize import checkpoint
-from customize.backbone import wrap
-from customize.data import Concept, DataConfig, SubjectDataset
+from customize.adapters import words as learned_words
+from customize.backbones.families import wrap
+from customize.data.batches import BucketBatches
+from customize.data.concepts import Concept, DataConfig
+from customize.data.dataset import SubjectDataset
+from customize.data.images import find_images
+from customize.data.subject_images import SubjectData, held_out_batches
 from customize.errors import UserError
-from customize.pictures import find_pictures
-from customize.run_folder import RESUME, latest_checkpoint
-from customize.trainers import loop, session, state, validation
-from customize.trainers.__main__ import run
-from customize.trainers.dreambooth import DreamBooth
-from customize.trainers.loop import accumulate_gradients, interruption, train
-from customize.trainers.prepare import held_out_batches
+from customize.runs.folder import RESUME, latest_checkpoint
+from customize.trainers import interruption as interrupting
+from customize.trainers import loop, resume, session, validation
+from customize.trainers.interruption import interruption
+from customize.trainers.launch import run
+from customize.trainers.loop import accumulate_gradients, train
+from customize.trainers.methods.dreambooth import DreamBooth
+from customize.trainers.methods.textual_inversion import TextualInversion
 from customize.trainers.session import Session
 from customize.trainers.settings import TrainConfig, make_accelerator, make_optimizer
-from customize.trainers.textual_inversion import TextualInversion
 from customize.trainers.validation import sample, validation_loss
 from tiny import BASES, tiny
 
 CASES = {
     "dreambooth": (DreamBooth, {"rank": 2, "lora_dropout": 0.3, "train_text_encoder": True}),
-    "textual_inversion": (TextualInversion, {"placeholder_token": "<toy>", "initializer_token": "dog", "num_vectors": 2}),
+    "textual_inversion": (
+        TextualInversion,
+        {"placeholder_token": "<toy>", "initializer_token": "dog", "num_vectors": 2},
+    ),
 }
 FILES = {"dreambooth": "pytorch_lora_weights.safetensors", "textual_inversion": "learned_embeds.safetensors"}
 
@@ -54,22 +61,44 @@ def build(pictures, case="dreambooth", base="sd15", dtype=torch.float32, **data)
     backbone.resolution = 16
     torch.manual_seed(11)
     method = method_class(backbone, method_class.Config(**options), [Concept(str(pictures), prompt, "a dog")])
-    return method, SubjectDataset(find_pictures(pictures, prompt), DataConfig(resolution=16, **data), backbone.factor)
+    return method, SubjectDataset(
+        find_images(pictures, prompt), DataConfig(resolution=16, **data), backbone.factor
+    )
 
 
 def settings(folder, **changes) -> TrainConfig:
     return TrainConfig(
-        **({"output_dir": str(folder), "max_train_steps": 5, "learning_rate": 1e-2, "checkpointing_steps": 99} | changes)
+        **(
+            {
+                "output_dir": str(folder),
+                "max_train_steps": 5,
+                "learning_rate": 1e-2,
+                "checkpointing_steps": 99,
+            }
+            | changes
+        )
     )
 
 
-def go(pictures, folder, case="dreambooth", data=None, held_out=None, base="sd15", dtype=torch.float32, scorer=None, **changes):
+def go(
+    pictures,
+    folder,
+    case="dreambooth",
+    data=None,
+    held_out=None,
+    base="sd15",
+    dtype=torch.float32,
+    scorer=None,
+    **changes,
+):
     """Trains from the start; returns the method and the last step."""
     method, dataset = build(pictures, case, base, dtype, **(data or {}))
     config = settings(folder, **changes)
-    batches = held_out_batches(dataset, torch.device("cpu")) if held_out else None
+    batches = held_out_batches(dataset, torch.device("cpu")) if held_out else []
     info = {"base_model": base, "method": case, "config": {}}
-    step = train(method, dataset, config, make_accelerator(config), batches, info, scorer)
+    step = train(
+        method, SubjectData(dataset, held_out=batches), config, make_accelerator(config), info, scorer
+    )
     return method, step
 
 
@@ -110,7 +139,9 @@ def toy_step(batches, accumulation, max_norm):
     config = TrainConfig(gradient_accumulation_steps=accumulation, max_grad_norm=max_norm)
     accelerator, toy = make_accelerator(config), Toy()
     wrapped, optimizer = accelerator.prepare(toy, torch.optim.SGD(toy.parameters(), 1.0))
-    session = Session(toy, config, accelerator, {}, [], None, {"w": toy.w}, wrapped, {"optimizer": optimizer})
+    session = Session(
+        toy, config, accelerator, {}, [], None, {"w": toy.w}, wrapped, {"optimizer": optimizer}, []
+    )
     sums = accumulate_gradients(session, iter(batches))
     return toy.w.detach(), sums
 
@@ -136,10 +167,14 @@ def test_the_accumulated_gradient_is_clipped_once():
 def test_each_step_uses_its_batches_in_order(pictures, tmp_path):
     """Three steps of two batches of one picture are the first six batches of the data's order."""
     method, dataset = build(pictures)
-    config, seen, forward = settings(tmp_path, max_train_steps=3, gradient_accumulation_steps=2), [], method.forward
+    config, seen, forward = (
+        settings(tmp_path, max_train_steps=3, gradient_accumulation_steps=2),
+        [],
+        method.forward,
+    )
     method.forward = lambda batch: seen.extend(batch["index"].tolist()) or forward(batch)
-    train(method, dataset, config, make_accelerator(config))
-    order = loop.Batches(dataset, 1, config.seed)
+    train(method, SubjectData(dataset), config, make_accelerator(config))
+    order = BucketBatches(dataset, 1, config.seed)
     assert seen == [key[0][0] for key, _ in zip(order, range(6), strict=False)]
 
 
@@ -159,7 +194,13 @@ def test_a_resumed_run_ends_with_the_same_bits(case, kind, pictures, tmp_path):
     options, file = RESUMED[kind], FILES[case]
     go(pictures, tmp_path / "whole", case, checkpointing_steps=2, checkpoints_total_limit=0, **options)
     torch.manual_seed(123)  # what the process did before does not matter
-    _, step = go(pictures, tmp_path / "rest", case, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"), **options)
+    _, step = go(
+        pictures,
+        tmp_path / "rest",
+        case,
+        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"),
+        **options,
+    )
     assert step == 5
     assert same_tensors(tmp_path / "whole" / file, tmp_path / "rest" / file)
     assert not same_tensors(tmp_path / "whole" / file, tmp_path / "whole" / "checkpoint-2" / file)
@@ -185,12 +226,23 @@ def stopped(pictures, tmp_path):
 
 def test_a_resumed_run_lists_every_validation_once(pictures, tmp_path):
     """Also where a kill cut the last line short."""
-    options = {"held_out": True, "validation_steps": 1, "checkpointing_steps": 2, "checkpoints_total_limit": 0}
+    options = {
+        "held_out": True,
+        "validation_steps": 1,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 0,
+    }
     go(pictures, tmp_path, max_train_steps=3, **options)
     log = tmp_path / "validation.jsonl"
     before = log.read_text()
     log.write_text(before + '{"step": 4, "valid')
-    go(pictures, tmp_path, max_train_steps=4, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **options)
+    go(
+        pictures,
+        tmp_path,
+        max_train_steps=4,
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2"),
+        **options,
+    )
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
     assert log.read_text().startswith(before)
 
@@ -281,13 +333,25 @@ def whole(base_folder, tmp_path_factory):
 
 def die(function, call, with_signal, words, folder):
     """Runs the command line in a process that gets the signal at the given call of a trainer's function."""
-    command = [sys.executable, "-c", AT_STEP, function, str(call), with_signal, "train", *words, "--output_dir", str(folder)]
+    command = [
+        sys.executable,
+        "-c",
+        AT_STEP,
+        function,
+        str(call),
+        with_signal,
+        "train",
+        *words,
+        "--output_dir",
+        str(folder),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, cwd=folder.parent, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
-    ("function", "call", "kept"), [("loop.accumulate_gradients", 8, "checkpoint-6"), ("session.save_state", 2, "checkpoint-3")]
+    ("function", "call", "kept"),
+    [("loop.accumulate_gradients", 8, "checkpoint-6"), ("session.save_state", 2, "checkpoint-3")],
 )
 def test_a_killed_process_is_resumed_to_the_same_bits(function, call, kept, words, whole, tmp_path):
     """Killed within a step, and while it writes its second checkpoint."""
@@ -317,7 +381,9 @@ def test_a_signal_saves_and_says_how_to_go_on(number, function, call, step, word
     words = [*words, *validating]
     process = die(function, call, number, words, tmp_path / "stopped")
     assert process.returncode == 2, process.stderr
-    [said] = [line for line in process.stderr.splitlines() if line.startswith("error: ")]  # on a line of its own
+    [said] = [
+        line for line in process.stderr.splitlines() if line.startswith("error: ")
+    ]  # on a line of its own
     assert f"--resume_from_checkpoint latest --output_dir {tmp_path / 'stopped'}" in said
     assert f"stopped at step {step}" in said
     assert "Traceback" not in process.stderr
@@ -328,7 +394,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, function, call, step, word
     assert same_tensors(tmp_path / "stopped" / FILES["dreambooth"], whole / FILES["dreambooth"])
 
 
-@pytest.mark.parametrize("function", ["loop.validate", "__main__.write_card"])
+@pytest.mark.parametrize("function", ["loop.validate", "launch.write_card"])
 def test_a_signal_after_the_last_step_does_not_undo_the_run(function, words, tmp_path):
     words = [*words, "--holdout", "1", "--validation_steps", "8"]
     process = die(function, 1, "SIGTERM", words, tmp_path / "run")
@@ -366,7 +432,14 @@ def test_a_terminal_that_closes(words, tmp_path):
     """The words of the run then go nowhere, instead of ending it with an error."""
     pid, terminal = pty.fork()
     if pid == 0:
-        changed = ["--max_train_steps", "100000", "--checkpointing_steps", "100000", "--output_dir", str(tmp_path / "run")]
+        changed = [
+            "--max_train_steps",
+            "100000",
+            "--checkpointing_steps",
+            "100000",
+            "--output_dir",
+            str(tmp_path / "run"),
+        ]
         os.environ["OMP_NUM_THREADS"] = "1"
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # bars need a width
         os.execv(sys.executable, [sys.executable, "-m", "customize.trainers", *words, *changed])
@@ -414,7 +487,7 @@ def test_signals_of_a_launcher_count_as_one(monkeypatch):
     """A terminal sends Ctrl-C to the launcher and to its processes, and the launcher sends it on."""
     now = [100.0]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(loop.time, "time", lambda: now[0])
+    monkeypatch.setattr(interrupting.time, "time", lambda: now[0])
     with interruption() as interrupted:
         os.kill(os.getpid(), signal.SIGINT)
         now[0] += 1
@@ -439,19 +512,31 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(bad, pict
 
     method.losses = spoilt
     with pytest.raises(UserError, match=r"not finite.*checkpoint.*learning_rate"):
-        train(method, dataset, config, make_accelerator(config), info={"base_model": "sd15", "method": "x", "config": {}})
+        train(
+            method,
+            SubjectData(dataset),
+            config,
+            make_accelerator(config),
+            info={"base_model": "sd15", "method": "x", "config": {}},
+        )
     assert checkpoints(tmp_path) == {"checkpoint-2"}
-    assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "checkpoint-2" / FILES["dreambooth"]).values())
+    assert all(
+        torch.isfinite(value).all()
+        for value in load_file(tmp_path / "checkpoint-2" / FILES["dreambooth"]).values()
+    )
     assert not (tmp_path / FILES["dreambooth"]).exists()
     _, step = go(pictures, tmp_path, resume_from_checkpoint="latest")
     assert step == 5
 
 
-FULL = [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")]
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("I/O error: No space left on device (os error 28)"),
+]
 
 
 @pytest.mark.parametrize("error", FULL, ids=["os", "safetensors"])
-@pytest.mark.parametrize("module", [state, checkpoint], ids=["state", "adapter"])
+@pytest.mark.parametrize("module", [resume, learned_words], ids=["state", "adapter"])
 def test_a_full_disk_leaves_the_older_checkpoint(module, error, pictures, tmp_path, monkeypatch):
     original, calls = module.save_file, []
 
@@ -478,7 +563,7 @@ def test_a_full_disk_at_the_end_leaves_the_earlier_result(pictures, tmp_path, mo
     def save_file(*arguments):
         raise FULL[0]
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(learned_words, "save_file", save_file)
     with pytest.raises(UserError, match="disk is full"):
         go(pictures, tmp_path, "textual_inversion", max_train_steps=2)
     assert len(before) >= 2
@@ -504,7 +589,12 @@ def test_early_stopping_and_the_best(pictures, tmp_path, monkeypatch):
     """Losses 3, 2, 2.5, 2.6 at steps 2, 4, 6, 8: step 4 is the best, and two validations later it is over."""
     losses = iter([3.0, 2.0, 2.5, 2.6, 0.0])
     monkeypatch.setattr(validation, "validation_loss", lambda *arguments, **options: next(losses))
-    limits = {"validation_steps": 2, "early_stopping_patience": 2, "checkpointing_steps": 4, "max_train_steps": 20}
+    limits = {
+        "validation_steps": 2,
+        "early_stopping_patience": 2,
+        "checkpointing_steps": 4,
+        "max_train_steps": 20,
+    }
     _, step = go(pictures, tmp_path / "run", held_out=True, checkpoints_total_limit=0, **limits)
     best, file = tmp_path / "run" / "best", FILES["dreambooth"]
     assert step == 8
@@ -516,7 +606,11 @@ def test_early_stopping_and_the_best(pictures, tmp_path, monkeypatch):
     losses = iter([2.5, 2.6, 0.0])  # the best loss and the count go on in a resumed run
     shutil.rmtree(best)
     _, step = go(
-        pictures, tmp_path / "run", held_out=True, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"), **limits
+        pictures,
+        tmp_path / "run",
+        held_out=True,
+        resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"),
+        **limits,
     )
     assert step == 8
     assert not best.exists()
@@ -531,7 +625,12 @@ def test_the_best_by_score(pictures, tmp_path, quick_pictures):
         assert all(picture.size == (16, 16) for _, picture in drawn)
         return {"identity": next(identities), "control": 0.5}
 
-    limits = {"validation_steps": 2, "early_stopping_patience": 2, "max_train_steps": 20, "validation_metric": "score"}
+    limits = {
+        "validation_steps": 2,
+        "early_stopping_patience": 2,
+        "max_train_steps": 20,
+        "validation_metric": "score",
+    }
     prompts = ["a red dog", "a dog on grass"]
     _, step = go(pictures, tmp_path, held_out=True, scorer=scorer, validation_prompt=prompts, **limits)
     assert step == 8
@@ -546,7 +645,9 @@ def test_the_best_by_score(pictures, tmp_path, quick_pictures):
 def test_the_best_of_an_averaged_run_is_the_average(pictures, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        validation, "validation_loss", lambda method, *a, **o: seen.append(method.tokens.vectors[0].detach().clone()) or 1.0
+        validation,
+        "validation_loss",
+        lambda method, *a, **o: seen.append(method.tokens.vectors[0].detach().clone()) or 1.0,
     )
     method, _ = go(pictures, tmp_path, "textual_inversion", held_out=True, use_ema=True, max_train_steps=3)
     saved = load_file(tmp_path / "best" / "learned_embeds.safetensors")["<toy>"]
@@ -561,7 +662,9 @@ def test_validation_does_not_disturb_training(case, pictures, tmp_path, quick_pi
     prompt = ["a red <toy>" if case == "textual_inversion" else "a red dog"]
     go(pictures, tmp_path / "seen", case, held_out=True, validation_steps=2, validation_prompt=prompt)
     assert same_tensors(tmp_path / "blind" / FILES[case], tmp_path / "seen" / FILES[case])
-    assert {p.name for p in (tmp_path / "seen" / "samples").iterdir()} == {f"step-{n:06d}.png" for n in (2, 4, 5)}
+    assert {p.name for p in (tmp_path / "seen" / "samples").iterdir()} == {
+        f"step-{n:06d}.png" for n in (2, 4, 5)
+    }
 
 
 def test_the_validation_loss_by_hand(pictures):
@@ -573,12 +676,17 @@ def test_the_validation_loss_by_hand(pictures):
         for batch in batches:
             for _ in range(8):
                 latents = backbone.encode_image(batch["pixels"])
-                t = torch.randint(1000, (1,))
+                t = torch.randint(1000, (1,)) / 1000
                 noise = torch.randn_like(latents)
-                alpha = backbone.noise.alphas_cumprod[t]
+                alpha = backbone.noise.alphas_cumprod[backbone.index_of(t)]
                 noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
                 text = backbone.pipe.encode_prompt("a photo of <toy>", "cpu", 1, False)[0]
-                errors.append((backbone.denoiser(noisy, t, text).sample - noise).square().mean().item())
+                errors.append(
+                    (backbone.denoiser(noisy, backbone.index_of(t), text).sample - noise)
+                    .square()
+                    .mean()
+                    .item()
+                )
     torch.manual_seed(77)
     assert validation_loss(method, batches, seed=4) == pytest.approx(sum(errors) / 16, rel=1e-5)
     after = torch.rand(1)
@@ -595,7 +703,9 @@ def test_the_validation_loss_is_without_dropout(pictures):
     batches = held_out_batches(dataset, torch.device("cpu"))[:1]
     method.train()
     training = validation_loss(method, batches)
-    assert any(m.training for n, m in method.named_modules() if "lora_dropout" in n)  # and it goes on as it was
+    assert any(
+        m.training for n, m in method.named_modules() if "lora_dropout" in n
+    )  # and it goes on as it was
     method.eval()
     assert training == validation_loss(method, batches)
 
@@ -609,7 +719,13 @@ def test_the_average_by_hand(decay, pictures, tmp_path):
     method, dataset = build(pictures, "textual_inversion")
     config, seen = settings(tmp_path, max_train_steps=3, use_ema=True, ema_decay=decay), []
     method.on_step = lambda step, steps: seen.append(method.tokens.vectors[0].detach().clone())
-    train(method, dataset, config, make_accelerator(config), info={"base_model": "sd15", "method": "x", "config": {}})
+    train(
+        method,
+        SubjectData(dataset),
+        config,
+        make_accelerator(config),
+        info={"base_model": "sd15", "method": "x", "config": {}},
+    )
     values = [*seen[1:], method.tokens.vectors[0].detach()]
     average = values[0]
     for n, value in enumerate(values[1:], 2):
@@ -626,16 +742,26 @@ def test_the_average_by_hand(decay, pictures, tmp_path):
 @pytest.mark.parametrize("base", BASES)
 def test_gradient_checkpointing_gives_the_same_gradients(base, pictures, tmp_path, monkeypatch):
     """With plain gradient descent at rate 1, what moves is the gradient."""
-    monkeypatch.setattr(session, "make_optimizer", lambda method, *_: torch.optim.SGD(method.parameter_groups(1.0)))
+    monkeypatch.setattr(
+        session, "make_optimizer", lambda method, *_: torch.optim.SGD(method.parameter_groups(1.0))
+    )
     found, forwards = [], []
     for on in (False, True):
         method, dataset = build(pictures, base=base)
         before = {name: p.detach().clone() for name, p in method.trainable().items()}
-        block = next(m for n, m in method.backbone.denoiser.named_modules() if n.endswith("transformer_blocks.0"))
+        block = next(
+            m for n, m in method.backbone.denoiser.named_modules() if n.endswith("transformer_blocks.0")
+        )
         calls = []
         block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
         config = settings(tmp_path / str(on), max_train_steps=1, gradient_checkpointing=on, max_grad_norm=1e9)
-        train(method, dataset, config, make_accelerator(config), info={"base_model": base, "method": "x", "config": {}})
+        train(
+            method,
+            SubjectData(dataset),
+            config,
+            make_accelerator(config),
+            info={"base_model": base, "method": "x", "config": {}},
+        )
         found.append({name: p.detach() - before[name] for name, p in method.trainable().items()})
         forwards.append(len(calls))
     assert forwards == [1, 2]  # the second is the one within backward
@@ -643,17 +769,29 @@ def test_gradient_checkpointing_gives_the_same_gradients(base, pictures, tmp_pat
     assert max(value.abs().max() for value in found[0].values()) > 1e-4
 
 
-@pytest.mark.parametrize(("case", "base"), [*(("dreambooth", base) for base in BASES), ("textual_inversion", "sd3")])
+@pytest.mark.parametrize(
+    ("case", "base"), [*(("dreambooth", base) for base in BASES), ("textual_inversion", "sd3")]
+)
 def test_bf16_keeps_what_is_trained_in_float32(case, base, pictures, tmp_path, quick_pictures):
-    options = {"mixed_precision": "bf16", "max_train_steps": 2, "checkpointing_steps": 1, "use_ema": True, "held_out": True}
+    options = {
+        "mixed_precision": "bf16",
+        "max_train_steps": 2,
+        "checkpointing_steps": 1,
+        "use_ema": True,
+        "held_out": True,
+    }
     prompt = ["a red <toy>" if case == "textual_inversion" else "a red dog"]
-    method, step = go(pictures, tmp_path, case, base=base, dtype=torch.bfloat16, validation_prompt=prompt, **options)
+    method, step = go(
+        pictures, tmp_path, case, base=base, dtype=torch.bfloat16, validation_prompt=prompt, **options
+    )
     trained = method.trainable()
     assert step == 2
     assert {p.dtype for p in trained.values()} == {torch.float32}
-    assert {p.dtype for n, p in method.backbone.denoiser.named_parameters() if f"backbone.denoiser.{n}" not in trained} == {
-        torch.bfloat16
-    }
+    assert {
+        p.dtype
+        for n, p in method.backbone.denoiser.named_parameters()
+        if f"backbone.denoiser.{n}" not in trained
+    } == {torch.bfloat16}
     saved = load_file(tmp_path / FILES[case])
     assert {value.dtype for value in saved.values()} == {torch.float32}
     assert all(torch.isfinite(value).all() for value in saved.values())
@@ -684,8 +822,12 @@ def test_two_runs_of_one_process_may_differ_in_precision(tmp_path):
 
 def test_scale_lr_multiplies(pictures, tmp_path):
     method, _ = build(pictures)
-    config = settings(tmp_path, learning_rate=1e-3, scale_lr=True, train_batch_size=3, gradient_accumulation_steps=4)
-    assert [group["lr"] for group in make_optimizer(method, config, 2).param_groups] == pytest.approx([24e-3] * 2)
+    config = settings(
+        tmp_path, learning_rate=1e-3, scale_lr=True, train_batch_size=3, gradient_accumulation_steps=4
+    )
+    assert [group["lr"] for group in make_optimizer(method, config, 2).param_groups] == pytest.approx(
+        [24e-3] * 2
+    )
 
 
 def test_an_unknown_schedule_is_a_user_error():

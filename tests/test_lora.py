@@ -7,12 +7,14 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from customize import checkpoint
-from customize.backbone import wrap
+from customize.adapters.kohya import KohyaLora
+from customize.adapters.lora import TEXT_ATTENTION, LoraFields, add_lora
+from customize.adapters.lora_files import with_text_model
+from customize.backbones.families import wrap
 from customize.errors import UserError
 from customize.files import header
-from customize.lora import TEXT_ATTENTION, LoraFields, add_lora, with_text_model
-from tiny import BASES, tiny
+from customize.runs import checkpoint
+from tiny import BASES, lora_of, tiny
 
 RANK, ALPHA = 4, 6.0
 
@@ -34,13 +36,16 @@ def adapted(base: str, text: bool = False, **options):
 
 
 def saved(backbone, folder, kohya: bool = False):
-    checkpoint.save(folder, backbone, None, {"base_model": backbone.name, "method": "none", "config": {}}, kohya)
+    adapters = [lora_of(backbone), *([KohyaLora(backbone)] if kohya else [])]
+    checkpoint.save(folder, adapters, {"base_model": backbone.name, "method": "none", "config": {}})
     return load_file(folder / "pytorch_lora_weights.safetensors")
 
 
 def layers(module) -> dict[str, torch.nn.Module]:
     """The adapted layers by the path that they have in the untouched module."""
-    return {name: m for name, m in module.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    return {
+        name: m for name, m in module.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")
+    }
 
 
 def up_and_down(state: dict, start: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +67,9 @@ def targets(base: str, layer_names: str) -> set[str]:
 
 def linear_with(base: str, *parts: str) -> set[str]:
     found = wrap(tiny(base)).denoiser.named_modules()
-    return {name for name, m in found if isinstance(m, torch.nn.Linear) and any(part in name for part in parts)}
+    return {
+        name for name, m in found if isinstance(m, torch.nn.Linear) and any(part in name for part in parts)
+    }
 
 
 @pytest.mark.parametrize("base", ["sd15", "sdxl"])
@@ -82,7 +89,9 @@ def test_presets_of_sd3():
 
 def test_presets_of_flux():
     assert targets("flux", "attention") == linear_with("flux", ".attn.to_", ".attn.add_")
-    blocks = linear_with("flux", ".attn.to_", ".attn.add_", ".ff.net.", ".ff_context.net.", ".proj_mlp", "blocks.0.proj_out")
+    blocks = linear_with(
+        "flux", ".attn.to_", ".attn.add_", ".ff.net.", ".ff_context.net.", ".proj_mlp", "blocks.0.proj_out"
+    )
     assert targets("flux", "attention+ff") >= blocks
     assert targets("flux", "attention+ff") - blocks <= {"proj_out"}
 
@@ -148,7 +157,11 @@ def test_the_header_says_that_alpha_is_the_rank(base, tmp_path):
     backbone = adapted(base, text=True)
     saved(backbone, tmp_path)
     said = json.loads(header(tmp_path / "pytorch_lora_weights.safetensors")["lora_adapter_metadata"])
-    names = [backbone.denoiser_name, "text_encoder", *([] if base in ("sd15", "flux") else ["text_encoder_2"])]
+    names = [
+        backbone.denoiser_name,
+        "text_encoder",
+        *([] if base in ("sd15", "flux") else ["text_encoder_2"]),
+    ]
     for name in names:
         assert said[f"{name}.r"] == RANK
         assert said[f"{name}.lora_alpha"] == RANK
@@ -180,7 +193,11 @@ def test_text_model_is_not_doubled():
 def parts_of(base: str, backbone) -> list[tuple[str, torch.nn.Module]]:
     if base == "sd15":
         return [("lora_unet", backbone.denoiser), ("lora_te", backbone.text_encoders[0])]
-    return [("lora_unet", backbone.denoiser), ("lora_te1", backbone.text_encoders[0]), ("lora_te2", backbone.text_encoders[1])]
+    return [
+        ("lora_unet", backbone.denoiser),
+        ("lora_te1", backbone.text_encoders[0]),
+        ("lora_te2", backbone.text_encoders[1]),
+    ]
 
 
 @pytest.mark.parametrize("base", ["sd15", "sdxl"])
@@ -192,7 +209,9 @@ def test_kohyas_file_holds_true_alphas_and_the_trained_change(base, tmp_path):
         for path, layer in layers(module).items():
             inside = path if prefix == "lora_unet" else f"text_model.{path.removeprefix('text_model.')}"
             key = f"{prefix}_{inside.replace('.', '_')}"
-            up, down, alpha = (state[f"{key}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+            up, down, alpha = (
+                state[f"{key}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha")
+            )
             assert alpha.item() == ALPHA
             assert alpha.shape == ()
             assert down.shape[0] == RANK

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from customize.backbone import wrap
+from customize.backbones.families import wrap
 from customize.errors import UserError
 from customize.losses import contrastive_flow, denoising
-from customize.trainers.method import Method
+from customize.trainers.methods.base import Method
 from tiny import BASES, random, tiny
 
 
@@ -27,7 +27,9 @@ def looped(prediction, target, weight):
         for c in range(prediction.shape[1]):
             for y in range(prediction.shape[2]):
                 for x in range(prediction.shape[3]):
-                    total += weight(b, y, x) * (prediction[b, c, y, x].item() - target[b, c, y, x].item()) ** 2
+                    total += (
+                        weight(b, y, x) * (prediction[b, c, y, x].item() - target[b, c, y, x].item()) ** 2
+                    )
                     weights += weight(b, y, x)
         errors.append(total / weights)
     return torch.tensor(errors)
@@ -39,7 +41,9 @@ def test_without_a_mask_it_is_the_mean_of_each_sample(pair):
 
 def test_a_mask_weights_places(pair):
     mask = torch.rand(2, 1, 4, 6, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(denoising(*pair, mask), looped(*pair, lambda b, y, x: mask[b, 0, y, x].item()), atol=1e-6)
+    assert torch.allclose(
+        denoising(*pair, mask), looped(*pair, lambda b, y, x: mask[b, 0, y, x].item()), atol=1e-6
+    )
 
 
 def test_a_mask_of_another_size_is_averaged_over_blocks(pair):
@@ -101,7 +105,9 @@ def test_min_snr_weights_by_hand(prediction_type):
         snr = alphas[t] / (1 - alphas[t])
         expected.append(min(snr, 5.0) / (snr if prediction_type == "epsilon" else snr + 1))
     assert expected[0] < 0.1  # clamped: nearly clean latents
-    assert torch.allclose(wrap(pipe).snr_weights(torch.tensor(times), 5.0), torch.tensor(expected), rtol=1e-4)
+    assert torch.allclose(
+        wrap(pipe).snr_weights(torch.tensor(times) / 1000, 5.0), torch.tensor(expected), rtol=1e-4
+    )
 
 
 def test_min_snr_is_refused_for_flow_models():
@@ -115,7 +121,9 @@ def test_min_snr_is_refused_for_flow_models():
 def test_contrastive_flow_is_minus_the_error_to_the_other_target(pair):
     mask = torch.rand(2, 1, 4, 6, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(contrastive_flow(*pair), -looped(*pair, lambda b, y, x: 1.0), atol=1e-6)
-    assert torch.allclose(contrastive_flow(*pair, mask), -looped(*pair, lambda b, y, x: mask[b, 0, y, x].item()), atol=1e-6)
+    assert torch.allclose(
+        contrastive_flow(*pair, mask), -looped(*pair, lambda b, y, x: mask[b, 0, y, x].item()), atol=1e-6
+    )
 
 
 def test_the_minimum_with_contrast_is_as_stated():
@@ -135,7 +143,11 @@ def test_the_others_target_is_of_their_latents_and_noise_at_this_samples_time(ba
     noised, add_noise, predictions, denoise = [], backbone.add_noise, [], backbone.denoise
     backbone.add_noise = lambda *given: noised.append(given) or add_noise(*given)
     backbone.denoise = lambda *given: predictions.append(denoise(*given)) or predictions[-1]
-    batch = {"pixels": random(3, 3, 32, 32).clamp(-1, 1), "prompt": ["a dog", "a cat", "a toy"], "mask": torch.rand(3, 1, 4, 4)}
+    batch = {
+        "pixels": random(3, 3, 32, 32).clamp(-1, 1),
+        "prompt": ["a dog", "a cat", "a toy"],
+        "mask": torch.rand(3, 1, 4, 4),
+    }
     with torch.no_grad():
         terms = method(batch)
     latents, noise, t = noised[0]
@@ -146,7 +158,9 @@ def test_the_others_target_is_of_their_latents_and_noise_at_this_samples_time(ba
     assert torch.allclose(terms["contrastive_flow"], torch.cat(expected).mean(), atol=1e-5)
     method.eval()
     with torch.no_grad():
-        assert method(batch).keys() == {"denoise"}  # a validation loss can be compared with those of runs without it
+        assert method(batch).keys() == {
+            "denoise"
+        }  # a validation loss can be compared with those of runs without it
 
 
 def test_contrastive_flow_needs_another_sample():

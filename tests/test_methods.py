@@ -7,25 +7,33 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from customize import checkpoint
-from customize.backbone import wrap
-from customize.data import Concept, DataConfig, SubjectDataset
-from customize.pictures import find_pictures
-from customize.tokens import WordsSD3Pipeline
-from customize.trainers.dreambooth import DreamBooth
+from customize.backbones.families import wrap
+from customize.backbones.sd3 import WordsSD3Pipeline
+from customize.data.concepts import Concept, DataConfig
+from customize.data.dataset import SubjectDataset
+from customize.data.images import find_images
+from customize.data.subject_images import SubjectData
+from customize.runs import checkpoint
 from customize.trainers.loop import train
-from customize.trainers.pivotal_tuning import PivotalTuning
+from customize.trainers.methods.dreambooth import DreamBooth
+from customize.trainers.methods.pivotal_tuning import PivotalTuning
+from customize.trainers.methods.textual_inversion import TextualInversion
 from customize.trainers.settings import TrainConfig, make_accelerator
-from customize.trainers.textual_inversion import TextualInversion
 from tiny import BASES, draw, tiny
 
 WORD = {"placeholder_token": "<toy>", "initializer_token": "dog"}
 CASES = {
     "dreambooth": (DreamBooth, {"rank": 4, "lora_alpha": 8}),
     "dreambooth_text_encoder": (DreamBooth, {"rank": 2, "train_text_encoder": True}),
-    "dreambooth_dora": (DreamBooth, {"rank": 2, "lora_alpha": 6, "use_dora": True, "lora_layers": "attention+ff"}),
+    "dreambooth_dora": (
+        DreamBooth,
+        {"rank": 2, "lora_alpha": 6, "use_dora": True, "lora_layers": "attention+ff"},
+    ),
     "dreambooth_convolutions": (DreamBooth, {"rank": 2, "lora_alpha": 1, "lora_layers": "all"}),
-    "dreambooth_teacher": (DreamBooth, {"rank": 2, "with_prior_preservation": True, "prior_source": "teacher"}),
+    "dreambooth_teacher": (
+        DreamBooth,
+        {"rank": 2, "with_prior_preservation": True, "prior_source": "teacher"},
+    ),
     "dreambooth_full": (DreamBooth, {"full_finetune": True, "train_text_encoder": True}),
     "textual_inversion": (TextualInversion, WORD),
     "textual_inversion_3_vectors": (TextualInversion, WORD | {"num_vectors": 3}),
@@ -44,15 +52,23 @@ def build(base: str, case: str, pictures: Path):
     backbone = wrap(tiny(base), f"tiny-{base}")
     backbone.resolution = 32
     method = method_class(backbone, method_class.Config(**options), [concept])
-    found = find_pictures(pictures, concept.instance_prompt)
-    return method, SubjectDataset(found, DataConfig(resolution=32), backbone.factor)
+    found = find_images(pictures, concept.instance_prompt)
+    return method, SubjectData(SubjectDataset(found, DataConfig(resolution=32), backbone.factor))
 
 
 def trained(base: str, case: str, pictures: Path, folder: Path, **settings):
     """The method after four steps; the run folder is `folder`."""
     method, dataset = build(base, case, pictures)
-    config = TrainConfig(output_dir=str(folder), train_batch_size=2, max_train_steps=4, learning_rate=3e-2, **settings)
-    train(method, dataset, config, make_accelerator(config), info={"base_model": f"tiny-{base}", "method": case, "config": {}})
+    config = TrainConfig(
+        output_dir=str(folder), train_batch_size=2, max_train_steps=4, learning_rate=3e-2, **settings
+    )
+    train(
+        method,
+        dataset,
+        config,
+        make_accelerator(config),
+        info={"base_model": f"tiny-{base}", "method": case, "config": {}},
+    )
     return method.eval()
 
 
@@ -71,7 +87,10 @@ def stock_pipeline(base: str, run: Path):
         state = load_file(file)
         second = "clip_g" if base == "sdxl" else "t5"
         for name, suffix in (("clip_l", ""), (second, "_2")):
-            parts = {"tokenizer": getattr(pipe, f"tokenizer{suffix}"), "text_encoder": getattr(pipe, f"text_encoder{suffix}")}
+            parts = {
+                "tokenizer": getattr(pipe, f"tokenizer{suffix}"),
+                "text_encoder": getattr(pipe, f"text_encoder{suffix}"),
+            }
             pipe.load_textual_inversion(state[name], token="<toy>", **parts)
     return pipe
 

@@ -47,12 +47,16 @@ from customize.stickers.scene import draw_pose
 def rows(*shape, seed=0):
     """Random features of many lengths: the scores have to normalise them."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator) * torch.rand(*shape[:-1], 1, generator=generator).add(0.5).mul(4)
+    return torch.randn(*shape, generator=generator) * torch.rand(*shape[:-1], 1, generator=generator).add(
+        0.5
+    ).mul(4)
 
 
 def cosine(a, b) -> float:
     a, b = a.tolist(), b.tolist()
-    return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+    return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(
+        sum(x * x for x in a) * sum(y * y for y in b)
+    )
 
 
 # Scores by hand
@@ -60,8 +64,12 @@ def cosine(a, b) -> float:
 
 def test_subject_score_is_the_mean_over_all_pairs():
     generated, references = rows(4, 5), rows(3, 5, seed=1)
-    assert subject_score(generated, references) == pytest.approx(mean(cosine(g, r) for g in generated for r in references))
-    assert subject_score(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 4.0], [-1.0, 0.0]])) == pytest.approx(-0.2)
+    assert subject_score(generated, references) == pytest.approx(
+        mean(cosine(g, r) for g in generated for r in references)
+    )
+    assert subject_score(
+        torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 4.0], [-1.0, 0.0]])
+    ) == pytest.approx(-0.2)
 
 
 def test_a_picture_compared_with_itself_counts():
@@ -85,7 +93,9 @@ def test_prompt_score_pairs_each_picture_with_its_own_prompt():
 
 
 def test_prompt_score_is_neither_clipped_nor_scaled():
-    assert prompt_score(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, -1.0]])) == pytest.approx(-0.2)
+    assert prompt_score(
+        torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, -1.0]])
+    ) == pytest.approx(-0.2)
 
 
 def test_drift_goes_from_none_to_one():
@@ -98,7 +108,9 @@ def test_drift_goes_from_none_to_one():
 
 def test_diversity_is_the_mean_distance_of_two_pictures_of_one_prompt():
     features = rows(2, 4, 5)
-    expected = mean(1 - cosine(some[i], some[j]) for some in features for i in range(4) for j in range(4) if i != j)
+    expected = mean(
+        1 - cosine(some[i], some[j]) for some in features for i in range(4) for j in range(4) if i != j
+    )
     assert diversity(features) == pytest.approx(expected)
     assert diversity(rows(3, 1, 5).repeat(1, 4, 1)) == pytest.approx(0, abs=1e-6)
     assert diversity(torch.tensor([[[1.0, 0.0], [-2.0, 0.0]]])) == pytest.approx(2)
@@ -106,16 +118,27 @@ def test_diversity_is_the_mean_distance_of_two_pictures_of_one_prompt():
 
 def test_copy_rate_compares_the_nearest_training_picture_with_another_view():
     generated, training, views = rows(4, 5), rows(3, 5, seed=1), rows(4, 5, seed=2)
-    expected = mean(max(cosine(g, t) for t in training) - cosine(g, v) for g, v in zip(generated, views, strict=True))
+    expected = mean(
+        max(cosine(g, t) for t in training) - cosine(g, v) for g, v in zip(generated, views, strict=True)
+    )
     assert copy_rate(generated, training, views) == pytest.approx(expected)
 
 
 def test_multi_subject_score_counts_each_pictures_worst_subject():
     crops = [rows(4, 5), rows(4, 5, seed=1), rows(4, 5, seed=2)]
-    references = [rows(3, 5, seed=3), rows(2, 5, seed=4), rows(1, 5, seed=5)]  # subjects may differ in pictures
-    worst = [min(mean(cosine(c[i], r) for r in rs) for c, rs in zip(crops, references, strict=True)) for i in range(4)]
+    references = [
+        rows(3, 5, seed=3),
+        rows(2, 5, seed=4),
+        rows(1, 5, seed=5),
+    ]  # subjects may differ in pictures
+    worst = [
+        min(mean(cosine(c[i], r) for r in rs) for c, rs in zip(crops, references, strict=True))
+        for i in range(4)
+    ]
     assert multi_subject_score(crops, references) == pytest.approx(mean(worst))
-    assert multi_subject_score(crops[:1], references[:1]) == pytest.approx(subject_score(crops[0], references[0]))
+    assert multi_subject_score(crops[:1], references[:1]) == pytest.approx(
+        subject_score(crops[0], references[0])
+    )
 
 
 def test_lengths_of_features_do_not_matter():
@@ -127,7 +150,9 @@ def test_lengths_of_features_do_not_matter():
     assert drift(a, b * lengths) == pytest.approx(drift(a, b))
     assert diversity((a * lengths)[None]) == pytest.approx(diversity(a[None]))
     assert copy_rate(a, b * lengths, c * lengths) == pytest.approx(copy_rate(a, b, c))
-    assert multi_subject_score([a, b * lengths], [c * lengths, c]) == pytest.approx(multi_subject_score([a, b], [c, c]))
+    assert multi_subject_score([a, b * lengths], [c * lengths, c]) == pytest.approx(
+        multi_subject_score([a, b], [c, c])
+    )
 
 
 def test_subject_only_is_white_outside_and_cropped_to_the_mask():
@@ -207,7 +232,12 @@ class Gallery:
         for s, name in enumerate(names):
             drawing, rng = Drawing(*name), np.random.default_rng(s)
             scenes = [
-                [Scene(drawing, places[(first + i) % 12], pose=draw_pose(rng), seed=int(rng.integers(1000))) for i in range(5)]
+                [
+                    Scene(
+                        drawing, places[(first + i) % 12], pose=draw_pose(rng), seed=int(rng.integers(1000))
+                    )
+                    for i in range(5)
+                ]
                 for first in (s, s + 6, s)
             ]
             self.scenes.append(scenes[0])
@@ -247,7 +277,9 @@ def test_shuffled_prompts_fit_less(gallery):
 def test_a_constant_picture_has_no_diversity(gallery):
     assert diversity(gallery.grey[None]) == pytest.approx(0, abs=1e-5)
     assert diversity(gallery.pictures) > 0.15
-    assert diversity(gallery.pictures.transpose(0, 1)) > diversity(gallery.pictures)  # other subjects differ more than views
+    assert diversity(gallery.pictures.transpose(0, 1)) > diversity(
+        gallery.pictures
+    )  # other subjects differ more than views
 
 
 def test_other_subjects_drift_further_than_other_poses(gallery):
@@ -270,10 +302,16 @@ def test_leaving_a_subject_out_costs_the_whole_picture(gallery):
     pairs = [(s, s - 1) for s in range(6)]
     both, twice, none = (
         mean(
-            multi_subject_score([gallery.pictures[s], other(s, o)], [gallery.references[s], gallery.references[o]])
+            multi_subject_score(
+                [gallery.pictures[s], other(s, o)], [gallery.references[s], gallery.references[o]]
+            )
             for s, o in pairs
         )
-        for other in (lambda s, o: gallery.pictures[o], lambda s, o: gallery.pictures[s], lambda s, o: gallery.grey)
+        for other in (
+            lambda s, o: gallery.pictures[o],
+            lambda s, o: gallery.pictures[s],
+            lambda s, o: gallery.grey,
+        )
     )
     assert both > twice + 0.15
     assert both > none + 0.15
@@ -313,7 +351,9 @@ def encoder_of(image_width: int, text_width: int) -> ClipEncoder:
 
 def test_towers_of_different_widths_are_refused_at_once():
     assert encoder_of(4, 4).texts(["a", "b"]).shape == (2, 4)
-    with pytest.raises(UserError, match="'two towers' gives 5 numbers a picture but 4 a prompt; give a CLIP model"):
+    with pytest.raises(
+        UserError, match="'two towers' gives 5 numbers a picture but 4 a prompt; give a CLIP model"
+    ):
         encoder_of(5, 4)
 
 
@@ -324,7 +364,9 @@ def test_a_folder_that_is_no_model_is_refused(load, flag, tmp_path):
     (save_clip if flag == "clip" else save_vit)(damaged)
     (damaged / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     for folder in (empty, damaged, tmp_path / "missing"):
-        with pytest.raises(UserError, match=f"--{flag}: '{folder}' could not be loaded .*; give a hub id or a local folder"):
+        with pytest.raises(
+            UserError, match=f"--{flag}: '{folder}' could not be loaded .*; give a hub id or a local folder"
+        ):
             load(str(folder))
 
 
@@ -335,7 +377,9 @@ def test_the_flag_in_the_message_is_the_callers(tmp_path):
 
 def test_a_model_that_is_no_dino_is_refused(tmp_path):
     save_clip(tmp_path)
-    with pytest.raises(UserError, match=r"--dino: '.*' is a 'clip' model; give a DINO .* such as facebook/dino-vits16"):
+    with pytest.raises(
+        UserError, match=r"--dino: '.*' is a 'clip' model; give a DINO .* such as facebook/dino-vits16"
+    ):
         load_dino(str(tmp_path))
 
 
@@ -343,14 +387,18 @@ def test_a_model_that_is_no_clip_is_refused(tmp_path):
     """Its weights would otherwise be random, even though processor and tokenizer are there."""
     save_clip(tmp_path)
     save_vit(tmp_path)
-    with pytest.raises(UserError, match=r"--clip: '.*' is a 'vit' model; give a CLIP one, such as openai/clip"):
+    with pytest.raises(
+        UserError, match=r"--clip: '.*' is a 'vit' model; give a CLIP one, such as openai/clip"
+    ):
         load_clip(str(tmp_path))
 
 
 def test_a_clip_without_its_preprocessing_is_refused(tmp_path):
     save_clip(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match=r"--clip: .* could not be loaded .*; give a hub id or a local folder"):
+    with pytest.raises(
+        UserError, match=r"--clip: .* could not be loaded .*; give a hub id or a local folder"
+    ):
         load_clip(str(tmp_path))
 
 
@@ -366,7 +414,14 @@ def test_a_clip_without_its_tokenizer_is_refused(tmp_path):
 # Encoders, on tiny models of the true layouts
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-PIECES = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "do", "dog</w>", "<|startoftext|>", "<|endoftext|>"]
+PIECES = [
+    *LETTERS,
+    *(letter + "</w>" for letter in LETTERS),
+    "do",
+    "dog</w>",
+    "<|startoftext|>",
+    "<|endoftext|>",
+]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP_STATISTICS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -385,8 +440,12 @@ def awake(model: nn.Module, folder):
 def save_clip(folder) -> CLIPModel:
     """32 pixels in patches of 8, twelve positions for words."""
     vocabulary = {piece: i for i, piece in enumerate(PIECES)}
-    CLIPTokenizer(vocab=vocabulary, merges=[("d", "o"), ("do", "g</w>")], model_max_length=12).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    CLIPTokenizer(
+        vocab=vocabulary, merges=[("d", "o"), ("do", "g</w>")], model_max_length=12
+    ).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder
+    )
     ends = {"bos_token_id": 54, "eos_token_id": 55, "pad_token_id": 55}
     text = {**SIZES, **ends, "vocab_size": len(PIECES), "max_position_embeddings": 12}
     vision = {**SIZES, "image_size": 32, "patch_size": 8}
@@ -399,12 +458,24 @@ def save_vit(folder) -> ViTModel:
 
 def save_dinov2(folder) -> Dinov2Model:
     """Its positions are for 42 pixels, as those of facebook/dinov2-base are for 518."""
-    options = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 42, "patch_size": 14}
+    options = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 42,
+        "patch_size": 14,
+    }
     return awake(Dinov2Model(Dinov2Config(**options)), folder)
 
 
 def save_dinov2_with_registers(folder) -> Dinov2WithRegistersModel:
-    options = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 42, "patch_size": 14}
+    options = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 42,
+        "patch_size": 14,
+    }
     return awake(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**options)), folder)
 
 
@@ -418,7 +489,10 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 def pixels_by_hand(picture, resized, box, statistics) -> torch.Tensor:
     """One picture as (1, 3, height, width): resized, cropped to `box` (left, top, right, bottom), standardised."""
     left, top, right, bottom = box
-    values = np.asarray(picture.resize(resized, Image.Resampling.BICUBIC), np.float32)[top:bottom, left:right] / 255
+    values = (
+        np.asarray(picture.resize(resized, Image.Resampling.BICUBIC), np.float32)[top:bottom, left:right]
+        / 255
+    )
     standard = (values - np.array(statistics[0])) / np.array(statistics[1])
     return torch.from_numpy(standard.transpose(2, 0, 1).astype(np.float32))[None]
 
@@ -450,7 +524,12 @@ def test_clip_pictures_by_hand(tmp_path):
 @torch.no_grad()
 def test_clip_prompts_by_hand(tmp_path):
     model, encoder = save_clip(tmp_path), load_clip(str(tmp_path))
-    words = {"a dog": [54, 26, 53, 55], "A  Dog": [54, 26, 53, 55], "do": [54, 3, 40, 55], "a" * 30: [54, *[0] * 10, 55]}
+    words = {
+        "a dog": [54, 26, 53, 55],
+        "A  Dog": [54, 26, 53, 55],
+        "do": [54, 3, 40, 55],
+        "a" * 30: [54, *[0] * 10, 55],
+    }
     for prompt, ids in words.items():  # the last one is cut and still ends
         hidden = model.text_model(torch.tensor([ids])).last_hidden_state[:, len(ids) - 1]
         assert torch.allclose(encoder.texts([prompt]), unit(model.text_projection(hidden)), atol=1e-4), prompt
@@ -507,7 +586,10 @@ def test_pictures_of_every_mode_and_shape(kind, tmp_path):
         (opaque, rgb),
         (grey, Image.fromarray(np.stack([np.asarray(grey)] * 3, -1))),
         (palette, Image.fromarray(colours[np.asarray(palette)])),
-        (grey.point(lambda v: 255 * (v > 99), "1"), Image.fromarray(np.stack([255 * np.uint8(np.asarray(grey) > 99)] * 3, -1))),
+        (
+            grey.point(lambda v: 255 * (v > 99), "1"),
+            Image.fromarray(np.stack([255 * np.uint8(np.asarray(grey) > 99)] * 3, -1)),
+        ),
     ]
     for picture, as_rgb in same:
         assert torch.equal(encoder([picture]), encoder([as_rgb])), picture.mode
@@ -518,7 +600,9 @@ def test_pictures_of_every_mode_and_shape(kind, tmp_path):
 def test_the_embedded_worlds_clip_shrinks_large_pictures(gallery):
     """The same scene, drawn at four times the size, is nearly the same picture."""
     scenes = [scenes[0] for scenes in gallery.scenes]
-    large = gallery.encoder([draw_scene(s, gallery.world)[0].resize((256, 256), Image.Resampling.BICUBIC) for s in scenes])
+    large = gallery.encoder(
+        [draw_scene(s, gallery.world)[0].resize((256, 256), Image.Resampling.BICUBIC) for s in scenes]
+    )
     assert torch.cosine_similarity(large, gallery.pictures[:, 0], dim=1).mean() > 0.9
 
 

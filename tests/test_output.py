@@ -14,15 +14,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from customize import files, output, run_folder
+from customize import files
+from customize.adapters.lora_files import LORA
 from customize.app import cli, demo
+from customize.app import generate as generating
 from customize.app.bench import earlier
 from customize.errors import UserError
-from customize.output import locked, make_folder, save_image
 from customize.pipelines import load_pipeline
-from customize.run_folder import LORA, RESUME, check_free, foreign, read_info
-from customize.trainers import session, setup
-from customize.trainers.__main__ import run
+from customize.runs import folder as run_folder
+from customize.runs import output
+from customize.runs.folder import RESUME, check_free, foreign, read_info
+from customize.runs.output import locked, make_folder, save_image
+from customize.trainers import prepare as setup
+from customize.trainers.launch import run
+from customize.trainers.output import drop_old_checkpoints
 from tiny import tiny
 
 
@@ -36,8 +41,18 @@ def base(tmp_path_factory):
 @pytest.fixture
 def train(base, pictures, tmp_path):
     """Trains one step into a folder; `None` leaves a flag out, `True` gives it alone."""
-    flags = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures, "instance_prompt": "a photo of sks dog"}
-    flags |= {"resolution": 16, "max_train_steps": 1, "rank": 2, "learning_rate": 1e-2, "output_dir": tmp_path / "out"}
+    flags = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": pictures,
+        "instance_prompt": "a photo of sks dog",
+    }
+    flags |= {
+        "resolution": 16,
+        "max_train_steps": 1,
+        "rank": 2,
+        "learning_rate": 1e-2,
+        "output_dir": tmp_path / "out",
+    }
 
     def trained(method: str = "dreambooth", **changes) -> Path:
         words = [method]
@@ -49,7 +64,11 @@ def train(base, pictures, tmp_path):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 # what is not a run's
@@ -98,7 +117,14 @@ def test_the_folder_that_diffusers_own_script_leaves(train, tmp_path):
 
 
 def test_other_files_in_the_folder_do_not_matter_and_stay(train, tmp_path):
-    for name in ("notes.txt", "photos/1.png", "checkpoint-old/x.bin", "checkpoint-²/x.bin", "unet.txt", "samples/mother.jpg"):
+    for name in (
+        "notes.txt",
+        "photos/1.png",
+        "checkpoint-old/x.bin",
+        "checkpoint-²/x.bin",
+        "unet.txt",
+        "samples/mother.jpg",
+    ):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_bytes(b"mine")
     before = contents(tmp_path / "out")
@@ -120,10 +146,17 @@ def test_a_file_that_was_changed_since_is_the_users(name, train, tmp_path):
 
 
 def test_overwriting_replaces_what_the_earlier_run_left(train, tmp_path):
-    words = {"placeholder_token": "<toy>", "initializer_token": "dog", "instance_prompt": "a photo of <toy>", "rank": None}
+    words = {
+        "placeholder_token": "<toy>",
+        "initializer_token": "dog",
+        "instance_prompt": "a photo of <toy>",
+        "rank": None,
+    }
     options = {"holdout": 1, "validation_steps": 1, "validation_prompt": "a dog"}
     train(checkpointing_steps=1, max_train_steps=3, **options)
-    assert {"best", "checkpoint-2", "checkpoint-3", "samples", "validation.jsonl", LORA} <= names(tmp_path / "out")
+    assert {"best", "checkpoint-2", "checkpoint-3", "samples", "validation.jsonl", LORA} <= names(
+        tmp_path / "out"
+    )
     train("textual_inversion", overwrite_output_dir=True, **words)
     assert names(tmp_path / "out") == {"README.md", "run.json", "learned_embeds.safetensors", "samples"}
     assert names(tmp_path / "out" / "samples") == set()
@@ -136,7 +169,9 @@ def names(folder: Path) -> set[str]:
 def test_an_earlier_run_needs_the_flag(train, tmp_path):
     folder = train(checkpointing_steps=1)
     before = contents(folder)
-    with pytest.raises(UserError, match=r"earlier run.*--resume_from_checkpoint latest.*--overwrite_output_dir"):
+    with pytest.raises(
+        UserError, match=r"earlier run.*--resume_from_checkpoint latest.*--overwrite_output_dir"
+    ):
         train()
     assert contents(folder) == before
 
@@ -144,7 +179,11 @@ def test_an_earlier_run_needs_the_flag(train, tmp_path):
 def test_a_mistake_in_the_new_run_leaves_the_earlier_one(train, tmp_path, pictures):
     folder = train(checkpointing_steps=1)
     before = contents(folder)
-    for changes in ({"instance_data_dir": tmp_path / "nowhere"}, {"resolution": 17}, {"lora_layers": "nothing"}):
+    for changes in (
+        {"instance_data_dir": tmp_path / "nowhere"},
+        {"resolution": 17},
+        {"lora_layers": "nothing"},
+    ):
         with pytest.raises(UserError):
             train(overwrite_output_dir=True, **changes)
     assert contents(folder) == before
@@ -159,14 +198,19 @@ def test_overwriting_does_not_remove_what_the_run_reads(train, tmp_path):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("place", ["best/generated/x.png", "checkpoint-1/notes.txt", "checkpoint-2/generated/x.png"])
+@pytest.mark.parametrize(
+    "place", ["best/generated/x.png", "checkpoint-1/notes.txt", "checkpoint-2/generated/x.png"]
+)
 def test_what_somebody_put_into_a_step_of_a_run_stays(place, train, tmp_path):
     options = {"checkpointing_steps": 1, "holdout": 1, "validation_steps": 1}
     folder = train(max_train_steps=2, **options)
     (folder / place).parent.mkdir(exist_ok=True)
     (folder / place).write_text("mine")
     before = contents(folder)
-    for changes in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest", "max_train_steps": 4}):
+    for changes in (
+        {"overwrite_output_dir": True},
+        {"resume_from_checkpoint": "latest", "max_train_steps": 4},
+    ):
         with pytest.raises(UserError, match=f"'{place.split('/')[0]}'.*move it away"):
             train(**options, **changes)
     assert contents(folder) == before
@@ -175,7 +219,7 @@ def test_what_somebody_put_into_a_step_of_a_run_stays(place, train, tmp_path):
 def test_a_checkpoint_that_got_something_meanwhile_is_not_dropped(train, tmp_path):
     folder = train(checkpointing_steps=1, max_train_steps=2)
     (folder / "checkpoint-1" / "notes.txt").write_text("mine")
-    session.drop_old_checkpoints(folder, 1)
+    drop_old_checkpoints(folder, 1)
     assert (folder / "checkpoint-1" / "notes.txt").exists()
 
 
@@ -183,7 +227,7 @@ def test_pictures_of_a_step_go_to_the_run(tmp_path):
     for name in ("best", "checkpoint-12"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").touch()
-        assert cli.output_folder(str(tmp_path / name), None) == tmp_path / "generated"
+        assert generating.output_folder(str(tmp_path / name), None) == tmp_path / "generated"
 
 
 def test_a_later_versions_run_is_called_so(train):
@@ -202,7 +246,9 @@ def hostile(folder: Path, listed: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("listed", ["../precious.txt", "..", "../", "/", "ABSOLUTE", "a/../../precious.txt", "precious.txt"])
+@pytest.mark.parametrize(
+    "listed", ["../precious.txt", "..", "../", "/", "ABSOLUTE", "a/../../precious.txt", "precious.txt"]
+)
 def test_loading_a_run_removes_nothing_but_a_runs_files(listed, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     folder = hostile(tmp_path / "run", str(tmp_path / "precious.txt") if listed == "ABSOLUTE" else listed)
@@ -213,7 +259,8 @@ def test_loading_a_run_removes_nothing_but_a_runs_files(listed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", '{"step": 1, "validation_loss": 0.5}\n', '{"step": 1}\n{"st', '{"step": 1}\n{"step": 2, "val']
+    "text",
+    ["", '{"step": 1, "validation_loss": 0.5}\n', '{"step": 1}\n{"st', '{"step": 1}\n{"step": 2, "val'],
 )
 def test_a_log_that_a_kill_cut_short_is_still_the_runs(text, tmp_path):
     (tmp_path / "validation.jsonl").write_text(text)
@@ -229,7 +276,9 @@ def test_other_logs_are_the_users(text, tmp_path):
 # base models
 
 
-@pytest.mark.parametrize("options", [{}, {"overwrite_output_dir": True}, {"full_finetune": True, "rank": None}])
+@pytest.mark.parametrize(
+    "options", [{}, {"overwrite_output_dir": True}, {"full_finetune": True, "rank": None}]
+)
 @pytest.mark.parametrize("place", [".", "unet", "new/run"])
 def test_a_base_models_folder_is_no_output_folder(place, options, train, base):
     before = contents(base)
@@ -258,7 +307,12 @@ def test_any_pipelines_folder_is_refused(train, base, tmp_path):
 
 def test_pictures_of_a_base_model_go_elsewhere(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["generate", str(base), "a dog", "--num_inference_steps", "1", "--height", "16", "--width", "16"]) == 0
+    assert (
+        cli.main(
+            ["generate", str(base), "a dog", "--num_inference_steps", "1", "--height", "16", "--width", "16"]
+        )
+        == 0
+    )
     assert [path.name for path in (tmp_path / "generated").iterdir()] == ["a-dog-0.png"]
     assert not (base / "generated").exists()
 
@@ -282,9 +336,11 @@ def unusable(kind: str, place: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["file", "below a file", "dangling link", "long name", "no disk"])
-def test_an_output_folder_that_cannot_be_written_is_told_at_once(kind, train, base, tmp_path, monkeypatch, capsys):
+def test_an_output_folder_that_cannot_be_written_is_told_at_once(
+    kind, train, base, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(setup, "load_base", lambda *_, **__: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(generating, "load", lambda *_: pytest.fail("a model was loaded"))
     place = unusable(kind, tmp_path / "place")
     with pytest.raises(UserError, match="--output_dir: cannot write"):
         train(output_dir=place)
@@ -305,7 +361,11 @@ def test_a_folder_that_can_be_entered_but_not_written(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("word", ["<" + "d" * 250 + ">", "<狗" + "狗" * 100 + ">"])
 def test_a_long_placeholder_still_makes_a_file(word, train, tmp_path):
-    words = {"placeholder_token": f"{word}+<b>", "initializer_token": "dog+dog", "instance_prompt": f"a photo of {word} <b>"}
+    words = {
+        "placeholder_token": f"{word}+<b>",
+        "initializer_token": "dog+dog",
+        "instance_prompt": f"a photo of {word} <b>",
+    }
     folder = train("textual_inversion", rank=None, **words)
     assert all((folder / name).is_file() for name in read_info(folder)["words"].values())
     load_pipeline(folder)
@@ -316,7 +376,7 @@ def test_a_long_placeholder_still_makes_a_file(word, train, tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from customize.output import locked
+from customize.runs.output import locked
 with locked(Path(sys.argv[1]), "--output_dir"):
     print("held", flush=True)
     time.sleep(60)
@@ -327,7 +387,9 @@ with locked(Path(sys.argv[1]), "--output_dir"):
 def holder(tmp_path):
     """Another process that writes into the folder."""
     (tmp_path / "out").mkdir()
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -337,7 +399,9 @@ def holder(tmp_path):
 
 def test_a_folder_that_another_program_writes_into(holder, train, tmp_path, monkeypatch):
     monkeypatch.setattr(output, "WAIT", 0.1)
-    with pytest.raises(UserError, match=rf"--output_dir.*being written by process {holder.pid} on .*choose another"):
+    with pytest.raises(
+        UserError, match=rf"--output_dir.*being written by process {holder.pid} on .*choose another"
+    ):
         train()
     assert names(tmp_path / "out") == {output.LOCK}
 
@@ -419,9 +483,12 @@ def test_two_runs_started_together(base, pictures, tmp_path):
 
 
 def test_pictures_of_two_programs_do_not_replace_each_other(tmp_path):
-    config, image = cli.GenerateConfig(), Image.new("RGB", (8, 8))
+    config, image = generating.GenerateConfig(), Image.new("RGB", (8, 8))
     (tmp_path / "a-dog-0.png").write_bytes(b"another's")
-    threads = [threading.Thread(target=cli.save, args=(image, tmp_path, "run", "a dog", 0, config)) for _ in range(6)]
+    threads = [
+        threading.Thread(target=generating.save, args=(image, tmp_path, "run", "a dog", 0, config))
+        for _ in range(6)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -434,7 +501,9 @@ def test_pictures_of_two_programs_do_not_replace_each_other(tmp_path):
 def test_a_name_that_is_taken_meanwhile_is_not_replaced(links, tmp_path, monkeypatch):
     """Also on file systems that know no links."""
     if not links:
-        monkeypatch.setattr(files.os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+        monkeypatch.setattr(
+            files.os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links"))
+        )
     save_image(Image.new("RGB", (8, 8)), tmp_path / "a.png", exclusive=True)
     before = contents(tmp_path)
     with pytest.raises(FileExistsError):
@@ -449,20 +518,24 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(OSError, match="No space"):
-        cli.save(Image.new("RGB", (8, 8)), tmp_path, "run", "a dog", 0, cli.GenerateConfig())
+        generating.save(Image.new("RGB", (8, 8)), tmp_path, "run", "a dog", 0, generating.GenerateConfig())
     assert names(tmp_path) == set()
 
 
 @pytest.mark.parametrize("prompt", ["狗" * 80, "ß" * 60, "a" * 300, "!!!"])
 def test_pictures_of_any_prompt_have_names(prompt, tmp_path):
-    path = cli.save(Image.new("RGB", (8, 8)), tmp_path, "run", prompt, 0, cli.GenerateConfig())
+    path = generating.save(Image.new("RGB", (8, 8)), tmp_path, "run", prompt, 0, generating.GenerateConfig())
     with Image.open(path) as image:
         assert json.loads(image.info["parameters"])["prompt"] == prompt
 
 
 def test_pictures_do_not_say_where_things_are(tmp_path):
-    config = cli.GenerateConfig(subject_images=[str(tmp_path / "photos" / "mum.png")], subject_adapter=str(tmp_path / "enc"))
-    path = cli.save(Image.new("RGB", (8, 8)), tmp_path, str(tmp_path / "runs" / "mum"), "a dog", 0, config)
+    config = generating.GenerateConfig(
+        subject_images=[str(tmp_path / "photos" / "mum.png")], subject_adapter=str(tmp_path / "enc")
+    )
+    path = generating.save(
+        Image.new("RGB", (8, 8)), tmp_path, str(tmp_path / "runs" / "mum"), "a dog", 0, config
+    )
     with Image.open(path) as image:
         found = json.loads(image.info["parameters"])
     assert (found["run"], found["subject_images"], found["subject_adapter"]) == ("mum", ["mum.png"], "enc")
@@ -491,14 +564,24 @@ def test_a_kill_on_the_way_into_place_is_made_good(moment, train, tmp_path, monk
 
     monkeypatch.setattr(os, "replace", dying)
     rmtree = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None if calls[moment + 1 :] else rmtree(path, **options))
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, **options: None if calls[moment + 1 :] else rmtree(path, **options)
+    )
     with pytest.raises(Killed):
-        train(train_text_encoder=True, full_finetune=True, rank=None, overwrite_output_dir=True, max_train_steps=2)
+        train(
+            train_text_encoder=True,
+            full_finetune=True,
+            rank=None,
+            overwrite_output_dir=True,
+            max_train_steps=2,
+        )
     monkeypatch.undo()
     load_pipeline(folder)  # puts in place what was on its way
     check_free(folder, overwrite=True, resumed=False)
     assert read_info(folder)["step"] in (1, 2)
-    train(train_text_encoder=True, full_finetune=True, rank=None, overwrite_output_dir=True, max_train_steps=3)
+    train(
+        train_text_encoder=True, full_finetune=True, rank=None, overwrite_output_dir=True, max_train_steps=3
+    )
     assert names(folder) == {"README.md", "run.json", "unet", "text_encoder"}
     assert read_info(folder)["step"] == 3
 
@@ -512,7 +595,9 @@ def test_what_an_unfinished_replacement_left_is_put_back(tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
     (tmp_path / f".customize-part-{ended.pid}-ab").write_text("half a picture of a program that was killed")
-    (tmp_path / f".customize-part-{os.getppid()}-ab").write_text("half a picture of a program that is drawing it")
+    (tmp_path / f".customize-part-{os.getppid()}-ab").write_text(
+        "half a picture of a program that is drawing it"
+    )
     files.recover(tmp_path)
     assert names(tmp_path) == {"best", "checkpoint-3", f".customize-part-{os.getppid()}-ab"}
     assert (tmp_path / "best" / "a").read_text() == "earlier"
@@ -548,7 +633,9 @@ def test_resuming_an_earlier_checkpoint_keeps_the_later_ones(train, tmp_path):
     with pytest.raises(UserError, match="holds checkpoint-4, which is later"):
         train(max_train_steps=5, resume_from_checkpoint=folder / "checkpoint-2")
     assert contents(folder) == before
-    train(max_train_steps=5, resume_from_checkpoint=folder / "checkpoint-2", output_dir=tmp_path / "elsewhere")
+    train(
+        max_train_steps=5, resume_from_checkpoint=folder / "checkpoint-2", output_dir=tmp_path / "elsewhere"
+    )
     assert contents(folder) == before
     train(max_train_steps=5, resume_from_checkpoint=folder / "checkpoint-2", overwrite_output_dir=True)
     assert not (folder / "checkpoint-4").exists()
@@ -558,16 +645,29 @@ def test_resuming_over_later_steps_leaves_none_of_what_was_seen_of_them(train):
     options = {"checkpointing_steps": 2, "validation_steps": 1, "holdout": 1, "validation_prompt": "a dog"}
     folder = train(max_train_steps=4, **options)
     options["validation_steps"] = 3
-    train(max_train_steps=3, resume_from_checkpoint=folder / "checkpoint-2", overwrite_output_dir=True, **options)
+    train(
+        max_train_steps=3,
+        resume_from_checkpoint=folder / "checkpoint-2",
+        overwrite_output_dir=True,
+        **options,
+    )
     assert names(folder / "samples") == {f"step-{n:06d}.png" for n in (1, 2, 3)}
-    assert [json.loads(line)["step"] for line in (folder / "validation.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert [json.loads(line)["step"] for line in (folder / "validation.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+    ]
     assert not (folder / "best").exists() or read_info(folder / "best")["step"] <= 3
 
 
 def test_resuming_from_another_run_over_this_one_leaves_nothing_of_it(train, tmp_path):
     first = train(checkpointing_steps=1)
     second = train(output_dir=tmp_path / "second", checkpointing_steps=1, max_train_steps=3, holdout=1)
-    changes = {"resume_from_checkpoint": first / "checkpoint-1", "checkpointing_steps": 9, "max_train_steps": 2}
+    changes = {
+        "resume_from_checkpoint": first / "checkpoint-1",
+        "checkpointing_steps": 9,
+        "max_train_steps": 2,
+    }
     train(output_dir=second, overwrite_output_dir=True, **changes)
     assert names(second) == {"README.md", "run.json", LORA}
 
@@ -605,7 +705,9 @@ def quick_demo(monkeypatch):
     def launched(name, model, data, settings, options):
         folder = Path(settings.output_dir)
         check_free(folder, settings.overwrite_output_dir, False)
-        with run_folder.staged(folder, {"format": 1, "base_model": "stickers", "method": name, "config": {}}) as (new, _):
+        with run_folder.staged(
+            folder, {"format": 1, "base_model": "stickers", "method": name, "config": {}}
+        ) as (new, _):
             (new / LORA).write_text("weights")
         return folder
 
@@ -643,7 +745,9 @@ def test_the_demo_refuses_what_no_demo_wrote(name, quick_demo, tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("name", ["results.json", "results.csv", "report.html", "protocol.json", "base/0.png", "real/x.txt"])
+@pytest.mark.parametrize(
+    "name", ["results.json", "results.csv", "report.html", "protocol.json", "base/0.png", "real/x.txt"]
+)
 def test_an_evaluation_refuses_what_none_wrote(name, overwrite, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("[1]")
@@ -670,7 +774,9 @@ def evaluated(train, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("left", [".customize-lock", ".customize-part-1-ab", "validation.jsonl", "no run.json"])
+@pytest.mark.parametrize(
+    "left", [".customize-lock", ".customize-part-1-ab", "validation.jsonl", "no run.json"]
+)
 def test_what_a_killed_evaluation_left_is_its_own(left, evaluated):
     run = evaluated / "dreambooth" / "fox" / "run"
     if left == "no run.json":

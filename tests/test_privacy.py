@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from customize.privacy import is_place, names_place, without_paths, without_places
+from customize.runs.privacy import is_place, names_place, without_paths, without_places
 
 PATHS = {
     "/home/john/photos/dog": "dog",
@@ -57,8 +57,18 @@ def test_what_is_no_path_stays(text):
 
 
 def test_settings_that_are_always_files_are_cut_even_where_they_are_relative():
-    config = {"instance_data_dir": "clients/john/dog", "validation_images": ["john/a.png"], "rank": 8, "plus": True}
-    assert without_places(config) == {"instance_data_dir": "dog", "validation_images": ["a.png"], "rank": 8, "plus": True}
+    config = {
+        "instance_data_dir": "clients/john/dog",
+        "validation_images": ["john/a.png"],
+        "rank": 8,
+        "plus": True,
+    }
+    assert without_places(config) == {
+        "instance_data_dir": "dog",
+        "validation_images": ["a.png"],
+        "rank": 8,
+        "plus": True,
+    }
 
 
 def test_a_relative_model_is_cut_wherever_one_stands(tmp_path, monkeypatch):
@@ -68,5 +78,8 @@ def test_a_relative_model_is_cut_wherever_one_stands(tmp_path, monkeypatch):
     (tmp_path / "john" / "sd15").mkdir(parents=True)
     assert without_places("john/sd15", "base_model") == "sd15"
     assert without_places("openai/clip", "validation_clip") == "openai/clip"
-    assert without_places("h94/IP-Adapter/models/image_encoder", "image_encoder") == "h94/IP-Adapter/models/image_encoder"
+    assert (
+        without_places("h94/IP-Adapter/models/image_encoder", "image_encoder")
+        == "h94/IP-Adapter/models/image_encoder"
+    )
     assert not is_place("x" * 5000)

@@ -9,19 +9,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image, ImageDraw
 
-from customize.data import to_tensor
+from customize.data import rendered as sources
+from customize.data import streams
+from customize.data.batches import IndexBatches
+from customize.data.crops import to_tensor
+from customize.data.folders import Folders, read_folders
+from customize.data.references import ReferenceConfig, View, collate_references, drawn, item, moved, named
+from customize.data.rendered import Rendered
+from customize.data.sources import StreamedData
+from customize.data.streams import Streamed, read_rows, shuffled, split_rows
+from customize.data.training_data import Preparation
 from customize.errors import UserError
 from customize.stickers import Scene, World
 from customize.stickers.bench import bench_subjects
-from customize.trainers import sources, streams
-from customize.trainers.loop import make_loader
-from customize.trainers.references import Positions, ReferenceConfig, View, collate_references, drawn, item, moved, named
-from customize.trainers.settings import TrainConfig
-from customize.trainers.sources import Folders, Rendered, read_folders, read_references
-from customize.trainers.streams import Streamed, read_rows, shuffled, split_rows
 
 WHITE = (255, 255, 255)
 
@@ -62,7 +64,9 @@ def disc(size: int = 32) -> View:
     """A red disc on blue, with its mask."""
     picture, mask = Image.new("RGB", (size, size), "blue"), Image.new("L", (size, size))
     for image, fill in ((picture, "red"), (mask, 255)):
-        ImageDraw.Draw(image).ellipse((size // 8, size // 8, size - size // 8 - 1, size - size // 8 - 1), fill=fill)
+        ImageDraw.Draw(image).ellipse(
+            (size // 8, size // 8, size - size // 8 - 1, size - size // 8 - 1), fill=fill
+        )
     return View(picture, mask, "a <s> disc")
 
 
@@ -78,13 +82,16 @@ def test_the_first_reference_is_cut_out_at_the_rate_asked_for_and_the_second_alw
     whole = to_tensor(disc().picture)
     for reference, cut_out in ((first, bool(rate)), (second, True)):
         assert torch.equal(reference[:, inside], whole[:, inside])
-        assert torch.equal(reference[:, ~inside], torch.ones_like(whole)[:, ~inside] if cut_out else whole[:, ~inside])
+        assert torch.equal(
+            reference[:, ~inside], torch.ones_like(whole)[:, ~inside] if cut_out else whole[:, ~inside]
+        )
 
 
 def test_half_of_the_first_references_are_cut_out():
     config, rng = ReferenceConfig(resolution=4), np.random.default_rng(0)
     corners = [
-        item(disc(8), [[disc(8), disc(8)]], "", 0, rng, config, pixels)["references"][0, 0, :, 0, 0].sum() for _ in range(200)
+        item(disc(8), [[disc(8), disc(8)]], "", 0, rng, config, pixels)["references"][0, 0, :, 0, 0].sum()
+        for _ in range(200)
     ]
     assert 70 < sum(corner == 3 for corner in corners) < 130
 
@@ -94,9 +101,15 @@ def test_the_loss_weight_is_full_on_the_subject_and_less_outside():
     assert weight.shape == (1, 16, 16)
     assert weight[0, 8, 8] == 1
     assert weight[0, 0, 0] == 0.25
-    unmasked = item(View(flat(1)), [[disc(), disc()]], "", 0, np.random.default_rng(0), ReferenceConfig(resolution=16), pixels)[
-        "mask"
-    ]
+    unmasked = item(
+        View(flat(1)),
+        [[disc(), disc()]],
+        "",
+        0,
+        np.random.default_rng(0),
+        ReferenceConfig(resolution=16),
+        pixels,
+    )["mask"]
     assert torch.equal(unmasked, torch.ones(1, 16, 16))
 
 
@@ -127,7 +140,9 @@ def test_moved_keeps_the_size_and_is_white_outside():
     assert len({array.tobytes() for array in found}) == 30
     for array in found:
         values, counts = np.unique(array, return_counts=True)
-        assert counts[np.isin(values, (0, 255))].sum() > 0.85 * array.size  # black, white and an edge between them
+        assert (
+            counts[np.isin(values, (0, 255))].sum() > 0.85 * array.size
+        )  # black, white and an edge between them
     assert sum((array[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all() for array in found) > 15
 
 
@@ -169,7 +184,9 @@ def test_a_caption_must_say_the_subjects_word():
 
 def test_a_batch_is_stacked():
     config, rng = ReferenceConfig(resolution=16), np.random.default_rng(0)
-    items = [item(disc(), [[disc(8), disc(8)]], f"{i} <s>", i, rng, config, pixels) for i in (5, 2**32 - 1, 9)]
+    items = [
+        item(disc(), [[disc(8), disc(8)]], f"{i} <s>", i, rng, config, pixels) for i in (5, 2**32 - 1, 9)
+    ]
     batch = collate_references(items)
     assert batch["pixels"].shape == (3, 3, 16, 16)
     assert batch["mask"].shape == (3, 1, 16, 16)
@@ -295,7 +312,9 @@ def test_validation_draws_held_out_drawings_that_no_benchmark_uses(scenes):
 
 
 def test_a_second_subject_has_its_word_and_references_of_its_own(scenes):
-    dataset = rendered(resolution=4, second_subject_rate=1.0, region_rate=0.0, segment_rate=1.0, noun_dropout=0.0)
+    dataset = rendered(
+        resolution=4, second_subject_rate=1.0, region_rate=0.0, segment_rate=1.0, noun_dropout=0.0
+    )
     for position in range(20):
         scenes.clear()
         entry = dataset[position]
@@ -371,7 +390,9 @@ def test_fewer_subjects_are_padded_in_a_batch():
 def test_a_subject_is_never_its_own_companion(scenes, monkeypatch):
     dataset = rendered(resolution=4)
     dataset.pool = dataset.core = dataset.pool[:2]
-    monkeypatch.setattr(sources, "draw_factors", lambda rng, world, subjects, **_: Scene(subjects[0], companion=subjects[0]))
+    monkeypatch.setattr(
+        sources, "draw_factors", lambda rng, world, subjects, **_: Scene(subjects[0], companion=subjects[0])
+    )
     for position in range(20):
         dataset[position]
     together = [scene for scene in scenes if scene.companion]
@@ -382,7 +403,9 @@ def test_a_subject_is_never_its_own_companion(scenes, monkeypatch):
 # folders
 
 
-def write_subject(root, name: str, subject: int, count: int = 4, caption: str | None = "a <s> toy", mask: bool = False):
+def write_subject(
+    root, name: str, subject: int, count: int = 4, caption: str | None = "a <s> toy", mask: bool = False
+):
     folder = root / name
     folder.mkdir(parents=True)
     for view in range(count):
@@ -457,7 +480,9 @@ def test_of_two_pictures_the_second_reference_is_the_target(count, twice, tmp_pa
 
 def test_references_of_folders_are_cut_out_on_white_by_their_masks(tmp_path):
     write_subject(tmp_path, "toy", 10, mask=True)
-    config = ReferenceConfig(train_data_dir=str(tmp_path), resolution=8, segment_rate=0.0, unmasked_weight=0.25)
+    config = ReferenceConfig(
+        train_data_dir=str(tmp_path), resolution=8, segment_rate=0.0, unmasked_weight=0.25
+    )
     entry = folders(config)[0]
     first, second = entry["references"][0]
     assert said(first)[0] == said(second[:, :, 4:])[0] == 10
@@ -519,10 +544,21 @@ def test_an_unreadable_picture_is_skipped_or_refused(tmp_path):
 # the source that is named
 
 
-def read(config: ReferenceConfig, base: str = "a/b", seed: int = 0, rank: int = 0, world: int = 1, made=pixels, size: int = 8):
-    model, settings = SimpleNamespace(pretrained_model_name_or_path=base), SimpleNamespace(seed=seed, train_batch_size=size)
-    place = SimpleNamespace(device=torch.device("cpu"), process_index=rank, num_processes=world)
-    return read_references(model, config, settings, made, place)
+def read(
+    config: ReferenceConfig,
+    base: str = "a/b",
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    made=pixels,
+    size: int = 8,
+):
+    """The training set and the held-out batches of the source that the settings name."""
+    method = SimpleNamespace(
+        image_encoder=SimpleNamespace(pixels=made), backbone=SimpleNamespace(device=torch.device("cpu"))
+    )
+    data = config.read(base, seed).prepare(method, Preparation(size, None, [], rank, world))
+    return data.dataset, data.held_out
 
 
 def test_held_out_folders_are_not_trained_on(tmp_path):
@@ -534,7 +570,9 @@ def test_held_out_folders_are_not_trained_on(tmp_path):
     assert held | trained == {f"a <s> toy{i}" for i in range(5)}
 
 
-@pytest.mark.parametrize(("count", "size", "sizes"), [(3, 8, [3]), (7, 3, [3, 2, 2]), (4, 1, [2, 2]), (0, 4, [])])
+@pytest.mark.parametrize(
+    ("count", "size", "sizes"), [(3, 8, [3]), (7, 3, [3, 2, 2]), (4, 1, [2, 2]), (0, 4, [])]
+)
 def test_held_out_subjects_come_in_batches_that_fit(count, size, sizes):
     """As large as those of training, but of two or more, as subjects are compared."""
     _, held_out = read(ReferenceConfig(resolution=8, holdout=count), base="stickers", size=size)
@@ -585,7 +623,7 @@ def test_stickers_need_no_source_and_hold_out_other_drawings():
 
 
 def batches(count: int, *args, **options) -> list[list[int]]:
-    return list(itertools.islice(Positions(*args, **options), count))
+    return list(itertools.islice(IndexBatches(*args, **options), count))
 
 
 def test_positions_of_two_processes_are_those_of_one_with_double_batches():
@@ -652,7 +690,10 @@ def write_rows(hf, folder, subjects: int = 8, files: int = 2, lists: bool = True
     for k in range(files):
         mine = range(k * subjects // files, (k + 1) * subjects // files)
         if lists:
-            rows = {"image": [[flat(i, j) for j in range(views)] for i in mine], "text": [f"a <s> toy {i}" for i in mine]}
+            rows = {
+                "image": [[flat(i, j) for j in range(views)] for i in mine],
+                "text": [f"a <s> toy {i}" for i in mine],
+            }
             features = {"image": hf.Sequence(image), "text": text}
         else:
             pairs = [(i, j) for i in mine for j in range(views)]
@@ -684,7 +725,9 @@ LISTS = pytest.mark.parametrize("lists", [True, False], ids=["lists", "rows"])
 @LISTS
 @STREAMING
 def test_rows_become_items_of_one_subject_each(hf, tmp_path, lists, streaming):
-    entries = take(16, streamed(parquet(write_rows(hf, tmp_path / "rows", lists=lists), lists, streaming=streaming)))
+    entries = take(
+        16, streamed(parquet(write_rows(hf, tmp_path / "rows", lists=lists), lists, streaming=streaming))
+    )
     assert shown(entries) == [*range(8), *range(8)]
     for entry in entries:
         subject, target = target_of(entry)
@@ -715,13 +758,26 @@ def test_masks_of_rows_cut_the_references_out(hf, tmp_path, lists, streaming):
     half = Image.fromarray(np.array([[0] * 4 + [255] * 4] * 8, np.uint8))
     views, masks = [flat(3, j) for j in range(3)], [half] * 3
     image = hf.Sequence(hf.Image()) if lists else hf.Image()
-    rows = {"image": [views, views], "cut": [masks, None]} if lists else {"image": views * 2, "cut": [*masks, *[None] * 3]}
+    rows = (
+        {"image": [views, views], "cut": [masks, None]}
+        if lists
+        else {"image": views * 2, "cut": [*masks, *[None] * 3]}
+    )
     features = {"image": image, "cut": image}
     if not lists:
         rows["who"], features["who"] = ["a"] * 3 + ["b"] * 3, hf.Value("string")
     (tmp_path / "rows").mkdir()
-    hf.Dataset.from_dict(rows, features=hf.Features(features)).to_parquet(str(tmp_path / "rows" / "0.parquet"))
-    config = parquet(tmp_path / "rows", lists, mask_column="cut", segment_rate=1.0, unmasked_weight=0.25, streaming=streaming)
+    hf.Dataset.from_dict(rows, features=hf.Features(features)).to_parquet(
+        str(tmp_path / "rows" / "0.parquet")
+    )
+    config = parquet(
+        tmp_path / "rows",
+        lists,
+        mask_column="cut",
+        segment_rate=1.0,
+        unmasked_weight=0.25,
+        streaming=streaming,
+    )
     masked, whole = take(2, streamed(config))
     assert (masked["references"][0, :, :, :, :4] == 1).all()
     assert (masked["references"][0, :, :, :, 4:] != 1).any()
@@ -750,7 +806,9 @@ def encoded(picture: Image.Image) -> bytes:
 @STREAMING
 def test_pictures_of_rows_that_cannot_be_read_are_skipped_or_refused(hf, tmp_path, streaming):
     folder = spoilt(hf, tmp_path / "rows")
-    with pytest.warns(UserWarning, match=r"a picture of subject '(2' cannot be read|4' has more pixels).*It is skipped"):
+    with pytest.warns(
+        UserWarning, match=r"a picture of subject '(2' cannot be read|4' has more pixels).*It is skipped"
+    ):
         entries = take(6, streamed(parquet(folder, max_pixels=1000, streaming=streaming)))
     assert shown(entries) == [0, 1, 3, 5, 6, 7]
     with pytest.raises(UserError, match="a picture of subject '2' cannot be read"):
@@ -758,7 +816,10 @@ def test_pictures_of_rows_that_cannot_be_read_are_skipped_or_refused(hf, tmp_pat
 
 
 def test_a_dataset_of_unreadable_pictures_ends(hf, tmp_path):
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(UserError, match="has more pixels than --max_pixels 10"):
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(UserError, match="has more pixels than --max_pixels 10"),
+    ):
         take(1, streamed(parquet(write_rows(hf, tmp_path / "rows"), max_pixels=10)))
 
 
@@ -775,13 +836,19 @@ def test_only_what_is_shown_is_decoded(hf, tmp_path, monkeypatch):
 def test_rows_without_captions_get_the_prompt_with_their_subjects_name(hf, tmp_path):
     config = parquet(write_rows(hf, tmp_path / "rows", lists=False), False, caption_column="")
     config.instance_prompt = "a <s> called {}"
-    assert [entry["prompt"] for entry in take(2, streamed(config))] == ["a <s> called toy0", "a <s> called toy1"]
+    assert [entry["prompt"] for entry in take(2, streamed(config))] == [
+        "a <s> called toy0",
+        "a <s> called toy1",
+    ]
 
 
 def test_a_row_caption_without_the_subjects_word_is_refused(hf, tmp_path):
     config = parquet(write_rows(hf, tmp_path / "rows"), caption_column="")
     config.instance_prompt = "a photo"
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(UserError, match=r"'a photo' does not say <s>"):
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(UserError, match=r"'a photo' does not say <s>"),
+    ):
         take(1, streamed(config))
 
 
@@ -790,7 +857,10 @@ def uneven(hf, folder):
     one that is none."""
     folder.mkdir()
     half = Image.new("L", (8, 8), 255)
-    rows = {"image": [[flat(i, j) for j in range(3)] for i in range(7)], "cut": [[half] * 3 for _ in range(7)]}
+    rows = {
+        "image": [[flat(i, j) for j in range(3)] for i in range(7)],
+        "cut": [[half] * 3 for _ in range(7)],
+    }
     rows["text"] = [f"a <s> toy {i}" for i in range(7)]
     rows["cut"][1], rows["image"][2], rows["text"][3], rows["text"][4] = [half] * 2, None, "a toy", None
     image = hf.Sequence(hf.Image())
@@ -801,7 +871,9 @@ def uneven(hf, folder):
 
 @STREAMING
 def test_rows_that_do_not_fit_together_are_skipped_or_refused(hf, tmp_path, streaming):
-    config = parquet(uneven(hf, tmp_path / "rows"), mask_column="cut", instance_prompt="a <s> {}", streaming=streaming)
+    config = parquet(
+        uneven(hf, tmp_path / "rows"), mask_column="cut", instance_prompt="a <s> {}", streaming=streaming
+    )
     with pytest.warns(UserWarning, match="skipped") as warned:
         entries = take(4, streamed(config))
     assert shown(entries) == [0, 4, 5, 6]
@@ -829,7 +901,9 @@ def test_pictures_of_16_bits_are_not_clipped(hf, tmp_path):
     gray = [{"bytes": encoded(Image.fromarray(np.full((8, 8), 32768, np.uint16))), "path": None}] * 2
     (tmp_path / "rows").mkdir()
     features = hf.Features({"image": hf.Sequence(hf.Image())})
-    hf.Dataset.from_dict({"image": [gray]}, features=features).to_parquet(str(tmp_path / "rows" / "0.parquet"))
+    hf.Dataset.from_dict({"image": [gray]}, features=features).to_parquet(
+        str(tmp_path / "rows" / "0.parquet")
+    )
     [entry] = take(1, streamed(parquet(tmp_path / "rows")))
     assert entry["pixels"].abs().max() < 0.01
 
@@ -900,10 +974,12 @@ def subjects_of(batch: dict) -> list[int]:
 def test_a_stream_is_loaded_by_one_process_at_most_and_resumed_there(hf, tmp_path):
     """Several would each begin at its beginning."""
     config = parquet(write_rows(hf, tmp_path / "rows"), dataloader_num_workers=4, shuffle_buffer=3)
-    settings = TrainConfig(train_batch_size=2, gradient_accumulation_steps=2)
-    loaders = [make_loader(streamed(config), settings, Accelerator(), step) for step in (0, 1)]
+    loaders = [StreamedData(streamed(config)).batches(start, 2, 0) for start in (0, 2)]
     assert [loader.num_workers for loader in loaders] == [1, 1]
-    whole, rest = ([subjects_of(batch) for batch in take(count, loader)] for count, loader in zip((5, 3), loaders, strict=True))
+    whole, rest = (
+        [subjects_of(batch) for batch in take(count, loader)]
+        for count, loader in zip((5, 3), loaders, strict=True)
+    )
     assert rest == whole[2:]
 
 
@@ -986,12 +1062,18 @@ def test_an_imagefolder_has_a_folder_for_each_subject(hf, tmp_path, streaming):
 @STREAMING
 def test_the_names_of_an_imagefolders_folders_stand_in_the_prompts(hf, tmp_path, streaming):
     config = imagefolder(tmp_path / "root", streaming=streaming, instance_prompt="a <s> {}")
-    assert [entry["prompt"] for entry in take(3, streamed(config))] == ["a <s> bear", "a <s> fox", "a <s> owl"]
+    assert [entry["prompt"] for entry in take(3, streamed(config))] == [
+        "a <s> bear",
+        "a <s> fox",
+        "a <s> owl",
+    ]
 
 
 @STREAMING
 def test_held_out_folders_of_an_imagefolder_keep_their_names(hf, tmp_path, streaming):
-    dataset, [batch] = read(imagefolder(tmp_path / "root", streaming=streaming, instance_prompt="a <s> {}", holdout=2))
+    dataset, [batch] = read(
+        imagefolder(tmp_path / "root", streaming=streaming, instance_prompt="a <s> {}", holdout=2)
+    )
     assert batch["prompt"] == ["a <s> bear", "a <s> fox"]
     assert [entry["prompt"] for entry in take(2, dataset)] == ["a <s> owl"] * 2
 
@@ -1002,11 +1084,20 @@ def test_a_webdataset_is_read_from_its_tar_file(hf, tmp_path, streaming):
         for i, j in itertools.product(range(3), range(3)):
             encoded = io.BytesIO()
             flat(i, j).save(encoded, "PNG")
-            for suffix, data in (("png", encoded.getvalue()), ("cls", str(i).encode()), ("txt", f"a <s> {i}".encode())):
+            for suffix, data in (
+                ("png", encoded.getvalue()),
+                ("cls", str(i).encode()),
+                ("txt", f"a <s> {i}".encode()),
+            ):
                 entry = tarfile.TarInfo(f"{i}-{j}.{suffix}")
                 entry.size = len(data)
                 archive.addfile(entry, io.BytesIO(data))
-    columns = {"image_column": "png", "caption_column": "txt", "subject_column": "cls", "streaming": streaming}
+    columns = {
+        "image_column": "png",
+        "caption_column": "txt",
+        "subject_column": "cls",
+        "streaming": streaming,
+    }
     source = {"dataset_name": "webdataset", "data_files": str(tmp_path / "rows.tar")}
     entries = take(6, streamed(ReferenceConfig(**{"resolution": 8, "shuffle_buffer": 0} | source | columns)))
     assert shown(entries) == [0, 1, 2] * 2

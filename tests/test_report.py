@@ -17,7 +17,12 @@ from customize.app.bench.report import picks, shown, write_report
 from customize.app.bench.summary import summary
 
 METRICS = {
-    "identity": {"title": "Identity", "about": "share that shows <b>it</b>", "better": "higher", "style": "percent"},
+    "identity": {
+        "title": "Identity",
+        "about": "share that shows <b>it</b>",
+        "better": "higher",
+        "style": "percent",
+    },
     "control": {"title": "Control", "about": "what is obeyed", "better": "higher", "style": "percent"},
     "copy": {"title": "Copying", "about": "too near", "better": "lower", "style": "number"},
     "spread": {"title": "Spread", "about": "neither good nor bad", "better": "", "style": "number"},
@@ -43,7 +48,11 @@ def subject(folder, method: str, index: int, **changes) -> dict:
         "cost": {"seconds <b>": 1000.0 + 500 * index},
         "references": files[3:],
         "pictures": [
-            {"file": file, "prompt": f"a <b> prompt {i}", "scores": {"identity": 0.1 * (i + 1), "control": (1.0, 0.9, 0.1)[i]}}
+            {
+                "file": file,
+                "prompt": f"a <b> prompt {i}",
+                "scores": {"identity": 0.1 * (i + 1), "control": (1.0, 0.9, 0.1)[i]},
+            }
             for i, file in enumerate(files[:3])
         ],
     } | changes
@@ -79,16 +88,28 @@ def rows(html: str) -> dict[str, list[str]]:
     """The cells of a section's first table by the row's label."""
     table = re.search(r"<tbody>(.*?)</tbody>", html, re.DOTALL)[1]
     labels = re.findall(r'<th scope="row">.*?<span>([^<]*)</span></span></th>(.*?)</tr>', table, re.DOTALL)
-    return {label.rpartition("&gt;")[2]: re.findall(r"<td>(.*?)</td>", cells, re.DOTALL) for label, cells in labels}
+    return {
+        label.rpartition("&gt;")[2]: re.findall(r"<td>(.*?)</td>", cells, re.DOTALL)
+        for label, cells in labels
+    }
 
 
 def test_the_summary_is_the_table_with_intervals_and_published_rows():
     def method(label, *values):
-        return {"label": label, "subjects": [{"group": "", "scores": {"dino": value, "hit": 0.5}} for value in values]}
+        return {
+            "label": label,
+            "subjects": [{"group": "", "scores": {"dino": value, "hit": 0.5}} for value in values],
+        }
 
     metrics = {"dino": {"title": "DINO", "style": "number"}, "hit": {"title": "Hits", "style": "percent"}}
     published = [{"label": "Paper", "scores": {"dino": 0.668}, "protocol": "30 subjects"}]
-    text = summary({"metrics": metrics, "methods": [method("One", 0.25), method("Two", 0.2, 0.6)], "published": published})
+    text = summary(
+        {
+            "metrics": metrics,
+            "methods": [method("One", 0.25), method("Two", 0.2, 0.6)],
+            "published": published,
+        }
+    )
     assert text.splitlines() == [
         "| | DINO | Hits |",
         "|---|---|---|",
@@ -156,7 +177,10 @@ def test_the_page_stands_alone_and_escapes_every_text(tmp_path):
     assert "data:image/svg+xml;base64," in page
     own = re.findall(r"<b>([^<]*)</b>", page)
     assert page.count("<b>") == len(own)  # a text's own <b> would have no end
-    assert [bold for bold in own if not re.fullmatch(r"−?[\d.]+( %)?", bold)] == ["Control\u00a0↑", "Identity\u00a0↑"]
+    assert [bold for bold in own if not re.fullmatch(r"−?[\d.]+( %)?", bold)] == [
+        "Control\u00a0↑",
+        "Identity\u00a0↑",
+    ]
     assert "picture missing: gone &lt;b&gt;.png" in page
 
 
@@ -186,7 +210,9 @@ def test_a_strip_pairs_prompts_by_order(tmp_path):
 
 
 def test_one_subject_has_no_interval_and_one_method_is_not_the_best(tmp_path):
-    scores = rows(section(page_of(results_of(tmp_path, subjects=1, methods=("a", "base")), tmp_path), "Scores"))
+    scores = rows(
+        section(page_of(results_of(tmp_path, subjects=1, methods=("a", "base")), tmp_path), "Scores")
+    )
     assert scores["a"] == ["20 %", "90 %", "0.500", "0.100"]
 
 
@@ -213,7 +239,8 @@ def test_published_numbers_have_their_own_table(tmp_path):
 def test_the_plot_marks_every_method(tmp_path):
     results = results_of(tmp_path)
     results["methods"] = [
-        method | {"colour": f"#12345{i}", "label": f"label $x{i}"} for i, method in enumerate(results["methods"])
+        method | {"colour": f"#12345{i}", "label": f"label $x{i}"}
+        for i, method in enumerate(results["methods"])
     ]
     drawing = scatter(results).decode()
     assert all(f"#12345{i}" in drawing for i in range(3))
@@ -231,7 +258,9 @@ def test_labels_of_close_points_do_not_cover_each_other():
     axes.figure.canvas.draw()
     _place_labels(axes, points)
     axes.figure.canvas.draw()
-    boxes = [Text.get_window_extent(note, axes.figure.canvas.get_renderer()).padded(-1) for note in axes.texts]
+    boxes = [
+        Text.get_window_extent(note, axes.figure.canvas.get_renderer()).padded(-1) for note in axes.texts
+    ]
     assert len(boxes) == 8
     assert not [pair for pair in itertools.combinations(boxes, 2) if Bbox.intersection(*pair)]
     assert all(axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) for box in boxes)

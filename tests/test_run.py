@@ -14,17 +14,19 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from customize import checkpoint, hub
-from customize.backbone import SD, Backbone, Condition, Step, wrap
-from customize.card import write_card
-from customize.checkpoint import read_info
-from customize.data import Concept
+from customize.backbones.base import Backbone, Condition, Step
+from customize.backbones.families import wrap
+from customize.backbones.stable_diffusion import SD
+from customize.data.concepts import Concept
 from customize.errors import UserError
-from customize.output import save_image
 from customize.pipelines import load_pipeline
-from customize.trainers.__main__ import run, usage
-from customize.trainers.dreambooth import DreamBooth
-from customize.trainers.method import Method
+from customize.runs import checkpoint, hub
+from customize.runs.card import write_card
+from customize.runs.folder import read_info
+from customize.runs.output import save_image
+from customize.trainers.launch import run, usage
+from customize.trainers.methods.base import Method
+from customize.trainers.methods.dreambooth import DreamBooth
 from tiny import tiny
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -41,8 +43,17 @@ def bases(tmp_path_factory):
 @pytest.fixture
 def start(bases, pictures, tmp_path):
     """Starts a run with these settings; `None` leaves a flag out, `True` gives it alone."""
-    flags = {"instance_data_dir": pictures, "instance_prompt": "a photo of sks dog", "resolution": 16, "max_train_steps": 3}
-    flags |= {"pretrained_model_name_or_path": bases / "sd15", "output_dir": tmp_path / "run", "learning_rate": 1e-2}
+    flags = {
+        "instance_data_dir": pictures,
+        "instance_prompt": "a photo of sks dog",
+        "resolution": 16,
+        "max_train_steps": 3,
+    }
+    flags |= {
+        "pretrained_model_name_or_path": bases / "sd15",
+        "output_dir": tmp_path / "run",
+        "learning_rate": 1e-2,
+    }
 
     def started(method: str = "dreambooth", **changes) -> Path:
         rank = {} if method == "textual_inversion" else {"rank": 2}
@@ -78,7 +89,9 @@ def counted(monkeypatch, owner, name: str) -> list:
 def drawn(pipe, prompt: str, seed: int = 0, steps: int = 25) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    return np.asarray(pipe(prompt, height=16, width=16, num_inference_steps=steps, generator=generator).images[0]).astype(int)
+    return np.asarray(
+        pipe(prompt, height=16, width=16, num_inference_steps=steps, generator=generator).images[0]
+    ).astype(int)
 
 
 def folder_of(path: Path, sizes: list[tuple[int, int]]) -> Path:
@@ -101,16 +114,23 @@ def test_the_folder_and_its_description(start, bases, pictures):
     assert info["config"]["snr_gamma"] == 5.0
     assert info["config"]["instance_prompt"] == "a photo of sks dog"
     assert len(info["dataset"]) == 4
-    assert info["libraries"]["torch"] == torch.__version__.split("+")[0] or info["libraries"]["torch"] == torch.__version__
+    assert (
+        info["libraries"]["torch"] == torch.__version__.split("+")[0]
+        or info["libraries"]["torch"] == torch.__version__
+    )
     assert {path.name for path in folder.iterdir()} == {"run.json", LORA, "README.md"}
 
 
 def test_two_concepts(start, tmp_path, steps):
     folders = folder_of(tmp_path / "a", [(32, 32)] * 2), folder_of(tmp_path / "b", [(32, 32)] * 3)
     prompts = "a photo of sks dog", "a red toy"
-    rows = [{"instance_data_dir": str(f), "instance_prompt": p} for f, p in zip(folders, prompts, strict=True)]
+    rows = [
+        {"instance_data_dir": str(f), "instance_prompt": p} for f, p in zip(folders, prompts, strict=True)
+    ]
     (tmp_path / "list.json").write_text(json.dumps(rows))
-    folder = start(instance_data_dir=None, instance_prompt=None, concepts_list=tmp_path / "list.json", max_train_steps=5)
+    folder = start(
+        instance_data_dir=None, instance_prompt=None, concepts_list=tmp_path / "list.json", max_train_steps=5
+    )
     shown = [(step.batch["prompt"][0], step.batch["concept"].item()) for step, _ in steps]
     assert sorted(shown) == [(prompts[0], 0)] * 2 + [(prompts[1], 1)] * 3
     text = (folder / "README.md").read_text()
@@ -119,7 +139,10 @@ def test_two_concepts(start, tmp_path, steps):
 
 def test_two_words_of_two_concepts(start, tmp_path):
     prompts = "a photo of <toy>", "a red <pet>"
-    rows = [{"instance_data_dir": str(folder_of(tmp_path / p[-4:-1], [(32, 32)])), "instance_prompt": p} for p in prompts]
+    rows = [
+        {"instance_data_dir": str(folder_of(tmp_path / p[-4:-1], [(32, 32)])), "instance_prompt": p}
+        for p in prompts
+    ]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     words = {"placeholder_token": "<toy>+<pet>", "initializer_token": "toy+dog", "num_vectors": 2}
     options = {
@@ -153,7 +176,8 @@ def test_load_pipeline_of_run_checkpoint_and_best(start, tmp_path):
     best = read_info(folder / "best")["step"]
     prompt = "a photo of sks dog"
     found = {
-        name: drawn(load_pipeline(folder / name), prompt, steps=3) for name in (".", "checkpoint-2", "checkpoint-4", "best")
+        name: drawn(load_pipeline(folder / name), prompt, steps=3)
+        for name in (".", "checkpoint-2", "checkpoint-4", "best")
     }
     assert np.array_equal(found["checkpoint-2"], drawn(load_pipeline(str(short)), prompt, steps=3))
     assert np.array_equal(found["checkpoint-4"], found["."])
@@ -165,7 +189,9 @@ def test_load_pipeline_of_run_checkpoint_and_best(start, tmp_path):
 
 
 def test_load_pipeline_of_a_base(bases):
-    assert np.array_equal(drawn(load_pipeline(bases / "sd15"), "a dog", steps=2), drawn(tiny("sd15"), "a dog", steps=2))
+    assert np.array_equal(
+        drawn(load_pipeline(bases / "sd15"), "a dog", steps=2), drawn(tiny("sd15"), "a dog", steps=2)
+    )
 
 
 def test_a_trained_component_is_loaded_from_the_run(start):
@@ -202,7 +228,9 @@ def test_class_pictures_are_drawn_once_and_used_again(start, monkeypatch, tmp_pa
     assert len(calls) == 2
     assert {path.name: path.read_bytes() for path in (folder / "class_images" / "0").iterdir()} == made
     second = load_file(folder / LORA)
-    assert all(torch.equal(first[name], second[name]) for name in first)  # drawing them leaves no trace in training
+    assert all(
+        torch.equal(first[name], second[name]) for name in first
+    )  # drawing them leaves no trace in training
 
     start(**options | {"num_class_images": 4})
     assert len(calls) == 3
@@ -229,14 +257,26 @@ def test_a_half_written_class_picture_does_not_stop_the_next_run(start, tmp_path
     folder = tmp_path / "class"
     folder.mkdir()
     (folder / ".00000.partial").write_bytes(b"")
-    start(with_prior_preservation=True, class_prompt="a dog", num_class_images=1, class_data_dir=folder, max_train_steps=1)
+    start(
+        with_prior_preservation=True,
+        class_prompt="a dog",
+        num_class_images=1,
+        class_data_dir=folder,
+        max_train_steps=1,
+    )
     assert (folder / "class-00000.png").exists()
 
 
 def test_your_own_class_pictures_are_enough(start, tmp_path, monkeypatch, steps):
     calls = counted(monkeypatch, StableDiffusionPipeline, "__call__")
     folder = folder_of(tmp_path / "class", [(32, 32)] * 4)
-    start(with_prior_preservation=True, class_prompt="a dog", class_data_dir=folder, num_class_images=2, max_train_steps=4)
+    start(
+        with_prior_preservation=True,
+        class_prompt="a dog",
+        class_data_dir=folder,
+        num_class_images=2,
+        max_train_steps=4,
+    )
     assert not calls
     assert len({step.batch["index"][1].item() for step, _ in steps}) == 2
     assert {path.name for path in folder.iterdir()} == {f"{i}.png" for i in range(4)}
@@ -254,7 +294,7 @@ def made_up_step(is_prior: list[bool], mask: torch.Tensor | None = None) -> Step
     batch = {"is_prior": torch.tensor(is_prior), "concept": torch.zeros(n, dtype=torch.long)} | (
         {} if mask is None else {"mask": mask}
     )
-    t = torch.tensor([10, 300, 600, 990][:n])
+    t = torch.tensor([0.01, 0.3, 0.6, 0.99][:n])
     return Step(target, target, t, target, Condition({}), prediction, batch)
 
 
@@ -272,7 +312,7 @@ def test_min_snr_and_masks_weight_every_item():
     method = method_for(snr_gamma=2.0)
     expected = 0.0
     for i in range(2):
-        alpha = method.backbone.noise.alphas_cumprod[step.t[i]].item()
+        alpha = method.backbone.noise.alphas_cumprod[round(float(step.t[i]) * 1000)].item()
         snr = alpha / (1 - alpha)
         squares = (step.prediction[i] - step.target[i]).square()
         expected += min(snr, 2.0) / snr * ((squares * mask[i]).sum() / (4 * mask[i].sum())).item() / 2
@@ -282,7 +322,11 @@ def test_min_snr_and_masks_weight_every_item():
 @pytest.mark.parametrize("text", [None, True])
 def test_the_teachers_loss_is_zero_at_first_and_then_the_distance_to_the_base(start, steps, text, bases):
     start(
-        with_prior_preservation=True, prior_source="teacher", class_prompt="a dog", prior_loss_weight=2, train_text_encoder=text
+        with_prior_preservation=True,
+        prior_source="teacher",
+        class_prompt="a dog",
+        prior_loss_weight=2,
+        train_text_encoder=text,
     )
     values = [terms["prior"].item() for _, terms in steps]
     assert values[0] == 0.0
@@ -290,7 +334,10 @@ def test_the_teachers_loss_is_zero_at_first_and_then_the_distance_to_the_base(st
 
 
 def test_the_teacher_by_hand():
-    method, base = method_for(with_prior_preservation=True, prior_source="teacher", prior_loss_weight=0.5), wrap(tiny("sd15"))
+    method, base = (
+        method_for(with_prior_preservation=True, prior_source="teacher", prior_loss_weight=0.5),
+        wrap(tiny("sd15")),
+    )
     with torch.no_grad():
         for name, p in method.named_parameters():
             if "lora_B" in name:
@@ -322,7 +369,10 @@ def test_masks_reach_the_loss(start, pictures, steps):
         for c in range(4):
             for y in range(mask.shape[0]):
                 for x in range(mask.shape[1]):
-                    total += mask[y, x].item() * (step.prediction[0, c, y, x] - step.target[0, c, y, x]).item() ** 2
+                    total += (
+                        mask[y, x].item()
+                        * (step.prediction[0, c, y, x] - step.target[0, c, y, x]).item() ** 2
+                    )
                     weights += mask[y, x].item()
         assert terms["denoise"].item() == pytest.approx(total / weights, rel=1e-4)
 
@@ -332,7 +382,12 @@ def test_aspect_ratio_buckets(start, tmp_path, steps, cached):
     folder = folder_of(tmp_path / "mixed", [(64, 32), (32, 64), (40, 40)])
     cache = {} if cached else {"no_cache_latents": True}
     start(
-        instance_data_dir=folder, use_aspect_ratio_buckets=True, resolution=32, max_train_steps=3, train_batch_size=2, **cache
+        instance_data_dir=folder,
+        use_aspect_ratio_buckets=True,
+        resolution=32,
+        max_train_steps=3,
+        train_batch_size=2,
+        **cache,
     )
     shapes = {step.batch["index"][0].item(): tuple(step.latents.shape) for step, _ in steps}
     assert shapes.keys() == {0, 1, 2}
@@ -405,17 +460,33 @@ MISTAKES = {
     "method": ("dreamboth", {}, "dreamboth.*dreambooth"),
     "folder": ("dreambooth", {"instance_data_dir": "/nowhere"}, "instance_data_dir"),
     "base": ("dreambooth", {"pretrained_model_name_or_path": "/nowhere"}, "pretrained_model_name_or_path"),
-    "word": ("textual_inversion", WORDS | {"placeholder_token": "dog", "instance_prompt": "a dog"}, "'dog' is .*already"),
+    "word": (
+        "textual_inversion",
+        WORDS | {"placeholder_token": "dog", "instance_prompt": "a dog"},
+        "'dog' is .*already",
+    ),
     "no word": ("textual_inversion", WORDS | {"placeholder_token": None}, "placeholder_token"),
     "words": ("textual_inversion", WORDS | {"placeholder_token": "<toy>+<pet>"}, "as many"),
     "vectors": ("textual_inversion", WORDS | {"num_vectors": 0}, "num_vectors"),
-    "prompt": ("textual_inversion", WORDS | {"instance_prompt": "a photo of a toy"}, "does not contain <toy>"),
-    "pivotal prompt": ("pivotal_tuning", WORDS | {"instance_prompt": "a photo of a toy"}, "does not contain <toy>"),
+    "prompt": (
+        "textual_inversion",
+        WORDS | {"instance_prompt": "a photo of a toy"},
+        "does not contain <toy>",
+    ),
+    "pivotal prompt": (
+        "pivotal_tuning",
+        WORDS | {"instance_prompt": "a photo of a toy"},
+        "does not contain <toy>",
+    ),
     "long prompt": ("dreambooth", {"instance_prompt": "a dog " * 20}, "tokens"),
     "early stopping": ("dreambooth", {"early_stopping_patience": 2}, "holdout"),
     "holdout": ("dreambooth", {"holdout": 4}, "holdout"),
     "score": ("dreambooth", {"validation_metric": "score"}, "validation_prompt"),
-    "score prompt": ("dreambooth", {"validation_metric": "score", "validation_prompt": "a dog"}, "needs 'sks dog' in every"),
+    "score prompt": (
+        "dreambooth",
+        {"validation_metric": "score", "validation_prompt": "a dog"},
+        "needs 'sks dog' in every",
+    ),
     "encoder": (
         "dreambooth",
         {"validation_metric": "score", "validation_prompt": "a red sks dog", "validation_clip": "/nowhere"},
@@ -424,7 +495,12 @@ MISTAKES = {
     "class prompt": ("dreambooth", {"with_prior_preservation": True}, "class_prompt"),
     "teacher": (
         "dreambooth",
-        {"with_prior_preservation": True, "class_prompt": "a dog", "prior_source": "teacher", "full_finetune": True},
+        {
+            "with_prior_preservation": True,
+            "class_prompt": "a dog",
+            "prior_source": "teacher",
+            "full_finetune": True,
+        },
         "LoRA",
     ),
     "hub": ("dreambooth", {"push_to_hub": True}, "hub_model_id"),
@@ -432,7 +508,11 @@ MISTAKES = {
     "batch": ("dreambooth", {"train_batch_size": 0}, "train_batch_size"),
     "layers": ("dreambooth", {"lora_layers": "nothing"}, "lora_layers"),
     "resume": ("dreambooth", {"resume_from_checkpoint": "latest"}, "resume_from_checkpoint"),
-    "pictures": ("dreambooth", {"num_validation_images": 0, "validation_prompt": "a dog"}, "num_validation_images"),
+    "pictures": (
+        "dreambooth",
+        {"num_validation_images": 0, "validation_prompt": "a dog"},
+        "num_validation_images",
+    ),
 }
 
 
@@ -502,7 +582,9 @@ def test_a_base_that_has_moved(finished):
 
 
 def test_a_class_prompt_that_is_too_long_is_told_before_its_pictures_are_drawn(start, monkeypatch):
-    monkeypatch.setattr(StableDiffusionPipeline, "__call__", lambda *_, **__: pytest.fail("a picture was drawn"))
+    monkeypatch.setattr(
+        StableDiffusionPipeline, "__call__", lambda *_, **__: pytest.fail("a picture was drawn")
+    )
     with pytest.raises(UserError, match=r"class prompt 'a dog.*has 202 tokens, more than 16") as error:
         start(with_prior_preservation=True, class_prompt="a dog " * 100, num_class_images=1)
     assert len(str(error.value)) < 300  # it is not quoted whole
@@ -580,7 +662,12 @@ def uploads(monkeypatch):
 
 
 def test_push_uploads_the_run_without_its_checkpoints(start, uploads, capsys):
-    options = {"push_to_hub": True, "hub_model_id": "me/dog", "checkpointing_steps": 1, "validation_prompt": ["a dog"]}
+    options = {
+        "push_to_hub": True,
+        "hub_model_id": "me/dog",
+        "checkpointing_steps": 1,
+        "validation_prompt": ["a dog"],
+    }
     prior = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 1}
     folder = start(**options, **prior, report_to="tensorboard")
     assert (folder / "checkpoint-3" / LORA).exists()
@@ -595,7 +682,14 @@ def test_push_uploads_the_run_without_its_checkpoints(start, uploads, capsys):
 
 
 def test_push_uploads_nothing_that_a_user_put_into_the_folder(finished, uploads):
-    for name in (".env", "holiday.jpg", "wandb/run-1/output.log", "generated/a-dog-0.png", "cache/0.safetensors", "notes.md"):
+    for name in (
+        ".env",
+        "holiday.jpg",
+        "wandb/run-1/output.log",
+        "generated/a-dog-0.png",
+        "cache/0.safetensors",
+        "notes.md",
+    ):
         (finished / name).parent.mkdir(parents=True, exist_ok=True)
         (finished / name).write_bytes(b"secret")
     (finished / "samples").mkdir()
@@ -606,21 +700,38 @@ def test_push_uploads_nothing_that_a_user_put_into_the_folder(finished, uploads)
 
 def test_what_is_uploaded_names_no_place_on_this_machine(start, bases, pictures, tmp_path, uploads):
     """The base model, the pictures, the caches and the outputs all lie in folders whose names are in no uploaded byte."""
-    options = {"full_finetune": True, "rank": None, "cache_dir": tmp_path / "cache", "validation_prompt": ["a dog"]}
+    options = {
+        "full_finetune": True,
+        "rank": None,
+        "cache_dir": tmp_path / "cache",
+        "validation_prompt": ["a dog"],
+    }
     folder = start(max_train_steps=1, **options)
     generated = tmp_path / "generated.png"
-    parameters = json.dumps({"run": str(folder), "subject_images": [str(pictures / "0.png")], "prompt": "a dog"})
+    parameters = json.dumps(
+        {"run": str(folder), "subject_images": [str(pictures / "0.png")], "prompt": "a dog"}
+    )
     save_image(Image.new("RGB", (8, 8)), generated, parameters=parameters)
     hub.push(folder, "me/dog", samples=[str(generated)])
     contents = uploads[1][2]
-    assert {"unet/config.json", "samples/generated.png", "samples/step-000001.png", "README.md", "run.json"} <= contents.keys()
+    assert {
+        "unet/config.json",
+        "samples/generated.png",
+        "samples/step-000001.png",
+        "README.md",
+        "run.json",
+    } <= contents.keys()
     for name, content in contents.items():
         for place in (str(tmp_path), str(bases), str(Path.home()) + "/", "/tmp/"):
             assert place.encode() not in content, f"{name} names {place}"
     info = json.loads(contents["run.json"])
     assert (info["base_model"], info["config"]["instance_data_dir"]) == ("sd15", "pictures")
     with Image.open(io.BytesIO(contents["samples/generated.png"])) as image:
-        assert json.loads(image.info["parameters"]) == {"run": "run", "subject_images": ["0.png"], "prompt": "a dog"}
+        assert json.loads(image.info["parameters"]) == {
+            "run": "run",
+            "subject_images": ["0.png"],
+            "prompt": "a dog",
+        }
 
 
 def test_an_uploaded_run_can_be_loaded_after_download(start, bases, uploads, tmp_path):
@@ -646,7 +757,9 @@ def test_a_public_repository_must_be_asked_for(finished, uploads, monkeypatch):
     assert uploads[-1][0] == "upload"
 
 
-@pytest.mark.parametrize("error", [OSError("no route to host"), ValueError("Repo id must be"), RuntimeError("")])
+@pytest.mark.parametrize(
+    "error", [OSError("no route to host"), ValueError("Repo id must be"), RuntimeError("")]
+)
 def test_without_a_network_push_says_how_to_push_later(finished, uploads, monkeypatch, error):
     def failing(*arguments, **options):
         raise error
@@ -697,7 +810,9 @@ def test_a_method_without_a_condition_of_its_own_reads_the_prompts():
     method = Method(wrap(tiny("sd15")), Method.Config(), [])
     prompts = ["a dog", "a cat"]
     found = method.condition({"prompt": prompts}, torch.zeros(2)).text
-    assert all(torch.equal(found[name], value) for name, value in method.backbone.encode_prompt(prompts).items())
+    assert all(
+        torch.equal(found[name], value) for name, value in method.backbone.encode_prompt(prompts).items()
+    )
 
 
 def test_an_earlier_run_is_not_written_over(start):

@@ -51,7 +51,15 @@ def test_every_factor_changes_caption_and_picture(factor, value):
 
 
 def test_captions_read_as_sentences():
-    scene = Scene(FOX, "beach", tint="red", size="tiny", orientation="upside down", light="in dim light", weather="in the rain")
+    scene = Scene(
+        FOX,
+        "beach",
+        tint="red",
+        size="tiny",
+        orientation="upside down",
+        light="in dim light",
+        weather="in the rain",
+    )
     said = "a tiny red 3d fox upside down on the beach in dim light in the rain"
     assert caption(scene) == said
     assert caption(scene, "<s> fox") == said.replace("3d fox", "<s> fox")
@@ -89,7 +97,9 @@ def test_mask_leaves_out_the_companion():
 
 def test_mask_covers_the_companion_where_that_is_asked_for():
     scene = Scene(FOX, companion=Drawing("pizza", "flat"))
-    beside, both = (np.asarray(draw_scene(scene, WORLD, mask_companion=asked)[1]) > 127 for asked in (False, True))
+    beside, both = (
+        np.asarray(draw_scene(scene, WORLD, mask_companion=asked)[1]) > 127 for asked in (False, True)
+    )
     assert (both >= beside).all()
     columns = np.where((both & ~beside).any(0))[0]
     assert columns.max() - columns.min() > 15

@@ -16,14 +16,15 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerFast
 
-from customize.attention import CrossAttention
-from customize.encoders import ImageTower
+from customize.adapters.attention import CrossAttention
+from customize.adapters.encoders.image_encoder import ImageEncoder
+from customize.adapters.subject import image_prompt, multimodal
+from customize.adapters.words import load_words
 from customize.errors import UserError
-from customize.pipelines.call import side_by_side
-from customize.pipelines.subject import SubjectSDPipeline, SubjectSDXLPipeline, with_subjects
-from customize.subject import image_prompt, multimodal, save_adapter
-from customize.tokens import load_words
-from tiny import tiny
+from customize.pipelines.inputs import side_by_side
+from customize.pipelines.load import with_subjects
+from customize.pipelines.subject import SubjectSDPipeline, SubjectSDXLPipeline
+from tiny import save_adapter, tiny
 
 torch.set_num_threads(1)
 KINDS = {"sd15": SubjectSDPipeline, "sdxl": SubjectSDXLPipeline}
@@ -58,12 +59,20 @@ def stock(base: str):
     return pipe
 
 
-def tower() -> ImageTower:
-    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 64, "projection_dim": 16}
+def tower() -> ImageEncoder:
+    sizes = {
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "projection_dim": 16,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, num_hidden_layers=4, num_attention_heads=2))
-    return ImageTower(vision, [0.5] * 3, [0.5] * 3)
+        vision = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(**sizes, num_hidden_layers=4, num_attention_heads=2)
+        )
+    return ImageEncoder(vision, [0.5] * 3, [0.5] * 3)
 
 
 def quiet(pipe):
@@ -99,7 +108,9 @@ def woken(base: str, kind=multimodal):
 def draw(pipe, prompt, seeds=(1,), **options) -> np.ndarray:
     """Pictures in [0, 1], each from the noise of its seed; one seed serves all."""
     count = (len(prompt) if isinstance(prompt, list) else 1) * options.get("num_images_per_prompt", 1)
-    generator = [torch.Generator().manual_seed(seed) for seed in (seeds * count if len(seeds) == 1 else seeds)]
+    generator = [
+        torch.Generator().manual_seed(seed) for seed in (seeds * count if len(seeds) == 1 else seeds)
+    ]
     given = {"height": 32, "width": 32, "num_inference_steps": 3, "output_type": "np", "guidance_scale": 5.0}
     return pipe(prompt, generator=generator, **(given | options)).images
 
@@ -145,8 +156,12 @@ def test_an_untrained_adapter_draws_the_word_it_starts_from_bit_for_bit(base):
     other = stock(base)
     for suffix in ("", "_2") if base == "sdxl" else ("",):
         tokenizer, encoder = getattr(other, f"tokenizer{suffix}"), getattr(other, f"text_encoder{suffix}")
-        vector = encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("photo")].detach().clone()
-        other.load_textual_inversion({"<s>": vector[None]}, token="<s>", tokenizer=tokenizer, text_encoder=encoder)
+        vector = (
+            encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("photo")].detach().clone()
+        )
+        other.load_textual_inversion(
+            {"<s>": vector[None]}, token="<s>", tokenizer=tokenizer, text_encoder=encoder
+        )
     pipe, prompts = untrained(base), [DOG, "a <s> cat"]
     assert np.array_equal(draw(pipe, DOG, subject_images=[A, B]), draw(other, DOG))
     assert np.array_equal(draw(pipe, prompts, subject_images=C), draw(other, prompts))
@@ -192,7 +207,10 @@ def test_a_batch_with_references_for_each_prompt_is_its_prompts_drawn_one_by_one
     prompts, references = BATCHES[case]
     seeds = tuple(range(len(prompts)))
     together = draw(pipe, prompts, seeds, subject_images=references)
-    parts = [draw(pipe, p, (seed,), subject_images=r) for p, seed, r in zip(prompts, seeds, references, strict=True)]
+    parts = [
+        draw(pipe, p, (seed,), subject_images=r)
+        for p, seed, r in zip(prompts, seeds, references, strict=True)
+    ]
     assert apart(together, np.concatenate(parts)) < 1e-5
 
 
@@ -225,14 +243,23 @@ def test_several_pictures_with_masks_and_image_prompts():
     half = Image.new("L", (8, 8))
     half.paste(255, (0, 0, 4, 8))
     pipe = woken("sd15", "plus")
-    together = draw(pipe, [DOG, CAT], (1, 2, 3, 4), subject_images=[[A, B], [C]], num_images_per_prompt=2, subject_masks=half)
+    together = draw(
+        pipe,
+        [DOG, CAT],
+        (1, 2, 3, 4),
+        subject_images=[[A, B], [C]],
+        num_images_per_prompt=2,
+        subject_masks=half,
+    )
     parts = [draw(pipe, DOG, (seed,), subject_images=[A, B], subject_masks=half) for seed in (1, 2)]
     parts += [draw(pipe, CAT, (seed,), subject_images=[C], subject_masks=half) for seed in (3, 4)]
     assert apart(together, np.concatenate(parts)) < 1e-5
 
 
 def test_a_negative_prompt_counts_beside_subjects(sd15):
-    plain, negative = (draw(sd15, DOG, subject_images=A, **more) for more in ({}, {"negative_prompt": "red toy"}))
+    plain, negative = (
+        draw(sd15, DOG, subject_images=A, **more) for more in ({}, {"negative_prompt": "red toy"})
+    )
     assert apart(plain, negative) > 1e-4
 
 
@@ -331,7 +358,9 @@ def test_references_of_16_bits_are_those_of_8(sd15):
 
 def test_the_prompt_may_be_given_by_name(sd15, dog):
     given = {"height": 32, "width": 32, "num_inference_steps": 3, "output_type": "np", "guidance_scale": 5.0}
-    found = sd15(prompt=DOG, subject_images=[A, B], generator=torch.Generator().manual_seed(1), **given).images
+    found = sd15(
+        prompt=DOG, subject_images=[A, B], generator=torch.Generator().manual_seed(1), **given
+    ).images
     assert np.array_equal(found, dog)
 
 
@@ -348,7 +377,9 @@ def test_four_subjects_of_one_prompt(sd15):
     words = {"<s>": A, "<s2>": B, "<s3>": C, "<s4>": D}
     wanted = draw(sd15, "<s> <s2> <s3> <s4>", subject_images=words)
     for word in words:
-        assert apart(wanted, draw(sd15, "<s> <s2> <s3> <s4>", subject_images=words | {word: picture(9)})) > 1e-4
+        assert (
+            apart(wanted, draw(sd15, "<s> <s2> <s3> <s4>", subject_images=words | {word: picture(9)})) > 1e-4
+        )
 
 
 def test_a_subject_masked_out_everywhere_is_one_of_scale_zero(pipe):
@@ -364,7 +395,10 @@ def test_a_mask_is_of_the_subject_it_names(kind):
     """Without S+ a subject that is masked out might as well not be there."""
     pipe = woken("sd15", kind)
     both, masks = {"<s>": A, "<s2>": B}, {"<s2>": BLACK}
-    assert apart(draw(pipe, PAIR, subject_images=both, subject_masks=masks), draw(pipe, PAIR, subject_images=A)) < 1e-5
+    assert (
+        apart(draw(pipe, PAIR, subject_images=both, subject_masks=masks), draw(pipe, PAIR, subject_images=A))
+        < 1e-5
+    )
     assert apart(draw(pipe, PAIR, subject_images=both), draw(pipe, PAIR, subject_images=A)) > 1e-3
 
 
@@ -380,9 +414,13 @@ def test_subjects_side_by_side_are_those_of_halves(pipe):
     right.paste(255, (4, 0, 8, 8))
     subjects = {"<s2>": [B], "<s>": [A]}
     found = draw(pipe, PAIR, subject_images=subjects, subject_masks="side by side")
-    assert np.array_equal(found, draw(pipe, PAIR, subject_images=subjects, subject_masks={"<s>": left, "<s2>": right}))
+    assert np.array_equal(
+        found, draw(pipe, PAIR, subject_images=subjects, subject_masks={"<s>": left, "<s2>": right})
+    )
     assert apart(found, draw(pipe, PAIR, subject_images=subjects)) > 1e-4
-    alone = draw(pipe, [PAIR, DOG], (1, 2), subject_images=[subjects, {"<s>": C}], subject_masks="side by side")
+    alone = draw(
+        pipe, [PAIR, DOG], (1, 2), subject_images=[subjects, {"<s>": C}], subject_masks="side by side"
+    )
     assert apart(alone, np.concatenate([found, draw(pipe, DOG, (2,), subject_images=[C])])) < 1e-5
 
 
@@ -396,7 +434,9 @@ def test_columns_are_as_wide_as_each_other():
 def first_output(pipe, height: int, width: int, **options) -> torch.Tensor:
     """What the first layer with subjects gives at the first step for the conditional picture, (latent pixels, channels)."""
     kept = []
-    handle = pipe.unet.get_submodule(FIRST).register_forward_hook(lambda layer, inputs, output: kept.append(output[-1]))
+    handle = pipe.unet.get_submodule(FIRST).register_forward_hook(
+        lambda layer, inputs, output: kept.append(output[-1])
+    )
     draw(pipe, DOG, subject_images=[A], num_inference_steps=1, height=height, width=width, **options)
     handle.remove()
     return kept[0].unflatten(0, (height // 2, width // 2))
@@ -421,7 +461,9 @@ def test_a_subject_is_drawn_where_its_mask_is_white(sd15, height, width):
 def test_a_mask_fits_pictures_of_the_models_own_size(sd15):
     mask = Image.new("L", (8, 8))
     mask.paste(255, (0, 0, 4, 8))
-    sized, unsized = (draw(sd15, DOG, subject_images=A, subject_masks=mask, height=side, width=side) for side in (32, None))
+    sized, unsized = (
+        draw(sd15, DOG, subject_images=A, subject_masks=mask, height=side, width=side) for side in (32, None)
+    )
     assert np.array_equal(sized, unsized)
 
 
@@ -504,10 +546,14 @@ def test_learned_words_compose_with_subjects_whichever_was_loaded_first(base, tm
     load_words(plain, "<toy>", toy_vectors(base, 1))
     wanted = draw(after, prompt, subject_images=A)
     assert apart(wanted, draw(other, prompt, subject_images=A)) > 1e-3  # the word counts
-    if base == "sd15":  # XL's pooled text is read at the token of the highest number, which is the word loaded last
+    if (
+        base == "sd15"
+    ):  # XL's pooled text is read at the token of the highest number, which is the word loaded last
         assert np.array_equal(draw(before, prompt, subject_images=A), wanted)
     for pipe in (before, after):
-        assert apart(draw(pipe, prompt, subject_images=A), draw(pipe, prompt, subject_images=C)) > 1e-3  # and so the subject
+        assert (
+            apart(draw(pipe, prompt, subject_images=A), draw(pipe, prompt, subject_images=C)) > 1e-3
+        )  # and so the subject
         assert np.array_equal(draw(pipe, "a <toy> dog"), draw(plain, "a <toy> dog"))
 
 
@@ -565,7 +611,9 @@ def test_two_pipelines_of_one_denoiser_draw_each_its_own(sd15, dog, tmp_path):
 def test_processors_of_others_are_refused():
     pipe = woken("sd15")
     pipe.unet.set_attn_processor(AttnProcessor2_0())
-    with pytest.raises(UserError, match=r"AttnProcessor2_0 instead of a subject encoder.*load the encoder again"):
+    with pytest.raises(
+        UserError, match=r"AttnProcessor2_0 instead of a subject encoder.*load the encoder again"
+    ):
         draw(pipe, DOG, subject_images=[A])
 
 
@@ -640,7 +688,9 @@ def test_a_saved_adapter_draws_the_same_when_it_is_loaded(base, tmp_path):
     loaded = quiet(stock(base))
     loaded.load_subject_adapter(save_adapter(made.adapter, tmp_path), tower())
     references = {"<s>": [A, B], "<s2>": C}
-    assert np.array_equal(draw(loaded, PAIR, subject_images=references), draw(made, PAIR, subject_images=references))
+    assert np.array_equal(
+        draw(loaded, PAIR, subject_images=references), draw(made, PAIR, subject_images=references)
+    )
 
 
 def test_an_adapter_takes_the_place_of_the_one_before(sd15, dog, tmp_path):
@@ -676,13 +726,25 @@ REFUSED = {
     "another word is said": ("a <s2> dog", A, "does not say <s>"),
     "a word without pictures": (PAIR, A, "says <s2>, but there are no subject_images of it"),
     "a prompt without its subject": ([DOG, CAT], [{"<s>": A}, {}], "subject_images is empty"),
-    "an unknown word": ("a <t> dog", {"<t>": A}, "'<t>' is no subject's word; those are <s>, <s2>, <s3>, <s4>"),
+    "an unknown word": (
+        "a <t> dog",
+        {"<t>": A},
+        "'<t>' is no subject's word; those are <s>, <s2>, <s3>, <s4>",
+    ),
     "more entries than prompts": ([DOG, CAT], [[A], [B], [C]], "3 entries for 2 prompts"),
     "fewer entries than prompts": ([DOG, CAT, DOG], [{"<s>": A}, {"<s>": B}], "2 entries for 3 prompts"),
     "entries for one prompt": (DOG, [[A], [B]], "2 entries for 1 prompts"),
-    "an entry that is no list": ([PAIR, DOG], [{"<s>": A, "<s2>": B}, C], "every entry must be a list or a dictionary"),
+    "an entry that is no list": (
+        [PAIR, DOG],
+        [{"<s>": A, "<s2>": B}, C],
+        "every entry must be a list or a dictionary",
+    ),
     "no prompt": ([], [A], "subject_images needs `prompt`"),
-    "a picture as a tensor": (DOG, torch.zeros(3, 32, 32), "not what encode_references makes, (1 to 4, tokens, 96)"),
+    "a picture as a tensor": (
+        DOG,
+        torch.zeros(3, 32, 32),
+        "not what encode_references makes, (1 to 4, tokens, 96)",
+    ),
     "features of too many": (DOG, torch.zeros(5, 17, 96), "not what encode_references makes"),
     "a word that is not read": ("a dog " * 9 + "and a <s> dog", A, "<s> lies beyond the 16 tokens"),
     "no pictures at all": (DOG, None, "says <s>, but there are no subject_images of it"),
@@ -790,7 +852,9 @@ def test_only_the_prompt_names_subjects(sd15):
 def test_words_mean_nothing_to_an_image_prompt_wherever_they_stand(base, kind):
     pipe, second = woken(base, kind), {"prompt_2": "a <s2> cat"} if base == "sdxl" else {}
     found = draw(pipe, DOG, subject_images=A, **NEGATIVE, **second)
-    plain = {name: text.replace("<s> ", "").replace("<s2> ", "") for name, text in (NEGATIVE | second).items()}
+    plain = {
+        name: text.replace("<s> ", "").replace("<s2> ", "") for name, text in (NEGATIVE | second).items()
+    }
     assert np.array_equal(found, draw(pipe, "a photo of dog", subject_images=A, **plain))
 
 

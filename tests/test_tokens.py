@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from customize.backbone import wrap
+from customize.adapters.embedding_hooks import replaced_words
+from customize.adapters.words import LearnedWords, add_words, load_words, pieces
+from customize.backbones.families import wrap
 from customize.errors import UserError
-from customize.tokens import ConceptTokens, add_words, load_words, pieces, replaced_words
 from tiny import BASES, tiny, tokenizer
 
 FIRST = len(tokenizer())  # the id of the first new word
@@ -27,7 +28,7 @@ def tight(base: str):
 def learned(base: str, words: dict[str, str], count: int = 1):
     """A backbone with words whose vectors are random."""
     backbone = tight(base)
-    tokens = ConceptTokens(backbone, words, count)
+    tokens = LearnedWords(backbone, words, count)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in tokens.vectors:
@@ -40,7 +41,10 @@ def by_hand(base: str, index: int, vectors: torch.Tensor, ids: list[int]) -> tor
     encoder = tight(base).text_encoders[index]
     encoder.resize_token_embeddings(FIRST + len(vectors), mean_resizing=False)
     with torch.no_grad():
-        for table in (encoder.get_input_embeddings(), getattr(getattr(encoder, "encoder", None), "embed_tokens", None)):
+        for table in (
+            encoder.get_input_embeddings(),
+            getattr(getattr(encoder, "encoder", None), "embed_tokens", None),
+        ):
             if table is not None:
                 table.weight[FIRST:] = vectors
         return encoder(torch.tensor([ids]))[0]
@@ -92,7 +96,7 @@ def test_the_pipelines_encoding_sees_every_vector(base):
 @pytest.mark.parametrize("base", BASES)
 def test_words_start_from_the_initializers_row(base):
     backbone = wrap(tiny(base), base)
-    tokens = ConceptTokens(backbone, {"<toy>": "dog", "<cat>": "red cat"}, 2)
+    tokens = LearnedWords(backbone, {"<toy>": "dog", "<cat>": "red cat"}, 2)
     for p, encoder in zip(tokens.vectors, wrap(tiny(base)).text_encoders, strict=True):
         table = encoder.get_input_embeddings().weight
         dog, cat = (table[i] for i in ids_of("dog", "cat"))
@@ -121,7 +125,7 @@ def test_other_prompts_and_all_tables_stay_bit_for_bit(base):
 @pytest.mark.parametrize("base", BASES)
 def test_half_precision_encoders_keep_float32_vectors(base):
     backbone = wrap(tiny(base).to(dtype=torch.bfloat16), base)
-    tokens = ConceptTokens(backbone, {"<toy>": "dog"})
+    tokens = LearnedWords(backbone, {"<toy>": "dog"})
     text = backbone.encode_prompt(["a photo of <toy>"])
     assert {value.dtype for value in text.values()} == {torch.bfloat16}
     sum(value.float().square().sum() for value in text.values()).backward()
@@ -144,7 +148,9 @@ def test_negative_prompts_of_sd3_may_hold_words():
     backbone, _ = learned("sd3", {"<toy>": "dog"}, 2)
     options = {"device": "cpu", "max_sequence_length": 16, "do_classifier_free_guidance": True}
     with torch.no_grad():
-        _, negative, _, _ = backbone.pipe.encode_prompt("a dog", None, None, negative_prompt="a <toy>", **options)
+        _, negative, _, _ = backbone.pipe.encode_prompt(
+            "a dog", None, None, negative_prompt="a <toy>", **options
+        )
         positive, _, _, _ = backbone.pipe.encode_prompt("a <toy>", None, None, **options)
     assert torch.allclose(negative, positive, atol=1e-6)
 
@@ -152,7 +158,7 @@ def test_negative_prompts_of_sd3_may_hold_words():
 @pytest.mark.parametrize("word", ["dog", "cat"])
 def test_a_word_of_the_vocabulary_is_refused(word):
     with pytest.raises(UserError, match=f"'{word}' is .*already.*<my-{word}>"):
-        ConceptTokens(wrap(tiny("sd15")), {word: "dog"})
+        LearnedWords(wrap(tiny("sd15")), {word: "dog"})
 
 
 def test_a_word_cannot_be_added_twice():
@@ -164,7 +170,7 @@ def test_a_word_cannot_be_added_twice():
 
 def test_an_empty_initializer_is_refused():
     with pytest.raises(UserError, match="initializer_token"):
-        ConceptTokens(wrap(tiny("sd15")), {"<toy>": ""})
+        LearnedWords(wrap(tiny("sd15")), {"<toy>": ""})
 
 
 def test_pieces():
@@ -174,7 +180,13 @@ def test_pieces():
 
 def test_text_is_pooled_at_its_end_though_a_word_has_a_higher_id():
     """Encoders whose configuration calls the end 2, as XL's second one does, pool at the highest id by themselves."""
-    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(0)
     encoder = CLIPTextModel(CLIPTextConfig(**sizes, max_position_embeddings=6, eos_token_id=2)).eval()
     tokenizer = SimpleNamespace(eos_token_id=7, convert_tokens_to_ids=lambda words: [9 for _ in words])
@@ -183,4 +195,6 @@ def test_text_is_pooled_at_its_end_though_a_word_has_a_higher_id():
         output = encoder(ids)
     assert torch.equal(output.pooler_output[0], output.last_hidden_state[0, 4])
     with torch.no_grad():
-        assert torch.equal(encoder(ids.clamp(max=6)).pooler_output[0], encoder(ids.clamp(max=6)).last_hidden_state[0, 2])
+        assert torch.equal(
+            encoder(ids.clamp(max=6)).pooler_output[0], encoder(ids.clamp(max=6)).last_hidden_state[0, 2]
+        )

@@ -23,6 +23,8 @@ from transformers import (
     T5EncoderModel,
 )
 
+from customize.adapters.lora import Lora
+
 WORDS = ["a", "photo", "of", "the", "dog", "cat", "on", "grass", "sks", "red", "blue", "toy", "in", "style"]
 
 
@@ -30,7 +32,9 @@ def tokenizer(length: int = 16) -> PreTrainedTokenizerFast:
     vocab = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=core, **special, model_max_length=length)
 
@@ -61,7 +65,9 @@ def vae(shift: float | None = None):
         "up_block_types": ("UpDecoderBlock2D",) * 2,
         "block_out_channels": (8, 8),
     }
-    return AutoencoderKL(latent_channels=4, norm_num_groups=2, layers_per_block=1, shift_factor=shift, **blocks)
+    return AutoencoderKL(
+        latent_channels=4, norm_num_groups=2, layers_per_block=1, shift_factor=shift, **blocks
+    )
 
 
 def unet(cross: int = 16, xl: bool = False, depth: int = 1):
@@ -90,13 +96,28 @@ def ddim():
 
 
 def sd15():
-    parts = {"vae": vae(), "text_encoder": clip(), "tokenizer": tokenizer(), "unet": unet(), "scheduler": ddim()}
-    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    parts = {
+        "vae": vae(),
+        "text_encoder": clip(),
+        "tokenizer": tokenizer(),
+        "unet": unet(),
+        "scheduler": ddim(),
+    }
+    return StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
 
 
 def sdxl():
-    encoders = {"text_encoder": clip(), "text_encoder_2": clip(True), "tokenizer": tokenizer(), "tokenizer_2": tokenizer()}
-    return StableDiffusionXLPipeline(vae=vae(), unet=unet(32, True), scheduler=ddim(), add_watermarker=False, **encoders)
+    encoders = {
+        "text_encoder": clip(),
+        "text_encoder_2": clip(True),
+        "tokenizer": tokenizer(),
+        "tokenizer_2": tokenizer(),
+    }
+    return StableDiffusionXLPipeline(
+        vae=vae(), unet=unet(32, True), scheduler=ddim(), add_watermarker=False, **encoders
+    )
 
 
 def sd3():
@@ -115,7 +136,11 @@ def sd3():
     encoders = {"text_encoder": clip(True), "text_encoder_2": clip(True), "text_encoder_3": t5()}
     tokenizers = {"tokenizer": tokenizer(), "tokenizer_2": tokenizer(), "tokenizer_3": tokenizer()}
     return StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(0.0), **encoders, **tokenizers
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(0.0),
+        **encoders,
+        **tokenizers,
     )
 
 
@@ -131,8 +156,15 @@ def flux():
         pooled_projection_dim=16,
         axes_dims_rope=[4, 4, 8],
     )
-    encoders = {"text_encoder": clip(), "text_encoder_2": t5(), "tokenizer": tokenizer(), "tokenizer_2": tokenizer()}
-    return FluxPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(0.0), **encoders)
+    encoders = {
+        "text_encoder": clip(),
+        "text_encoder_2": t5(),
+        "tokenizer": tokenizer(),
+        "tokenizer_2": tokenizer(),
+    }
+    return FluxPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(0.0), **encoders
+    )
 
 
 BASES = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux}
@@ -169,4 +201,19 @@ def draw(pipe, prompt: str):
     """One picture as an array in [0, 1], always from the same noise."""
     short = {"max_sequence_length": 16} if "transformer" in pipe.components else {}
     generator = torch.Generator().manual_seed(1)
-    return pipe(prompt, height=32, width=32, num_inference_steps=3, output_type="np", generator=generator, **short).images[0]
+    return pipe(
+        prompt, height=32, width=32, num_inference_steps=3, output_type="np", generator=generator, **short
+    ).images[0]
+
+
+def save_adapter(adapter, folder, half: bool = False):
+    """The file of a subject adapter."""
+    adapter.save(folder, half)
+    return folder / ("ip_adapter.safetensors" if adapter.encoder.released else "subject.safetensors")
+
+
+def lora_of(backbone) -> Lora:
+    """The adapter of LoRA that `add_lora` gave a backbone's modules one by one."""
+    adapter = object.__new__(Lora)
+    adapter.backbone = backbone
+    return adapter

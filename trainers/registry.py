@@ -15,23 +15,23 @@ class Entry(NamedTuple):
 
 METHODS: dict[str, Entry] = {
     "dreambooth": Entry(
-        "customize.trainers.dreambooth:DreamBooth",
+        "customize.trainers.methods.dreambooth:DreamBooth",
         "LoRA (or the whole denoiser) on a rare word, with prior preservation (Ruiz et al., 2023)",
     ),
     "textual_inversion": Entry(
-        "customize.trainers.textual_inversion:TextualInversion",
+        "customize.trainers.methods.textual_inversion:TextualInversion",
         "vectors of a new word, nothing else (Gal et al., 2023)",
     ),
     "pivotal_tuning": Entry(
-        "customize.trainers.pivotal_tuning:PivotalTuning",
+        "customize.trainers.methods.pivotal_tuning:PivotalTuning",
         "a new word and LoRA together",
     ),
     "custom_contrast": Entry(
-        "customize.trainers.custom_contrast:CustomContrast",
+        "customize.trainers.methods.custom_contrast:CustomContrast",
         "an encoder of pictures, no tuning per subject, taught by contrast between subjects (Chen et al., 2025)",
     ),
     "ip_adapter": Entry(
-        "customize.trainers.ip_adapter:IPAdapter",
+        "customize.trainers.methods.ip_adapter:IPAdapter",
         "an encoder of pictures: visual tokens alone (Ye et al., 2023)",
     ),
 }
@@ -40,7 +40,9 @@ METHODS: dict[str, Entry] = {
 def find_entry(name: str) -> Entry:
     """The entry of a method, without importing the method."""
     if name not in METHODS:
-        raise UserError(f"There is no method '{name}': `customize methods` lists them.{nearest(name, METHODS)}")
+        raise UserError(
+            f"There is no method '{name}': `customize methods` lists them.{nearest(name, METHODS)}"
+        )
     return METHODS[name]
 
 

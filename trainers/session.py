@@ -1,6 +1,5 @@
 """A run in progress: what it trains, how it starts or resumes, and what it writes."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -11,16 +10,19 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from customize import checkpoint
-from customize.attention import use_xformers
+from customize.adapters.attention import use_xformers
+from customize.adapters.base import Adapter
+from customize.adapters.kohya import KohyaLora
 from customize.errors import UserError
-from customize.files import atomic_folder, remove, write_text
-from customize.privacy import without_places
-from customize.run_folder import LOG, checkpoints, latest_checkpoint, only_a_run
-from customize.trainers.method import Method
-from customize.trainers.selection import Scorer
+from customize.files import atomic_folder
+from customize.runs import checkpoint
+from customize.runs.folder import LOG
+from customize.runs.privacy import without_places
+from customize.trainers.methods.base import Method
+from customize.trainers.output import drop_old_checkpoints, forget_later, resumed_folder
+from customize.trainers.resume import good_checkpoint, load_state, save_state
+from customize.trainers.scorers import Scorer
 from customize.trainers.settings import TrainConfig, make_optimizer
-from customize.trainers.state import good_checkpoint, load_state, save_state
 
 
 class Best:
@@ -51,7 +53,8 @@ class Session:
     scorer: Scorer | None
     trained: dict[str, torch.nn.Parameter]
     wrapped: torch.nn.Module  # the method as accelerate calls it
-    parts: dict  # optimizer, schedule, ema, scaler and best: what resuming restores besides `trained`
+    train_state: dict  # optimizer, schedule, ema, scaler and best: what resuming restores besides `trained`
+    exports: list[Adapter]  # files for other tools
     step: int = 0
 
     @property
@@ -61,7 +64,7 @@ class Session:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, what is trained holds its running average, if there is one."""
-        if (ema := self.parts["ema"]) is None:
+        if (ema := self.train_state["ema"]) is None:
             yield
             return
         ema.store(self.trained.values())
@@ -77,9 +80,9 @@ class Session:
             raise UserError(not_finite(self.step, self.output))
         if self.accelerator.is_main_process:
             with self.averaged():
-                info = self.info | {"step": self.step}
-                method = self.method
-                checkpoint.save(folder, method.backbone, method.tokens, info, self.config.export_kohya, method.adapter)
+                checkpoint.save(
+                    folder, [*self.method.adapters, *self.exports], self.info | {"step": self.step}
+                )
 
     def whole(self, name: str):
         """A folder of the output that is there only when all is written, on the first process."""
@@ -95,13 +98,18 @@ class Session:
         main = self.accelerator.is_main_process
         with self.whole(f"checkpoint-{self.step}") as folder:
             self.write(folder)
-            save_state(folder, self.accelerator, self.step, self.trained, **self.parts)
+            save_state(folder, self.accelerator, self.step, self.trained, **self.train_state)
         if main and self.config.checkpoints_total_limit:
             drop_old_checkpoints(self.output, self.config.checkpoints_total_limit)
 
 
 def begin(
-    method: Method, config: TrainConfig, accelerator: Accelerator, held_out: list[dict], scorer: Scorer | None, info: dict
+    method: Method,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    held_out: list[dict],
+    scorer: Scorer | None,
+    info: dict,
 ) -> Session:
     """Makes optimizer, schedule and average, and restores them if the run is resumed."""
     method.train()
@@ -121,15 +129,24 @@ def begin(
     trained = method.trainable()
     ema = EMAModel(list(trained.values()), decay=config.ema_decay) if config.use_ema else None
     wrapped, optimizer = accelerator.prepare(method, optimizer)
-    parts = {"optimizer": optimizer, "schedule": schedule, "ema": ema, "scaler": accelerator.scaler, "best": Best()}
-    session = Session(method, config, accelerator, info, held_out, scorer, trained, wrapped, parts)
+    parts = {
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "ema": ema,
+        "scaler": accelerator.scaler,
+        "best": Best(),
+    }
+    exports: list[Adapter] = [KohyaLora(method.backbone)] if config.export_kohya else []
+    session = Session(method, config, accelerator, info, held_out, scorer, trained, wrapped, parts, exports)
     session.step = resume(session)
     if session.step and accelerator.is_main_process:
         forget_later(session.output / LOG, session.step)
     if ema:
         ema.to(accelerator.device)
     if config.report_to:
-        accelerator.init_trackers("customize", config={k: str(v) for k, v in without_places(asdict(config)).items()})
+        accelerator.init_trackers(
+            "customize", config={k: str(v) for k, v in without_places(asdict(config)).items()}
+        )
     return session
 
 
@@ -147,39 +164,15 @@ def resume(session: Session) -> int:
     config = session.config
     if not (folder := resumed_folder(config)):
         return 0
-    step = load_state(folder, session.accelerator, session.trained, **session.parts)
+    step = load_state(folder, session.accelerator, session.trained, **session.train_state)
     if step > config.max_train_steps:
-        raise UserError(f"--max_train_steps {config.max_train_steps}: '{folder}' has {step} steps already; ask for more.")
-    return step
-
-
-def forget_later(log: Path, step: int) -> None:
-    """Takes the validations after a step out of the log: the resumed run makes them again."""
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-    kept = [line for line in lines if (found := re.match(r'{"step": (\d+)', line)) and int(found[1]) <= step and "}" in line]
-    if kept != lines:
-        write_text(log, "".join(kept))
-
-
-def resumed_folder(config: TrainConfig) -> Path | None:
-    """The checkpoint that is resumed, None for a fresh start; UserError if there is none to be the latest."""
-    if config.resume_from_checkpoint != "latest":
-        return Path(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
-    if (folder := latest_checkpoint(Path(config.output_dir))) is None:
         raise UserError(
-            f"--resume_from_checkpoint latest: '{config.output_dir}' holds no checkpoint; leave the flag out to start anew."
+            f"--max_train_steps {config.max_train_steps}: '{folder}' has {step} steps already; ask for more."
         )
-    return folder
+    return step
 
 
 def not_finite(step: int, output: Path) -> str:
     kept = good_checkpoint(output)
     good = f"'{kept}' is the last good checkpoint" if kept else "no checkpoint was written yet"
-    return (
-        f"the loss is not finite at step {step}; {good}. Lower --learning_rate, or use --mixed_precision bf16 instead of fp16."
-    )
-
-
-def drop_old_checkpoints(output: Path, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints that can be resumed, and those into which somebody has put something."""
-    remove(folder for folder in checkpoints(output)[:-keep] if only_a_run(folder))
+    return f"the loss is not finite at step {step}; {good}. Lower --learning_rate, or use --mixed_precision bf16 instead of fp16."

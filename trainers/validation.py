@@ -9,16 +9,21 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 from tqdm import tqdm
 
-from customize.output import save_image
-from customize.run_folder import LOG
-from customize.trainers.method import Method
+from customize.randomness import fixed_randomness
+from customize.runs.folder import LOG
+from customize.runs.output import save_image
+from customize.trainers.methods.base import Method
 from customize.trainers.session import Session
-from customize.trainers.state import fixed_randomness
 
 
 def validate(session: Session, bar: tqdm) -> None:
     """Logs the validation loss, draws and rates the validation prompts, and writes best/ if it is the best step so far."""
-    config, accelerator, best, step = session.config, session.accelerator, session.parts["best"], session.step
+    config, accelerator, best, step = (
+        session.config,
+        session.accelerator,
+        session.train_state["best"],
+        session.step,
+    )
     with session.averaged(), accelerator.autocast():
         found = {}
         if session.held_out:
@@ -35,7 +40,9 @@ def validate(session: Session, bar: tqdm) -> None:
             file.write(json.dumps({"step": step, **found}) + "\n")
     decisive = -found["score"] if "score" in found else found["validation_loss"]
     best.add(decisive)
-    values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items() if "slot" not in name)
+    values = ", ".join(
+        f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items() if "slot" not in name
+    )
     say(bar, f"step {step}: {values}{' (best)' if best.since == 0 else ''}")
     if best.since == 0:
         session.write_best()
@@ -64,12 +71,16 @@ def draw_validation(session: Session) -> dict[str, float]:
     found: list[dict[str, float]] = [{}]
     if session.accelerator.is_main_process:
         resolution = session.method.backbone.resolution
-        drawn = sample(session.method, config.validation_prompt, config.num_validation_images, resolution, config.seed)
+        drawn = sample(
+            session.method, config.validation_prompt, config.num_validation_images, resolution, config.seed
+        )
         folder = session.output / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         save_image(sheet(drawn), folder / f"step-{session.step:06d}.png")
         if session.scorer:
-            with torch.autocast(session.accelerator.device.type, enabled=False):  # scores do not depend on training's precision
+            with torch.autocast(
+                session.accelerator.device.type, enabled=False
+            ):  # scores do not depend on training's precision
                 rated = session.scorer(drawn)
             found = [rated | {"score": rated["identity"] * rated["control"]}]
     return broadcast_object_list(found)[0]
@@ -99,7 +110,12 @@ def sample(
         for prompt in prompts:
             for i in range(count):
                 generator = torch.Generator().manual_seed(seed + i)
-                options = {"height": resolution, "width": resolution, "num_inference_steps": steps, "generator": generator}
+                options = {
+                    "height": resolution,
+                    "width": resolution,
+                    "num_inference_steps": steps,
+                    "generator": generator,
+                }
                 pictures.append((prompt, method.draw(prompt, **options)))
     method.train(was_training)
     return pictures

@@ -9,10 +9,10 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from customize.app.bench.drawing import Sampling, Shot, cost_of, draw_missing, same_protocol, trained
-from customize.loading import load_base
+from customize.app.bench.drawing import ImageRequest, Sampling, cost_of, draw_missing, same_protocol, trained
+from customize.backbones.load import load_base
 from customize.pipelines import load_pipeline
-from customize.trainers.__main__ import run
+from customize.trainers.launch import run
 
 NOT_TRAINED = ("base", "real")  # rows that are no methods: the untouched base model, and real pictures
 PRIOR_PROMPTS = 4  # of these many prompts the class word alone is drawn, before and after
@@ -50,7 +50,9 @@ class Taken:
     @property
     def prompts(self) -> list[str]:
         """The prompt of each picture, with the class word in the subject's place."""
-        return [prompt.format(self.subject.word) for prompt in self.subject.prompts for _ in range(self.repeats)]
+        return [
+            prompt.format(self.subject.word) for prompt in self.subject.prompts for _ in range(self.repeats)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +121,19 @@ class Bench:
         for name in dict.fromkeys([*self.methods, *base]):
             same_protocol(self.folder / folder_of(name), {"method": self.teaching(name)})
         rows: dict[str, list[dict]] = {name: [] for name in self.methods}
-        with tqdm([(name, subject) for name in self.methods for subject in self.subjects], desc=self.title) as bar:
+        with tqdm(
+            [(name, subject) for name in self.methods for subject in self.subjects], desc=self.title
+        ) as bar:
             for name, subject in bar:
                 bar.set_postfix_str(f"{name}, {subject.name}")
                 rows[name].append(self.row(name, subject))
         methods = [
-            {"name": name, "label": self.label(name), "kind": name if name in NOT_TRAINED else "method", "subjects": some}
+            {
+                "name": name,
+                "label": self.label(name),
+                "kind": name if name in NOT_TRAINED else "method",
+                "subjects": some,
+            }
             for name, some in rows.items()
         ]
         taught = {f"method {name}": self.teaching(name) for name in self.methods if name not in NOT_TRAINED}
@@ -142,7 +151,9 @@ class Bench:
             load = cache(lambda: self.pipeline(name, subject))
             pictures = draw_missing(load, shots, folder, self.sampling)
             prior = self.prior(name, subject, load)
-        before = [] if name in NOT_TRAINED else self.prior("base", subject, lambda: self.pipeline("base", subject))
+        before = (
+            [] if name in NOT_TRAINED else self.prior("base", subject, lambda: self.pipeline("base", subject))
+        )
         scores, factors, each = self.score(self.taken(subject, pictures, references, prior, before))
         return {
             "name": subject.name,
@@ -151,16 +162,18 @@ class Bench:
             "scores": scores,
             "factors": factors,
             "cost": cost_of(folder),
-            "references": [str(place / "pictures" / path.name) for path in sorted((folder / "pictures").glob("*.png"))],
+            "references": [
+                str(place / "pictures" / path.name) for path in sorted((folder / "pictures").glob("*.png"))
+            ],
             "pictures": [
                 {"file": str(place / f"{shot.name}.png"), "prompt": shot.prompt, "scores": found}
                 for shot, found in zip(shots if each else [], each, strict=True)
             ],
         }
 
-    def shots(self, subject: Subject, words: str) -> list[Shot]:
+    def shots(self, subject: Subject, words: str) -> list[ImageRequest]:
         return [
-            Shot(f"{i:02d}-{k}", prompt.format(words), self.seed + 100 * i + k)
+            ImageRequest(f"{i:02d}-{k}", prompt.format(words), self.seed + 100 * i + k)
             for i, prompt in enumerate(subject.prompts)
             for k in range(self.repeats)
         ]
@@ -168,11 +181,18 @@ class Bench:
     def run_folder(self, name: str, subject: Subject) -> Path:
         """The finished run of a method for a subject, trained if it is missing."""
         folder = self.folder / folder_of(name) / subject.name
-        flags = ["--instance_data_dir", str(folder / "pictures"), "--instance_prompt", f"a {self.words(name, subject)}"]
+        flags = [
+            "--instance_data_dir",
+            str(folder / "pictures"),
+            "--instance_prompt",
+            f"a {self.words(name, subject)}",
+        ]
         flags += ["--class_prompt", f"a {subject.word}", "--pretrained_model_name_or_path", self.base]
         flags += ["--seed", str(self.seed), "--overwrite_output_dir"]
         flags += [word for name, value in self.base_options.items() for word in (f"--{name}", value)]
-        return trained(folder, lambda place: run([*self.training(name, subject), *flags, "--output_dir", str(place)]))
+        return trained(
+            folder, lambda place: run([*self.training(name, subject), *flags, "--output_dir", str(place)])
+        )
 
     @cached_property
     def base_pipeline(self):
@@ -186,7 +206,9 @@ class Bench:
     def prior(self, name: str, subject: Subject, load: Callable) -> list[Image.Image]:
         """What the class word alone draws, from the same noises for every method."""
         shots = self.shots(subject, subject.word)[: PRIOR_PROMPTS * self.repeats : self.repeats]
-        return draw_missing(load, shots, self.folder / folder_of(name) / subject.name / "class", self.sampling)
+        return draw_missing(
+            load, shots, self.folder / folder_of(name) / subject.name / "class", self.sampling
+        )
 
     def taken(self, subject, pictures, references, prior, before) -> Taken:
         return Taken(subject, pictures, references, prior, before, self.repeats)

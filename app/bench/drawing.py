@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from customize.adapters.kohya import KOHYA
+from customize.backbones.text import COMPONENTS
 from customize.errors import UserError
 from customize.files import remove, write_text
-from customize.output import is_own_image, save_image
-from customize.run_folder import COMPONENTS, KOHYA
+from customize.runs.output import is_own_image, save_image
 
 
 @dataclass(frozen=True)
-class Shot:
+class ImageRequest:
     """A picture to be drawn: the stem of its file, its prompt, and the seed of its noise."""
 
     name: str
@@ -42,15 +43,24 @@ class Sampling:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def __str__(self):
-        return ", ".join(f"{name} {value}" for name, value in self.options.items()) + f", in batches of {self.batch_size}"
+        return (
+            ", ".join(f"{name} {value}" for name, value in self.options.items())
+            + f", in batches of {self.batch_size}"
+        )
 
     @property
     def options(self) -> dict:
         sides = {name: side for name in ("height", "width") if (side := getattr(self, name))}
-        return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale, **sides}
+        return {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            **sides,
+        }
 
 
-def draw_missing(load: Callable, shots: Sequence[Shot], folder: Path, sampling: Sampling) -> list[Image.Image]:
+def draw_missing(
+    load: Callable, shots: Sequence[ImageRequest], folder: Path, sampling: Sampling
+) -> list[Image.Image]:
     """The pictures of `shots`, from `folder` where they are there already. `load()` gives the pipeline, if any is missing.
 
     A batch is drawn whole or not at all, so that resuming changes no picture.
@@ -72,7 +82,7 @@ def draw_missing(load: Callable, shots: Sequence[Shot], folder: Path, sampling: 
     return [Image.open(path).convert("RGB") for _, paths in groups for path in paths]
 
 
-def write_pictures(pictures: Sequence[Image.Image], folder: Path) -> list[Image.Image]:
+def write_images(pictures: Sequence[Image.Image], folder: Path) -> list[Image.Image]:
     """Writes the pictures as all that `folder` holds, and returns them."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:02d}.png" for i in range(len(pictures))]
@@ -120,7 +130,9 @@ def trained(folder: Path, train: Callable[[Path], object]) -> Path:
             with measured(cost):
                 train(run)
         except UserError as error:
-            if "--resume_from_checkpoint" in str(error):  # Ctrl-C: what would resume the run would not resume the evaluation
+            if "--resume_from_checkpoint" in str(
+                error
+            ):  # Ctrl-C: what would resume the run would not resume the evaluation
                 raise UserError("stopped; the same command goes on with the evaluation.") from error
             raise
     return run

@@ -13,13 +13,14 @@ from typing import Any, Literal
 from PIL import Image
 
 from customize.app.bench.bench import NOT_TRAINED, Bench, Subject, Taken
-from customize.app.bench.drawing import write_pictures
+from customize.app.bench.drawing import write_images
 from customize.app.bench.published import PUBLISHED
 from customize.config import default, parse
+from customize.data.images import find_images, read_image_file
 from customize.errors import UserError
 from customize.metrics import (
     ClipEncoder,
-    ImageEncoder,
+    MetricEncoder,
     ceiling_score,
     diversity,
     drift,
@@ -27,13 +28,20 @@ from customize.metrics import (
     prompt_score,
     subject_score,
 )
-from customize.pictures import find_pictures, read_picture
-from customize.trainers.__main__ import configs
+from customize.trainers.launch import configs
 from customize.trainers.registry import find_method
 
 FILE = "prompts_and_classes.txt"
 # training settings that are the benchmark's, not the file's
-DECIDED = {"instance_data_dir", "instance_prompt", "concepts_list", "class_prompt", "class_data_dir", "holdout", "output_dir"}
+DECIDED = {
+    "instance_data_dir",
+    "instance_prompt",
+    "concepts_list",
+    "class_prompt",
+    "class_data_dir",
+    "holdout",
+    "output_dir",
+}
 DECIDED |= {"seed", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "validation_prompt"}
 DECIDED |= {"placeholder_token", "initializer_token", "pretrained_model_name_or_path", "revision", "variant"}
 LIVE = {"cat", "dog"}  # classes that take the second list of prompts
@@ -54,22 +62,36 @@ def read_dreambench(folder: Path) -> list[Subject]:
     classes.pop("subject_name", None)
     lists = [_prompts(block) for block in re.findall(r"prompt_list\s*=\s*\[(.*?)\n\s*\]", text, re.DOTALL)]
     if not classes or len(lists) != 2:
-        raise UserError(f"'{path}' is malformed: it must list classes ('name,class') and two prompt lists; download it again.")
+        raise UserError(
+            f"'{path}' is malformed: it must list classes ('name,class') and two prompt lists; download it again."
+        )
     if len(lists[0]) != len(lists[1]):
-        raise UserError(f"'{path}' has {len(lists[0])} prompts for objects but {len(lists[1])} for live subjects; mend it.")
-    found = {place.name: place for place in sorted(folder.iterdir()) if place.is_dir() and not place.name.startswith(".")}
+        raise UserError(
+            f"'{path}' has {len(lists[0])} prompts for objects but {len(lists[1])} for live subjects; mend it."
+        )
+    found = {
+        place.name: place
+        for place in sorted(folder.iterdir())
+        if place.is_dir() and not place.name.startswith(".")
+    }
     if strangers := found.keys() - classes.keys():
-        raise UserError(f"'{path}' names no class for the folder '{min(strangers)}'; add the line '{min(strangers)},CLASS'.")
+        raise UserError(
+            f"'{path}' names no class for the folder '{min(strangers)}'; add the line '{min(strangers)},CLASS'."
+        )
     if absent := classes.keys() - found.keys():
-        warnings.warn(f"{len(absent)} subjects of {path} have no folder: {', '.join(sorted(absent))}.", stacklevel=2)
+        warnings.warn(
+            f"{len(absent)} subjects of {path} have no folder: {', '.join(sorted(absent))}.", stacklevel=2
+        )
     subjects = [
         Subject(name, word := classes[name], "live" if word in LIVE else "object", lists[word in LIVE], place)
         for name, place in found.items()
     ]
     for subject in subjects:
-        find_pictures(subject.source, "any")  # says so if there is none
+        find_images(subject.source, "any")  # says so if there is none
     if not subjects:
-        raise UserError(f"--data_dir: '{folder}' holds no folder of pictures; give the folder of the DreamBooth dataset.")
+        raise UserError(
+            f"--data_dir: '{folder}' holds no folder of pictures; give the folder of the DreamBooth dataset."
+        )
     return subjects
 
 
@@ -87,7 +109,7 @@ class DreamBench(Bench):
     subjects and prompts."""
 
     data: Path
-    encoders: dict[str, ImageEncoder]
+    encoders: dict[str, MetricEncoder]
     train: Path | None = None
     references: Literal["all", "one"] = "all"
     limits: tuple[int | None, int | None] = (None, None)
@@ -110,9 +132,13 @@ class DreamBench(Bench):
     def settings(self, name: str) -> dict[str, Any]:
         """Training settings that differ from the method's defaults; UserError for those that the benchmark decides."""
         given = parse(configs(find_method(name)), self.flags(name))
-        changed = {f.name: v for part in given for f in fields(part) if (v := getattr(part, f.name)) != default(f)}
+        changed = {
+            f.name: v for part in given for f in fields(part) if (v := getattr(part, f.name)) != default(f)
+        }
         if decided := changed.keys() & DECIDED:
-            raise UserError(f"--train_file: the benchmark decides '{min(decided)}' itself; remove it from '{self.train}'.")
+            raise UserError(
+                f"--train_file: the benchmark decides '{min(decided)}' itself; remove it from '{self.train}'."
+            )
         return changed
 
     @cached_property
@@ -132,14 +158,18 @@ class DreamBench(Bench):
         return "dino" if "dino" in self.encoders else "clip"
 
     def drawing(self):
-        digest = hashlib.sha256("\n".join(p for subject in self.subjects for p in subject.prompts).encode()).hexdigest()
+        digest = hashlib.sha256(
+            "\n".join(p for subject in self.subjects for p in subject.prompts).encode()
+        ).hexdigest()
         return {
             "bench": f"DreamBench, {len(self.subjects)} subjects",
             "base model": " ".join([self.base, *self.base_options.values()]),
             "prompts": f"{len(self.subjects[0].prompts)} a subject, sha256 {digest[:12]}",
             "pictures": f"{self.repeats} for each prompt, seeds from {self.seed}, PNG",
             "sampling": str(self.sampling),
-            "references": "all pictures of the subject" if self.references == "all" else "its first picture alone",
+            "references": "all pictures of the subject"
+            if self.references == "all"
+            else "its first picture alone",
         }
 
     def teaching(self, name):
@@ -151,7 +181,9 @@ class DreamBench(Bench):
     @cached_property
     def dataset(self) -> str:
         """Which pictures were there, once for all methods: it reads every file."""
-        found = [picture.digest for subject in self.subjects for picture in find_pictures(subject.source, "any")]
+        found = [
+            picture.digest for subject in self.subjects for picture in find_images(subject.source, "any")
+        ]
         return f"{len(found)} pictures, sha256 {hashlib.sha256(''.join(found).encode()).hexdigest()[:12]}"
 
     def scoring(self):
@@ -182,9 +214,9 @@ class DreamBench(Bench):
         return [name, *self.flags(name), *(words if self.learns_words(name) else [])]
 
     def write_references(self, name, subject, folder):
-        real = [read_picture(picture)[0] for picture in find_pictures(subject.source, "any")]
+        real = [read_image_file(picture)[0] for picture in find_images(subject.source, "any")]
         chosen = real if self.references == "all" or name == "real" else real[:1]
-        return write_pictures(chosen, folder)
+        return write_images(chosen, folder)
 
     def score(self, taken: Taken):
         if not taken.pictures:
@@ -212,14 +244,22 @@ class DreamBench(Bench):
         if len(real) < 2:
             return {}
         features = {name: encoder(real) for name, encoder in self.encoders.items()}
-        scores: dict[str, float | None] = {LIKENESS[name]: ceiling_score(some) for name, some in features.items()}
+        scores: dict[str, float | None] = {
+            LIKENESS[name]: ceiling_score(some) for name, some in features.items()
+        }
         return scores | {"nearest": nearest_score(features[self.main])}
 
     def results(self, protocol, methods):
         rows = [subject["scores"] for method in methods for subject in method["subjects"]]
         axes = ["clip_t", LIKENESS[self.main]]
         metrics = {n: METRICS[n] for n in METRICS if n in axes or any(row.get(n) is not None for row in rows)}
-        common = {"title": self.title, "protocol": protocol, "axes": axes, "metrics": metrics, "methods": methods}
+        common = {
+            "title": self.title,
+            "protocol": protocol,
+            "axes": axes,
+            "metrics": metrics,
+            "methods": methods,
+        }
         return common | {"published": PUBLISHED}
 
 
@@ -231,13 +271,25 @@ def metric(title: str, better: str, about: str) -> dict[str, str]:
 
 
 METRICS = {
-    "dino": metric("DINO", "higher", "mean cosine of every picture with every reference, class token of DINO"),
-    "clip_i": metric("CLIP-I", "higher", "mean cosine of every picture with every reference, CLIP's picture tower"),
-    "dinov2": metric("DINOv2", "higher", "mean cosine of every picture with every reference, class token of DINOv2"),
+    "dino": metric(
+        "DINO", "higher", "mean cosine of every picture with every reference, class token of DINO"
+    ),
+    "clip_i": metric(
+        "CLIP-I", "higher", "mean cosine of every picture with every reference, CLIP's picture image_encoder"
+    ),
+    "dinov2": metric(
+        "DINOv2", "higher", "mean cosine of every picture with every reference, class token of DINOv2"
+    ),
     "clip_t": metric("CLIP-T", "higher", "mean cosine of every picture with its own prompt, by CLIP"),
-    "drift": metric("Drift", "lower", "(1 - cosine) / 2 between what the class word alone draws before and after, by CLIP"),
-    "diversity": metric("Diversity", "higher", "mean distance (1 - cosine) between two pictures of one prompt"),
+    "drift": metric(
+        "Drift", "lower", "(1 - cosine) / 2 between what the class word alone draws before and after, by CLIP"
+    ),
+    "diversity": metric(
+        "Diversity", "higher", "mean distance (1 - cosine) between two pictures of one prompt"
+    ),
     "nearest": metric(
-        "Nearest", "", "mean cosine with the nearest reference (real row: the nearest other picture): more is copying"
+        "Nearest",
+        "",
+        "mean cosine with the nearest reference (real row: the nearest other picture): more is copying",
     ),
 }

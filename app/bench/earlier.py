@@ -6,8 +6,8 @@ from pathlib import Path
 from customize.app.bench.bench import folder_of
 from customize.errors import UserError
 from customize.files import HIDDEN, read_json, remove
-from customize.output import is_own_image
-from customize.run_folder import foreign, taken
+from customize.runs.folder import foreign, taken
+from customize.runs.output import is_own_image
 
 PAGES = ("results.json", "results.csv", "report.html")
 PROTOCOL = "protocol.json"
@@ -17,14 +17,24 @@ NOTES = (PROTOCOL, "drawing.json", "training.json")
 def check_folder(folder: Path, methods: Sequence[str], overwrite: bool) -> None:
     """UserError if evaluating `methods` would write over what no evaluation wrote; removes an earlier one if `overwrite`."""
     parts = [folder / folder_of(name) for name in methods]
-    strange = [] if is_protocol(folder) else [folder / name for name in (*PAGES, PROTOCOL) if (folder / name).exists()]
+    strange = (
+        []
+        if is_protocol(folder)
+        else [folder / name for name in (*PAGES, PROTOCOL) if (folder / name).exists()]
+    )
     strange += [part for part in parts if part.exists() and not is_protocol(part)]
-    earlier = [path for path in folder.iterdir() if path.is_dir() and is_protocol(path)] if is_protocol(folder) else []
+    earlier = (
+        [path for path in folder.iterdir() if path.is_dir() and is_protocol(path)]
+        if is_protocol(folder)
+        else []
+    )
     if overwrite:
         strange += [path for part in earlier for path in others(part)]
     if strange:
         found = strange[0].relative_to(folder)
-        raise UserError(f"--output: '{folder}' holds '{found}', which no evaluation wrote; move it away, or choose another.")
+        raise UserError(
+            f"--output: '{folder}' holds '{found}', which no evaluation wrote; move it away, or choose another."
+        )
     if overwrite and is_protocol(folder):
         remove([*earlier, *(folder / name for name in PAGES), folder / PROTOCOL])
 
@@ -46,7 +56,14 @@ def others(part: Path) -> Iterable[Path]:
     for path in part.rglob("*"):
         within = next((run for run in runs if run in path.parents), None)
         known = [*taken(within), within / "class_images", within / "logs"] if within else []
-        if path.is_dir() or path.name in NOTES or path.name.startswith(HIDDEN) or set(known) & {path, *path.parents}:
+        if (
+            path.is_dir()
+            or path.name in NOTES
+            or path.name.startswith(HIDDEN)
+            or set(known) & {path, *path.parents}
+        ):
             continue
-        if path.suffix not in (".png", ".txt") or not is_own_image(path.with_suffix(".png")):  # captions stand beside images
+        if path.suffix not in (".png", ".txt") or not is_own_image(
+            path.with_suffix(".png")
+        ):  # captions stand beside images
             yield path

@@ -10,13 +10,13 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from customize.app.bench.bench import Subject, Taken
-from customize.app.bench.drawing import weights_of, write_pictures
+from customize.app.bench.drawing import weights_of, write_images
 from customize.app.bench.dreambench import LIVE, DreamBench
 from customize.app.bench.stickers import StickerBench
-from customize.checkpoint import read_info
+from customize.data.images import ImageFile, find_images, read_image_file
 from customize.errors import UserError
-from customize.pictures import Picture, find_pictures, read_picture
 from customize.prompts import class_word, subject_words
+from customize.runs.folder import read_info
 from customize.stickers import Drawing, World
 from customize.stickers.bench import bench_prompts
 from customize.stickers.judge import judge
@@ -50,18 +50,20 @@ class FinishedRun:
         return read_info(self.run_path)["config"]
 
     @cached_property
-    def found(self) -> list[Picture]:
+    def found(self) -> list[ImageFile]:
         """The pictures that the run learned from; UserError if they are gone or were of several subjects."""
         folder = self.settings["instance_data_dir"]
         if not folder:
             raise UserError(f"'{self.run_path}' learned several concepts; evaluate knows runs of one.")
         if not Path(folder).is_dir():
-            raise UserError(f"the pictures that '{self.run_path}' learned from are no longer in '{folder}'; put them back.")
-        return find_pictures(folder, "any")
+            raise UserError(
+                f"the pictures that '{self.run_path}' learned from are no longer in '{folder}'; put them back."
+            )
+        return find_images(folder, "any")
 
     @cached_property
     def pictures(self) -> list[Image.Image]:
-        return [read_picture(picture)[0] for picture in self.found]
+        return [read_image_file(picture)[0] for picture in self.found]
 
     @property
     def name(self) -> str:
@@ -72,7 +74,9 @@ class FinishedRun:
         """What stands for the subject in prompts."""
         words = subject_words(self.settings["instance_prompt"])
         if not words:
-            raise UserError(f"'{self.run_path}' has no --instance_prompt, so it is not known what prompts call the subject.")
+            raise UserError(
+                f"'{self.run_path}' has no --instance_prompt, so it is not known what prompts call the subject."
+            )
         return words
 
     def stamp(self) -> dict[str, str]:
@@ -104,7 +108,7 @@ class FinishedRun:
         return self.run_path
 
     def write_references(self, name: str, subject: Subject, folder: Path) -> list[Image.Image]:
-        return write_pictures(self.pictures, folder)
+        return write_images(self.pictures, folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +124,18 @@ class StickerRun(FinishedRun, StickerBench):
     @cached_property
     def pictures(self) -> list[Image.Image]:
         """As training saw them: squares of the embedded model's size."""
-        return [ImageOps.fit(read_picture(picture)[0], (SIDE, SIDE), Image.Resampling.LANCZOS) for picture in self.found]
+        return [
+            ImageOps.fit(read_image_file(picture)[0], (SIDE, SIDE), Image.Resampling.LANCZOS)
+            for picture in self.found
+        ]
 
     @cached_property
     def subjects(self) -> Sequence[Subject]:  # type: ignore[override]
         known = {str(drawing): drawing for drawing in World().drawings(held_out=None)}
         if self.drawing_name and self.drawing_name not in known:
-            raise UserError(f"--subject: there is no drawing '{self.drawing_name}'; write 'STUDIO CLASS', such as 'flat fox'.")
+            raise UserError(
+                f"--subject: there is no drawing '{self.drawing_name}'; write 'STUDIO CLASS', such as 'flat fox'."
+            )
         drawing = known[self.drawing_name] if self.drawing_name else most_seen(self.pictures)
         name = str(drawing).replace(" ", "-")
         return [Subject(name, drawing.word, "", tuple(bench_prompts(self.quick)), drawing)]
@@ -143,7 +152,10 @@ def most_seen(pictures: list[Image.Image]) -> Drawing:
     verdicts = judge(pictures)
     drawing = verdicts.most_seen()
     if sum(verdicts.belief(i, drawing) for i in range(len(pictures))) < len(pictures) / 2:
-        warnings.warn(f"it is not sure that the pictures show the {drawing}; name the drawing with --subject.", stacklevel=2)
+        warnings.warn(
+            f"it is not sure that the pictures show the {drawing}; name the drawing with --subject.",
+            stacklevel=2,
+        )
     return drawing
 
 

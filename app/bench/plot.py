@@ -24,7 +24,10 @@ def scatter(results: dict) -> bytes | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    values = [(method, *(numbers(method, "scores", name) for name in results["axes"])) for method in results["methods"]]
+    values = [
+        (method, *(numbers(method, "scores", name) for name in results["axes"]))
+        for method in results["methods"]
+    ]
     points = [(method, x, y) for method, x, y in values if x and y]
     if not points:
         return None
@@ -32,16 +35,41 @@ def scatter(results: dict) -> bytes | None:
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
     for method, x, y in points:
         bars = [fmean(y)] * 2, [fmean(x)] * 2
-        axes.plot(confidence_interval(x), bars[0], bars[1], confidence_interval(y), color=method["colour"], alpha=0.45)
-        axes.plot(bars[1][0], bars[0][0], KINDS[method["kind"]], color=method["colour"], markersize=8, markeredgecolor="white")
+        axes.plot(
+            confidence_interval(x),
+            bars[0],
+            bars[1],
+            confidence_interval(y),
+            color=method["colour"],
+            alpha=0.45,
+        )
+        axes.plot(
+            bars[1][0],
+            bars[0][0],
+            KINDS[method["kind"]],
+            color=method["colour"],
+            markersize=8,
+            markeredgecolor="white",
+        )
     for method, y in ((method, y) for method, x, y in values if y and not x and method["kind"] != "method"):
-        axes.axhline(fmean(y), color=method["colour"], linestyle="--", linewidth=1)  # real pictures have no prompt to obey
+        axes.axhline(
+            fmean(y), color=method["colour"], linestyle="--", linewidth=1
+        )  # real pictures have no prompt to obey
         at = axes.get_yaxis_transform()
         axes.text(
-            0.99, fmean(y), method["label"], color=method["colour"], transform=at, ha="right", va="bottom", parse_math=False
+            0.99,
+            fmean(y),
+            method["label"],
+            color=method["colour"],
+            transform=at,
+            ha="right",
+            va="bottom",
+            parse_math=False,
         )
     for axis, name in zip((axes.xaxis, axes.yaxis), results["axes"], strict=True):
-        axis.set_label_text(results["metrics"][name]["title"] + ARROWS[results["metrics"][name]["better"]], parse_math=False)
+        axis.set_label_text(
+            results["metrics"][name]["title"] + ARROWS[results["metrics"][name]["better"]], parse_math=False
+        )
         if results["metrics"][name]["style"] == "percent":
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.margins(0.09)
@@ -61,18 +89,25 @@ def _place_labels(axes, points: list[tuple[dict, list[float], list[float]]]) -> 
     from matplotlib.text import Text
 
     def covered(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-        low, high = np.maximum(boxes[:, None, :2], others[:, :2]), np.minimum(boxes[:, None, 2:], others[:, 2:])
+        low, high = (
+            np.maximum(boxes[:, None, :2], others[:, :2]),
+            np.minimum(boxes[:, None, 2:], others[:, 2:]),
+        )
         return (high - low).clip(0).prod(-1).sum(1)
 
     renderer, turns = axes.figure.canvas.get_renderer(), np.radians(np.arange(0, 360, 15))
     gaps = np.repeat([8, 16, 28, 44, 64], len(turns))  # rings around the point
     rings = np.tile(np.stack([np.cos(turns), np.sin(turns)], -1), (5, 1))
-    taken = np.array([artist.get_window_extent(renderer).padded(4).extents for artist in (*axes.lines, *axes.texts)])
+    taken = np.array(
+        [artist.get_window_extent(renderer).padded(4).extents for artist in (*axes.lines, *axes.texts)]
+    )
     for method, x, y in points:
         place, colour = (fmean(x), fmean(y)), method["colour"]
         leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}
         middle = {"ha": "center", "va": "center", "textcoords": "offset points"}
-        note = axes.annotate(method["label"], place, (0, 0), color=colour, parse_math=False, arrowprops=leader, **middle)
+        note = axes.annotate(
+            method["label"], place, (0, 0), color=colour, parse_math=False, arrowprops=leader, **middle
+        )
         size = np.array(Text.get_window_extent(note, renderer).size)
         offsets = (size / 2 + gaps[:, None]) * rings
         low = axes.transData.transform(place) + offsets - size / 2

@@ -16,7 +16,18 @@ from customize.app.bench.plot import ARROWS, KINDS, numbers, scatter
 from customize.files import atomic_file, write_text
 from customize.metrics.scores import confidence_interval
 
-COLOURS = ("#2f6fb3", "#c8591d", "#2a8a62", "#98479a", "#a8811a", "#c03f58", "#3a8fa3", "#6f62c4", "#7d6348", "#6c8a2b")
+COLOURS = (
+    "#2f6fb3",
+    "#c8591d",
+    "#2a8a62",
+    "#98479a",
+    "#a8811a",
+    "#c03f58",
+    "#3a8fa3",
+    "#6f62c4",
+    "#7d6348",
+    "#6c8a2b",
+)
 GREYS = {"base": "#80858d", "real": "#565c65"}
 MISSING = "–"
 SIDE = 256  # pixels of an embedded photograph's longer side
@@ -71,10 +82,15 @@ dt { font-weight: 600 } dd { margin: 0 }
 def write_report(results: dict, folder: Path) -> Path:
     """Writes the numbers (JSON and CSV) and the page into `folder`, to which the pictures' paths are relative; returns the
     page."""
-    results = json.loads(json.dumps(results), parse_constant=lambda _: None)  # NaN is no JSON, and means missing
+    results = json.loads(
+        json.dumps(results), parse_constant=lambda _: None
+    )  # NaN is no JSON, and means missing
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    with atomic_file(folder / "results.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_file(folder / "results.csv") as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
         csv.writer(file).writerows([("method", "subject", "group", "metric", "value"), *_rows(results)])
     page = folder / "report.html"
     write_text(page, render(results, folder))
@@ -85,7 +101,9 @@ def render(results: dict, folder: Path) -> str:
     """The page's HTML, with everything that it shows inside."""
     ordered = sorted(results["methods"], key=lambda method: list(KINDS).index(method["kind"]))
     colours = [GREYS.get(method["kind"], COLOURS[i % len(COLOURS)]) for i, method in enumerate(ordered)]
-    results = results | {"methods": [m | {"colour": colour} for m, colour in zip(ordered, colours, strict=True)]}
+    results = results | {
+        "methods": [m | {"colour": colour} for m, colour in zip(ordered, colours, strict=True)]
+    }
     sections = {
         "Scores": score_tables(results),
         "Likeness against obedience": plot_section(results),
@@ -101,7 +119,9 @@ def render(results: dict, folder: Path) -> str:
     }
     present = [(f"s{i}", title, body) for i, (title, body) in enumerate(sections.items()) if body]
     links = "".join(f'<a href="#{key}">{escape(title.split(" (")[0])}</a>' for key, title, _ in present)
-    bodies = "\n".join(f'<section id="{key}"><h2>{escape(title)}</h2>\n{body}</section>' for key, title, body in present)
+    bodies = "\n".join(
+        f'<section id="{key}"><h2>{escape(title)}</h2>\n{body}</section>' for key, title, body in present
+    )
     title = escape(results["title"])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -138,7 +158,11 @@ def score_table(results: dict, group: str | None = None) -> str:
         partial = f"<small>{len(values)} of {total} subjects</small>" if 0 < len(values) < total else ""
         return text + _interval(values, style) + partial
 
-    return _table({n: f'<abbr title="{escape(m["about"])}">{_heading(m)}</abbr>' for n, m in metrics.items()}, methods, cell)
+    return _table(
+        {n: f'<abbr title="{escape(m["about"])}">{_heading(m)}</abbr>' for n, m in metrics.items()},
+        methods,
+        cell,
+    )
 
 
 def shown(value: float | None, style: str = "number") -> str:
@@ -160,7 +184,9 @@ def means_table(methods: list[dict], part: str, style: str) -> str:
         bar = f'<span class="bar"><i style="width:{width:.0f}%;background:{method["colour"]}"></i></span>'
         return shown(fmean(values), style) + (bar if style == "percent" else "")
 
-    names = dict.fromkeys(n for method in methods for subject in method["subjects"] for n in subject.get(part, {}))
+    names = dict.fromkeys(
+        n for method in methods for subject in method["subjects"] for n in subject.get(part, {})
+    )
     return _table({name: escape(name) for name in names}, methods, cell)
 
 
@@ -183,7 +209,9 @@ def plot_section(results: dict) -> str:
     x, y = (results["metrics"][name] for name in results["axes"])
     if (drawing := scatter(results)) is None:
         return ""
-    across = f"Across: <b>{_heading(x)}</b>, {escape(x['about'])}. Up: <b>{_heading(y)}</b>, {escape(y['about'])}."
+    across = (
+        f"Across: <b>{_heading(x)}</b>, {escape(x['about'])}. Up: <b>{_heading(y)}</b>, {escape(y['about'])}."
+    )
     return f"""<div class="side"><img class="plot" src="{_uri(drawing, "image/svg+xml")}" alt="scatter plot of the methods">
 <p class="note">{across} Bars are 95 % intervals over subjects.</p></div>"""
 
@@ -213,9 +241,13 @@ def picks(method: dict, axes: list[str]) -> list[tuple[str, dict, dict]]:
 def _card(results: dict, folder: Path, name: str, subject: dict, picture: dict) -> str:
     metrics = results["metrics"]
     scores = [
-        f"{escape(metrics[n]['title'])} {shown(v, metrics[n]['style'])}" for n, v in picture["scores"].items() if n in metrics
+        f"{escape(metrics[n]['title'])} {shown(v, metrics[n]['style'])}"
+        for n, v in picture["scores"].items()
+        if n in metrics
     ]
-    references = [_picture(folder, file, f"reference of {subject['label']}") for file in subject["references"][:4]]
+    references = [
+        _picture(folder, file, f"reference of {subject['label']}") for file in subject["references"][:4]
+    ]
     left = f'<div class="some">{"".join(references)}</div>' if len(references) > 1 else "".join(references)
     return f"""<figure><div class="pair"><span>{escape(subject["label"])}</span><span>{name}</span>
 <div>{left}</div><div>{_picture(folder, picture["file"], picture["prompt"])}</div></div>
@@ -228,12 +260,17 @@ def strips(results: dict, folder: Path) -> str:
     for method in results["methods"]:
         for subject in method["subjects"]:
             drawn.setdefault(subject["name"], []).append((method, subject))
-    return "\n".join(_strip(pairs, folder) for pairs in drawn.values() if any(subject["pictures"] for _, subject in pairs))
+    return "\n".join(
+        _strip(pairs, folder) for pairs in drawn.values() if any(subject["pictures"] for _, subject in pairs)
+    )
 
 
 def _strip(pairs: list[tuple[dict, dict]], folder: Path) -> str:
     # methods name the subject by words of their own, so prompts pair by their order and not by their text
-    firsts = [list({p["prompt"]: p for p in reversed(s["pictures"])}.values())[::-1][:STRIP_PROMPTS] for _, s in pairs]
+    firsts = [
+        list({p["prompt"]: p for p in reversed(s["pictures"])}.values())[::-1][:STRIP_PROMPTS]
+        for _, s in pairs
+    ]
     references = next((subject["references"] for _, subject in pairs if subject["references"]), [""])
     rows = []
     for k in range(max(map(len, firsts))):
@@ -241,7 +278,9 @@ def _strip(pairs: list[tuple[dict, dict]], folder: Path) -> str:
         cells.insert(0, {"file": references[k % len(references)], "prompt": ""})
         said = next(cell["prompt"] for cell in cells if cell["prompt"])
         tiles = "".join(f"<td>{_picture(folder, cell['file'], cell['prompt'])}</td>" for cell in cells)
-        rows.append(f'<tr class="said"><td colspan="{len(cells)}"><q>{escape(said)}</q></td></tr><tr>{tiles}</tr>')
+        rows.append(
+            f'<tr class="said"><td colspan="{len(cells)}"><q>{escape(said)}</q></td></tr><tr>{tiles}</tr>'
+        )
     heads = "".join(f'<th scope="col">{_name(method)}</th>' for method, _ in pairs)
     title = f"{escape(pairs[0][1]['label'])} <small>{escape(pairs[0][1]['group'])}</small>"
     return f"""<h3>{title}</h3><div class="scroll"><table class="strip" style="min-width:{6.5 * len(pairs) + 6.5}rem">
@@ -250,7 +289,11 @@ def _strip(pairs: list[tuple[dict, dict]], folder: Path) -> str:
 
 def definitions(texts: dict[str, str]) -> str:
     """Names and what they mean."""
-    return f"<dl>{''.join(f'<dt>{escape(n)}</dt><dd>{escape(str(t))}</dd>' for n, t in texts.items())}</dl>" if texts else ""
+    return (
+        f"<dl>{''.join(f'<dt>{escape(n)}</dt><dd>{escape(str(t))}</dd>' for n, t in texts.items())}</dl>"
+        if texts
+        else ""
+    )
 
 
 def _rows(results: dict) -> list[tuple]:

@@ -5,9 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from customize.app.bench.bench import Taken
-from customize.metrics import ClipEncoder, copy_rate, diversity, drift, prompt_score, subject_only, subject_score
+from customize.metrics import (
+    ClipEncoder,
+    copy_rate,
+    diversity,
+    drift,
+    prompt_score,
+    subject_only,
+    subject_score,
+)
 from customize.stickers import World
-from customize.stickers.bench import SEEN, said, true_scene
+from customize.stickers.bench import SEEN, parse_prompt, true_scene
 from customize.stickers.judge import Verdicts, judge, trusted
 from customize.stickers.measure import SCALES, Fit, best_fit
 
@@ -20,38 +28,82 @@ def metric(title: str, better: str, style: str, about: str) -> dict[str, str]:
 
 
 METRICS = {
-    "identity": metric("Identity", "higher", "percent", "pictures in which the judge sees the subject, of 537 drawings"),
-    "likeness": metric(
-        "Likeness", "higher", "number", "best masked correlation of the true drawing with the picture; no judge"
+    "identity": metric(
+        "Identity", "higher", "percent", "pictures in which the judge sees the subject, of 537 drawings"
     ),
-    "class": metric("Class kept", "higher", "percent", "pictures in which the judge sees the subject's class, by any studio"),
-    "control": metric("Text control", "higher", "percent", "of what the prompts ask for, what the judge finds"),
-    "clip_i": metric("CLIP-I", "higher", "number", "mean cosine with the four reference pictures, by the world's own CLIP"),
+    "likeness": metric(
+        "Likeness",
+        "higher",
+        "number",
+        "best masked correlation of the true drawing with the picture; no judge",
+    ),
+    "class": metric(
+        "Class kept",
+        "higher",
+        "percent",
+        "pictures in which the judge sees the subject's class, by any studio",
+    ),
+    "control": metric(
+        "Text control", "higher", "percent", "of what the prompts ask for, what the judge finds"
+    ),
+    "clip_i": metric(
+        "CLIP-I", "higher", "number", "mean cosine with the four reference pictures, by the world's own CLIP"
+    ),
     "clip_i_masked": metric("CLIP-I masked", "higher", "number", "the same for the subject alone, on white"),
-    "clip_t": metric("CLIP-T", "higher", "number", "mean cosine with the prompt, class word in the subject's place"),
-    "drift": metric("Drift", "lower", "number", "(1 - cosine) / 2 between what the class word alone draws before and after"),
-    "taken": metric("Class taken", "lower", "percent", "pictures of the class word alone in which the judge sees the subject"),
-    "diversity": metric("Diversity", "higher", "number", "mean distance (1 - cosine) between two pictures of one prompt"),
+    "clip_t": metric(
+        "CLIP-T", "higher", "number", "mean cosine with the prompt, class word in the subject's place"
+    ),
+    "drift": metric(
+        "Drift",
+        "lower",
+        "number",
+        "(1 - cosine) / 2 between what the class word alone draws before and after",
+    ),
+    "taken": metric(
+        "Class taken",
+        "lower",
+        "percent",
+        "pictures of the class word alone in which the judge sees the subject",
+    ),
+    "diversity": metric(
+        "Diversity", "higher", "number", "mean distance (1 - cosine) between two pictures of one prompt"
+    ),
     "copy": metric(
-        "Copying", "lower", "number", "cosine with the nearest reference, less that with a true view of the scene asked for"
+        "Copying",
+        "lower",
+        "number",
+        "cosine with the nearest reference, less that with a true view of the scene asked for",
     ),
     "background_leak": metric(
         "Background leak", "lower", "percent", "where a new background is asked for: a reference's background"
     ),
     "pose_leak": metric(
-        "Pose leak", "lower", "percent", "size, tilt and mirroring like a reference's; real scenes show chance"
+        "Pose leak",
+        "lower",
+        "percent",
+        "size, tilt and mirroring like a reference's; real scenes show chance",
     ),
 }
 
 
 def score(taken: Taken, clip: ClipEncoder, seed: int = 0) -> tuple[dict, dict, list[dict]]:
     """Scores by metric, text control by factor, and each picture's scores; None where a measure has nothing to go on."""
-    drawing, verdicts, every = taken.subject.source, judge(taken.pictures), [said(prompt) for prompt in taken.prompts]
+    drawing, verdicts, every = (
+        taken.subject.source,
+        judge(taken.pictures),
+        [parse_prompt(prompt) for prompt in taken.prompts],
+    )
     obeyed = [verdicts.obeys(i, asked) for i, asked in enumerate(every)]
     plain = [not RESHAPED & asked.keys() for asked in every]
-    shown = [float(verdicts.shows(i, drawing)) if known and trusted("drawing") else None for i, known in enumerate(plain)]
+    shown = [
+        float(verdicts.shows(i, drawing)) if known and trusted("drawing") else None
+        for i, known in enumerate(plain)
+    ]
     sprite = World().sprite(drawing)
-    fits = [best_fit(picture, sprite) if known else None for picture, known in zip(taken.pictures, plain, strict=True)]
+    fits = [
+        best_fit(picture, sprite) if known else None
+        for picture, known in zip(taken.pictures, plain, strict=True)
+    ]
     each = [
         {"identity": seen, "likeness": fit and fit.correlation, "control": mean(list(found.values()))}
         for seen, fit, found in zip(shown, fits, obeyed, strict=True)
@@ -59,9 +111,12 @@ def score(taken: Taken, clip: ClipEncoder, seed: int = 0) -> tuple[dict, dict, l
     scores = {name: mean([entry[name] for entry in each]) for name in ("identity", "likeness", "control")}
     kept = [verdicts.shows_class(i, drawing.word) for i, known in enumerate(plain) if known]
     scores["class"] = mean(kept) if trusted("class") else None
-    scores |= by_clip(taken, clip, fits, seed) | prior_scores(taken, clip) | leaks(taken, every, verdicts, fits)
+    scores |= (
+        by_clip(taken, clip, fits, seed) | prior_scores(taken, clip) | leaks(taken, every, verdicts, fits)
+    )
     factors = {
-        name: mean([found[name] for found in obeyed if name in found]) for name in dict.fromkeys(k for o in obeyed for k in o)
+        name: mean([found[name] for found in obeyed if name in found])
+        for name in dict.fromkeys(k for o in obeyed for k in o)
     }
     return {name: scores.get(name) for name in METRICS}, factors, each
 
@@ -75,7 +130,9 @@ def mean(values: Sequence[float | bool | None]) -> float | None:
 def by_clip(taken: Taken, clip: ClipEncoder, fits: list[Fit | None], seed: int) -> dict[str, float | None]:
     """The field's own measures, by the world's CLIP."""
     pictures, references = clip(taken.pictures), clip(taken.references)
-    views = [true_scene(taken.subject.source, prompt, 20_000 + seed + i) for i, prompt in enumerate(taken.prompts)]
+    views = [
+        true_scene(taken.subject.source, prompt, 20_000 + seed + i) for i, prompt in enumerate(taken.prompts)
+    ]
     return {
         "clip_i": subject_score(pictures, references),
         "clip_i_masked": masked_score(taken, clip, fits),
@@ -88,8 +145,12 @@ def by_clip(taken: Taken, clip: ClipEncoder, fits: list[Fit | None], seed: int) 
 def masked_score(taken: Taken, clip: ClipEncoder, fits: list[Fit | None]) -> float | None:
     """CLIP-I of the subject alone: where the drawing fits best in a picture, and its masks in the references."""
     sprite, side = World().sprite(taken.subject.source), taken.pictures[0].width
-    crops = [subject_only(p, fit.mask(sprite, side)) for p, fit in zip(taken.pictures, fits, strict=True) if fit]
-    masks = taken.masks or [best_fit(picture, sprite).mask(sprite, picture.width) for picture in taken.references]
+    crops = [
+        subject_only(p, fit.mask(sprite, side)) for p, fit in zip(taken.pictures, fits, strict=True) if fit
+    ]
+    masks = taken.masks or [
+        best_fit(picture, sprite).mask(sprite, picture.width) for picture in taken.references
+    ]
     real = [subject_only(p, mask) for p, mask in zip(taken.references, masks, strict=True)]
     return subject_score(clip(crops), clip(real)) if crops else None
 
@@ -99,14 +160,22 @@ def prior_scores(taken: Taken, clip: ClipEncoder) -> dict[str, float | None]:
     if not taken.prior:
         return {}
     verdicts = judge(taken.prior)
-    seen = [verdicts.shows(i, taken.subject.source) for i in range(len(taken.prior))] if trusted("drawing") else []
+    seen = (
+        [verdicts.shows(i, taken.subject.source) for i in range(len(taken.prior))]
+        if trusted("drawing")
+        else []
+    )
     moved = drift(clip(taken.before), clip(taken.prior)) if taken.before else None
     return {"drift": moved, "taken": mean(seen)}
 
 
-def leaks(taken: Taken, every: list[dict], verdicts: Verdicts, fits: list[Fit | None]) -> dict[str, float | None]:
+def leaks(
+    taken: Taken, every: list[dict], verdicts: Verdicts, fits: list[Fit | None]
+) -> dict[str, float | None]:
     """Does what belongs to the reference pictures and not to the subject come back?"""
-    new = [i for i, asked in enumerate(every) if asked.get("background") not in SEEN and trusted("background")]
+    new = [
+        i for i, asked in enumerate(every) if asked.get("background") not in SEEN and trusted("background")
+    ]
     poses = [best_fit(picture, World().sprite(taken.subject.source)) for picture in taken.references]
     return {
         "background_leak": mean([verdicts.factor(i, "background") in SEEN for i in new]),

@@ -9,18 +9,25 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from customize.adapters import holds
+from customize.adapters.subject_files import adapter_file
 from customize.app.bench.bench import Bench, Subject, Taken
 from customize.app.bench.drawing import Sampling
 from customize.app.bench.sticker_scores import METRICS, score
 from customize.errors import UserError, nearest
 from customize.metrics import load_sticker_clip
-from customize.output import save_image
 from customize.pipelines import load_subject_pipeline
+from customize.runs.output import save_image
 from customize.stickers import ENCODER, MODEL, Drawing, World, draw_scene
-from customize.stickers.bench import bench_prompts, bench_subjects, reference_scenes, true_scene, write_references
+from customize.stickers.bench import (
+    bench_prompts,
+    bench_subjects,
+    reference_scenes,
+    true_scene,
+    write_references,
+)
 from customize.stickers.judge import TRUSTED, accuracy, trusted
 from customize.stickers.scene import SIDE
-from customize.subject import ADAPTER_FILES, adapter_file
 
 COMMON = f"--resolution {SIDE} --train_batch_size 4 --lr_scheduler cosine --checkpointing_steps 100000"
 LORA = "--rank 16 --lora_layers all --learning_rate 1e-3"
@@ -47,9 +54,14 @@ RECIPES = {
         "--placeholder_token <subject> --initializer_token {} --num_vectors 4 --learning_rate 1e-2",
     ),
     "dreambooth-no-prior": Recipe("DreamBooth LoRA, no prior", "dreambooth", "sks {}", LORA),
-    "dreambooth": Recipe("DreamBooth LoRA", "dreambooth", "sks {}", f"{LORA} --with_prior_preservation --num_class_images 16"),
+    "dreambooth": Recipe(
+        "DreamBooth LoRA", "dreambooth", "sks {}", f"{LORA} --with_prior_preservation --num_class_images 16"
+    ),
     "dreambooth-teacher": Recipe(
-        "DreamBooth LoRA, teacher prior", "dreambooth", "sks {}", f"{LORA} --with_prior_preservation --prior_source teacher"
+        "DreamBooth LoRA, teacher prior",
+        "dreambooth",
+        "sks {}",
+        f"{LORA} --with_prior_preservation --prior_source teacher",
     ),
     "pivotal_tuning": Recipe(
         "Pivotal tuning",
@@ -72,7 +84,7 @@ def find_recipe(name: str) -> Recipe:
     """The recipe of a name, or that of the folder of an encoder's run; UserError for others."""
     if name in RECIPES:
         return RECIPES[name]
-    if any((Path(name) / file).is_file() for file in ADAPTER_FILES):
+    if holds(name, "subject"):
         return Recipe(Path(name).name.replace("-", " ").replace("_", " "), "", "<s> {}", "", name)
     raise UserError(
         f"--methods: StickerBench has no recipe '{name}', nor is it a run of an encoder: {', '.join(RECIPES)}."
@@ -161,7 +173,9 @@ class StickerBench(Bench):
         if recipe.encoder:
             file = ENCODER if recipe.encoder == "stickers" else adapter_file(recipe.encoder)
             return f"encoder sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}, no training for a subject"
-        return f"{recipe.method}, {self.steps} steps, {COMMON} {recipe.flags}" if recipe.method else recipe.label
+        return (
+            f"{recipe.method}, {self.steps} steps, {COMMON} {recipe.flags}" if recipe.method else recipe.label
+        )
 
     def scoring(self):
         return {
@@ -217,4 +231,10 @@ class StickerBench(Bench):
         likeness = "identity" if trusted("drawing") else "likeness"
         rows = [subject["scores"] for method in methods for subject in method["subjects"]]
         metrics = {name: METRICS[name] for name in METRICS if any(row[name] is not None for row in rows)}
-        return {"title": title, "protocol": protocol, "axes": ["control", likeness], "metrics": metrics, "methods": methods}
+        return {
+            "title": title,
+            "protocol": protocol,
+            "axes": ["control", likeness],
+            "metrics": metrics,
+            "methods": methods,
+        }

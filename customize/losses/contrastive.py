@@ -72,7 +72,12 @@ def scaled(similarity: Tensor, same: Tensor) -> Tensor:
 
 
 def appearance_contrast(
-    anchors: Tensor, positives: Tensor, similarity: Tensor, same: Tensor, form: MaclForm = "ratio", temperature: float = 0.1
+    anchors: Tensor,
+    positives: Tensor,
+    similarity: Tensor,
+    same: Tensor,
+    form: MaclForm = "ratio",
+    temperature: float = 0.1,
 ) -> Tensor:
     """MACL: InfoNCE between S+ of a subject's two views at every layer, scaled by how alike subjects really look.
 

@@ -1,6 +1,6 @@
 """How like the subject, how obedient to the prompt: numbers for pictures that were drawn."""
 
-from customize.metrics.encoders import ClipEncoder, ImageEncoder, load_clip, load_dino, load_sticker_clip
+from customize.metrics.encoders import ClipEncoder, MetricEncoder, load_clip, load_dino, load_sticker_clip
 from customize.metrics.scores import (
     ceiling_score,
     confidence_interval,
@@ -16,7 +16,7 @@ from customize.metrics.scores import (
 
 __all__ = [
     "ClipEncoder",
-    "ImageEncoder",
+    "MetricEncoder",
     "ceiling_score",
     "confidence_interval",
     "copy_rate",

@@ -16,14 +16,14 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from customize import stickers
+from customize import embedded
 from customize.cache import fingerprint
 from customize.errors import UserError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class ImageEncoder:
+class MetricEncoder:
     """Pictures to unit vectors.
 
     `features` maps pixels (batch, 3, height, width) to (batch, d); `prepare` maps one picture to pixels (3, height, width).
@@ -49,11 +49,16 @@ class ImageEncoder:
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (n, d), float32 on the CPU."""
         starts = range(0, len(pictures), self.batch_size)
-        batches = (torch.stack([self.prepare(p.convert("RGB")) for p in pictures[i : i + self.batch_size]]) for i in starts)
-        return torch.cat([F.normalize(self.features(b.to(self.device)).float(), dim=-1).cpu() for b in batches])
+        batches = (
+            torch.stack([self.prepare(p.convert("RGB")) for p in pictures[i : i + self.batch_size]])
+            for i in starts
+        )
+        return torch.cat(
+            [F.normalize(self.features(b.to(self.device)).float(), dim=-1).cpu() for b in batches]
+        )
 
 
-class ClipEncoder(ImageEncoder):
+class ClipEncoder(MetricEncoder):
     """Pictures and prompts to unit vectors of one space. `texts` maps prompts to (n, d).
 
     Raises UserError where the two widths differ, before anything is drawn.
@@ -64,7 +69,9 @@ class ClipEncoder(ImageEncoder):
         self._texts = texts
         widths = self([Image.new("RGB", (64, 64))]).shape[1], self.texts(["a"]).shape[1]
         if widths[0] != widths[1]:
-            raise UserError(f"'{self.stamp}' gives {widths[0]} numbers a picture but {widths[1]} a prompt; give a CLIP model.")
+            raise UserError(
+                f"'{self.stamp}' gives {widths[0]} numbers a picture but {widths[1]} a prompt; give a CLIP model."
+            )
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
@@ -82,23 +89,39 @@ def _loaded(flag: str, name: str, load: Callable, **options):
         return load(name, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--{flag}: '{name}' could not be loaded ({reason}); give a hub id or a local folder.") from error
+        raise UserError(
+            f"--{flag}: '{name}' could not be loaded ({reason}); give a hub id or a local folder."
+        ) from error
 
 
 def load_clip(name: str, flag: str = "clip") -> ClipEncoder:
     """CLIP from a hub id or a local folder, with its own preprocessing (PIL); `openai/clip-vit-base-patch32` is usual."""
-    model = _loaded(flag, name, AutoModel.from_pretrained, use_safetensors=True, dtype=torch.float32).to(_device())
-    if not isinstance(model, CLIPModel):  # CLIPModel's own loading would fill another model's gaps with random weights
+    model = _loaded(flag, name, AutoModel.from_pretrained, use_safetensors=True, dtype=torch.float32).to(
+        _device()
+    )
+    if not isinstance(
+        model, CLIPModel
+    ):  # CLIPModel's own loading would fill another model's gaps with random weights
         kind = getattr(model.config, "model_type", "")
-        raise UserError(f"--{flag}: '{name}' is a '{kind}' model; give a CLIP one, such as openai/clip-vit-base-patch32.")
+        raise UserError(
+            f"--{flag}: '{name}' is a '{kind}' model; give a CLIP one, such as openai/clip-vit-base-patch32."
+        )
     processor = _loaded(flag, name, CLIPImageProcessorPil.from_pretrained)
     tokenizer = _loaded(flag, name, CLIPTokenizer.from_pretrained)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # without its files it loads empty: all prompts would be equal
-        raise UserError(f"--{flag}: '{name}' has no tokenizer; download its tokenizer.json, or vocab.json and merges.txt, too.")
+    if len(tokenizer) <= len(
+        tokenizer.all_special_tokens
+    ):  # without its files it loads empty: all prompts would be equal
+        raise UserError(
+            f"--{flag}: '{name}' has no tokenizer; download its tokenizer.json, or vocab.json and merges.txt, too."
+        )
 
     def texts(prompts: list[str]) -> Tensor:
         words = tokenizer(
-            prompts, padding=True, truncation=True, max_length=_length(model.config.text_config), return_tensors="pt"
+            prompts,
+            padding=True,
+            truncation=True,
+            max_length=_length(model.config.text_config),
+            return_tensors="pt",
         )
         return model.get_text_features(**words.to(model.device)).pooler_output
 
@@ -109,7 +132,9 @@ def load_clip(name: str, flag: str = "clip") -> ClipEncoder:
     resampling = Image.Resampling(processor.resample).name.lower()
     fitted = f"{resampling}, {'centre crop' if processor.do_center_crop else 'resized'}"
     stamp = f"{_named(name, model)}, {fitted} {'x'.join(map(str, sides.values()))}"
-    return ClipEncoder(model, lambda batch: model.get_image_features(batch).pooler_output, pixels, stamp, texts=texts)
+    return ClipEncoder(
+        model, lambda batch: model.get_image_features(batch).pooler_output, pixels, stamp, texts=texts
+    )
 
 
 def _named(name: str, model: nn.Module) -> str:
@@ -121,16 +146,22 @@ def _length(config) -> int:
 
 
 def load_sticker_clip() -> ClipEncoder:
-    """The embedded world's own CLIP pair: its image tower was fitted to the mean of its text tower's states."""
-    folder = stickers.MODEL
+    """The embedded world's own CLIP pair: its image encoder was fitted to the mean of its text image_encoder's states."""
+    folder = embedded.MODEL
     vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", dtype=torch.float32)
     text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     processor = CLIPImageProcessorPil.from_pretrained(folder / "feature_extractor")
 
     def texts(prompts: list[str]) -> Tensor:
-        # always padded to the full length: this tower's padding positions carry meaning
-        words = tokenizer(prompts, padding="max_length", truncation=True, max_length=_length(text.config), return_tensors="pt")
+        # always padded to the full length: this image_encoder's padding positions carry meaning
+        words = tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=_length(text.config),
+            return_tensors="pt",
+        )
         return text(words.input_ids).last_hidden_state.mean(1)
 
     def pixels(picture: Image.Image) -> Tensor:
@@ -141,16 +172,20 @@ def load_sticker_clip() -> ClipEncoder:
     return ClipEncoder(vision, lambda batch: vision(batch).image_embeds, pixels, stamp, texts=texts)
 
 
-def load_dino(name: str, flag: str = "dino") -> ImageEncoder:
+def load_dino(name: str, flag: str = "dino") -> MetricEncoder:
     """DINO (`facebook/dino-vits16`) or DINOv2 (`facebook/dinov2-base`) from a hub id or a local folder: the class token.
 
     Preprocessing is that of the papers' evaluation: shorter side to 256 bicubic, centre crop of 224, ImageNet statistics; in
     proportion for a model of another input size.
     """
-    model = _loaded(flag, name, AutoModel.from_pretrained, use_safetensors=True, dtype=torch.float32).to(_device())
+    model = _loaded(flag, name, AutoModel.from_pretrained, use_safetensors=True, dtype=torch.float32).to(
+        _device()
+    )
     kind = getattr(model.config, "model_type", "")
     if kind not in ("vit", "dinov2", "dinov2_with_registers"):
-        raise UserError(f"--{flag}: '{name}' is a '{kind}' model; give a DINO or DINOv2 one, such as facebook/dino-vits16.")
+        raise UserError(
+            f"--{flag}: '{name}' is a '{kind}' model; give a DINO or DINOv2 one, such as facebook/dino-vits16."
+        )
     size = 224 if kind != "vit" else model.config.image_size
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
 
@@ -158,13 +193,15 @@ def load_dino(name: str, flag: str = "dino") -> ImageEncoder:
         return (_to_tensor(cropped(picture, round(size * 256 / 224), size)) - mean) / std
 
     stamp = f"{_named(name, model)}, class token, bicubic {round(size * 256 / 224)}, centre crop {size}"
-    return ImageEncoder(model, lambda batch: model(batch).last_hidden_state[:, 0], pixels, stamp)
+    return MetricEncoder(model, lambda batch: model(batch).last_hidden_state[:, 0], pixels, stamp)
 
 
 def cropped(picture: Image.Image, shorter: int, size: int) -> Image.Image:
     """The picture with its shorter side at `shorter` pixels (bicubic), and of that the middle `size` x `size`."""
     scale = shorter / min(picture.size)
-    resized = picture.resize([max(round(side * scale), shorter) for side in picture.size], Image.Resampling.BICUBIC)
+    resized = picture.resize(
+        [max(round(side * scale), shorter) for side in picture.size], Image.Resampling.BICUBIC
+    )
     left, top = ((side - size) // 2 for side in resized.size)
     return resized.crop((left, top, left + size, top + size))
 

@@ -28,7 +28,9 @@ def ceiling_score(references: Tensor) -> float:
 def prompt_score(images: Tensor, texts: Tensor) -> float:
     """CLIP-T: the mean cosine of each picture (n, d) with its own prompt (n, d), -1 to 1, neither clipped nor scaled."""
     if images.shape != texts.shape:
-        raise ValueError(f"pictures and prompts pair one to one: {tuple(images.shape)} is not {tuple(texts.shape)}")
+        raise ValueError(
+            f"pictures and prompts pair one to one: {tuple(images.shape)} is not {tuple(texts.shape)}"
+        )
     return torch.cosine_similarity(images, texts, dim=-1).mean().item()
 
 
@@ -36,14 +38,18 @@ def drift(before: Tensor, after: Tensor) -> float:
     """How far the prior moved, 0 to 1: the mean of (1 - cosine) / 2 between what the base model (n, d) and the customized
     one (n, d) draw from the same noise for a prompt without the subject."""
     if before.shape != after.shape:
-        raise ValueError(f"the pictures before and after pair one to one: {tuple(before.shape)} is not {tuple(after.shape)}")
+        raise ValueError(
+            f"the pictures before and after pair one to one: {tuple(before.shape)} is not {tuple(after.shape)}"
+        )
     return ((1 - torch.cosine_similarity(before, after, dim=-1)) / 2).mean().item()
 
 
 def diversity(features: Tensor) -> float:
     """The mean distance (1 - cosine, 0 to 2) between two pictures of one prompt, for features (prompts, pictures, d)."""
     if features.ndim != 3 or features.shape[1] < 2:
-        raise ValueError(f"diversity needs (prompts, two or more pictures, width), not {tuple(features.shape)}")
+        raise ValueError(
+            f"diversity needs (prompts, two or more pictures, width), not {tuple(features.shape)}"
+        )
     count = features.shape[1]
     distances = [1 - pairwise_cosine_similarity(some, some, zero_diagonal=False) for some in features]
     return (torch.stack([d.sum() - d.trace() for d in distances]) / (count * (count - 1))).mean().item()
@@ -77,7 +83,10 @@ def multi_subject_score(crops: Sequence[Tensor], references: Sequence[Tensor]) -
     """
     if len(crops) != len(references):
         raise ValueError(f"{len(crops)} subjects were cropped but {len(references)} have references")
-    each = [pairwise_cosine_similarity(c, r, zero_diagonal=False).mean(1) for c, r in zip(crops, references, strict=True)]
+    each = [
+        pairwise_cosine_similarity(c, r, zero_diagonal=False).mean(1)
+        for c, r in zip(crops, references, strict=True)
+    ]
     return torch.stack(each).amin(0).mean().item()
 
 
@@ -89,7 +98,9 @@ def subject_only(picture: Image.Image, mask: Image.Image) -> Image.Image:
     inside = mask.point(lambda value: 255 * (value > 127))
     if inside.getbbox() is None:
         return picture.convert("RGB")
-    return Image.composite(picture.convert("RGB"), Image.new("RGB", picture.size, "white"), mask).crop(inside.getbbox())
+    return Image.composite(picture.convert("RGB"), Image.new("RGB", picture.size, "white"), mask).crop(
+        inside.getbbox()
+    )
 
 
 def confidence_interval(
@@ -103,4 +114,6 @@ def confidence_interval(
 
 def _same_width(a: Tensor, b: Tensor) -> None:
     if a.shape[-1] != b.shape[-1]:
-        raise ValueError(f"features of width {a.shape[-1]} cannot be compared with those of width {b.shape[-1]}")
+        raise ValueError(
+            f"features of width {a.shape[-1]} cannot be compared with those of width {b.shape[-1]}"
+        )

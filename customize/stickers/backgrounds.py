@@ -66,7 +66,11 @@ def _beach(row, rng, size):
     shore = rng.uniform(0.3, 0.45)
     sand = int((shore + 0.15) * size)
     pixels = _bands(
-        row, size, (shore, _colour(140, 205, 250)), (shore + 0.15, _colour(60, 140, 210)), (1, _colour(235, 210, 150))
+        row,
+        size,
+        (shore, _colour(140, 205, 250)),
+        (shore + 0.15, _colour(60, 140, 210)),
+        (1, _colour(235, 210, 150)),
     )
     pixels[sand:] += _speckle(rng, size - sand, size, size, 8)
     return pixels
@@ -74,7 +78,9 @@ def _beach(row, rng, size):
 
 def _dots(pixels, rng, size, count, low):
     side = max(size // 64, 1)
-    for y, x, light in zip(*rng.integers(0, size - side, (2, count)), rng.uniform(low, 255, count), strict=True):
+    for y, x, light in zip(
+        *rng.integers(0, size - side, (2, count)), rng.uniform(low, 255, count), strict=True
+    ):
         pixels[y : y + side, x : x + side] = light
     return pixels
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from customize.files import write_text
-from customize.output import save_image
+from customize.runs.output import save_image
 from customize.stickers.backgrounds import BACKGROUNDS
 from customize.stickers.scene import COUNTS, FACTORS, Scene, draw_pose, draw_scene
 from customize.stickers.world import DATA, Drawing, World
@@ -18,7 +18,11 @@ from customize.stickers.world import DATA, Drawing, World
 SEEN = ("white", "grass", "stone", "yellow")  # backgrounds of the reference pictures
 PHRASES: dict[str, dict[str, object]] = {  # fields of a scene, and what a prompt says for each value
     "background": {phrase: name for name, phrase in BACKGROUNDS.items()},
-    **{name: {word: word for word in words if word} for name, words in FACTORS.items() if name not in ("background", "count")},
+    **{
+        name: {word: word for word in words if word}
+        for name, words in FACTORS.items()
+        if name not in ("background", "count")
+    },
     "count": {phrase.strip(): number for number, phrase in COUNTS.items() if phrase},
 }
 
@@ -39,7 +43,7 @@ def bench_prompts(quick: bool = False) -> list[str]:
     return _bench()["prompts"][: _bench()["quick"]["prompts"] if quick else None]
 
 
-def said(prompt: str) -> dict[str, object]:
+def parse_prompt(prompt: str) -> dict[str, object]:
     """The fields of `Scene` that a prompt speaks of, and the values asked for; `companion` is the class beside the subject."""
     found: dict[str, object] = {}
     beside = re.search(r" next to a (\w+)", prompt)
@@ -57,7 +61,9 @@ def said(prompt: str) -> dict[str, object]:
 def reference_scenes(subject: Drawing, seed: int = 0) -> list[Scene]:
     """Four scenes of the subject in different poses: the pictures that a user brings."""
     rng = np.random.default_rng(seed)
-    return [Scene(subject, background, pose=draw_pose(rng), seed=seed + i) for i, background in enumerate(SEEN)]
+    return [
+        Scene(subject, background, pose=draw_pose(rng), seed=seed + i) for i, background in enumerate(SEEN)
+    ]
 
 
 def write_references(folder: Path, subject: Drawing, words: str, seed: int = 0) -> list[Image.Image]:
@@ -81,7 +87,7 @@ def reference_captions(subject: Drawing, words: str) -> list[str]:
 def true_scene(subject: Drawing, prompt: str, seed: int) -> Image.Image:
     """A real picture of the subject as the prompt asks: what a perfect method could draw."""
     rng = np.random.default_rng(seed)
-    fields = dict(said(prompt))
+    fields = dict(parse_prompt(prompt))
     if "companion" in fields:
         fields["companion"] = Drawing(str(fields["companion"]), subject.studio)
     scene = replace(Scene(subject, pose=draw_pose(rng), seed=seed), **fields)  # type: ignore[arg-type]

@@ -43,10 +43,18 @@ class Judge(nn.Module):
 
     def __init__(self, drawings: int):
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, 4, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, 64, 4, 4, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(inplace=True),
+        ]
         for wide, narrow in ((64, 64), (128, 64), (256, 128)):
             if wide != narrow:
-                layers += [nn.Conv2d(narrow, wide, 2, 2, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
+                layers += [
+                    nn.Conv2d(narrow, wide, 2, 2, bias=False),
+                    nn.BatchNorm2d(wide),
+                    nn.ReLU(inplace=True),
+                ]
             layers += [Residual(wide), Residual(wide)]
         self.trunk = nn.Sequential(*layers)
         self.drawing = nn.Linear(256, drawings)
@@ -92,11 +100,16 @@ class Verdicts:
 
     def shows(self, i: int, drawing: Drawing, among: int = 1) -> bool:
         """Whether the drawing is the most probable one of picture `i`, or, with `among` 2, the second one."""
-        return self.drawings.index(drawing) in (int(self.probability[i].argmax()), int(self.second[i]))[:among]
+        return (
+            self.drawings.index(drawing) in (int(self.probability[i].argmax()), int(self.second[i]))[:among]
+        )
 
     def shows_class(self, i: int, word: str, among: int = 1) -> bool:
         """The same for the class."""
-        return self.words.index(word) in (int(self.word_probability[i].argmax()), int(self.second_word[i]))[:among]
+        return (
+            self.words.index(word)
+            in (int(self.word_probability[i].argmax()), int(self.second_word[i]))[:among]
+        )
 
     def belief(self, i: int, drawing: Drawing) -> float:
         """The probability, 0 to 1, that picture `i` shows the drawing."""
@@ -106,11 +119,15 @@ class Verdicts:
         return self.drawings[int(self.probability[i].argmax())]
 
     def obeys(self, i: int, asked: dict[str, object]) -> dict[str, float]:
-        """For each factor that a prompt speaks of (`bench.said`) and the judge is trusted with: 1 if picture `i` shows it."""
+        """For each factor that a prompt speaks of (`bench.parse_prompt`) and the judge is trusted with: 1 if picture `i` shows it."""
         found = {}
         for name, value in asked.items():
             if trusted(name):
-                seen = self.shows_class(i, str(value), 2) if name == "companion" else self.factor(i, name) == value
+                seen = (
+                    self.shows_class(i, str(value), 2)
+                    if name == "companion"
+                    else self.factor(i, name) == value
+                )
                 found[name] = float(seen)
         return found
 
@@ -128,7 +145,10 @@ def load_judge() -> Judge:
     world = World()
     judge = Judge(len(world.drawings(held_out=None)))
     judge.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in load_file(FOLDER / "judge.safetensors").items()}
+        {
+            k: v.float() if v.is_floating_point() else v
+            for k, v in load_file(FOLDER / "judge.safetensors").items()
+        }
     )
     return judge.eval().requires_grad_(False)
 

@@ -64,7 +64,9 @@ def best_fit(picture: Image.Image, sprite: np.ndarray) -> Fit:
     means = back(image * templates.weights)
     variance = back((squares * templates.weights).sum(1)) - (means**2).sum(1)
     covariance = back((image * templates.colours).sum(1)) - (means * templates.means).sum(1)
-    inside = back(torch.fft.rfft2(F.pad(torch.ones(1, GRID, GRID), [margin] * 4)) * templates.weights)[:, 0] > 0.75
+    inside = (
+        back(torch.fft.rfft2(F.pad(torch.ones(1, GRID, GRID), [margin] * 4)) * templates.weights)[:, 0] > 0.75
+    )
     correlation = covariance / (variance.clamp(min=1e-4) * templates.variance.clamp(min=1e-4)).sqrt()
     correlation = torch.where(inside, correlation, torch.tensor(-1.0))
     n, y, x = (int(i) for i in np.unravel_index(int(correlation.argmax()), correlation.shape))
@@ -81,7 +83,9 @@ class Templates(NamedTuple):
 
 
 def _turned(drawing: Image.Image, scale: float, angle: float, mirrored: bool, side: int) -> Image.Image:
-    small = drawing.resize((round(scale * side),) * 2, Image.Resampling.LANCZOS).rotate(angle, Image.Resampling.BICUBIC)
+    small = drawing.resize((round(scale * side),) * 2, Image.Resampling.LANCZOS).rotate(
+        angle, Image.Resampling.BICUBIC
+    )
     return small.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else small
 
 
@@ -97,7 +101,9 @@ def _templates(sprite: bytes, size: int, side: int) -> Templates:
     colours = pixels[:, :3]
     means = (weights * colours).sum((2, 3), keepdim=True)
     variance = ((weights * colours**2).sum((2, 3), keepdim=True) - means**2).sum(1)
-    return Templates(torch.fft.rfft2(weights).conj(), torch.fft.rfft2(weights * colours).conj(), means, variance)
+    return Templates(
+        torch.fft.rfft2(weights).conj(), torch.fft.rfft2(weights * colours).conj(), means, variance
+    )
 
 
 @lru_cache
@@ -107,7 +113,10 @@ def _background_statistics() -> tuple[Tensor, Tensor]:
     subjects = world.drawings(core=True)
     means, spreads = [], []
     for background in BACKGROUNDS:
-        scenes = [Scene(subjects[rng.integers(len(subjects))], background, pose=draw_pose(rng), seed=i) for i in range(60)]
+        scenes = [
+            Scene(subjects[rng.integers(len(subjects))], background, pose=draw_pose(rng), seed=i)
+            for i in range(60)
+        ]
         features = torch.stack([_surroundings(draw_scene(scene, world)[0]) for scene in scenes])
         means.append(features.mean(0))
         spreads.append(features.std(0) + 0.02)
@@ -117,7 +126,9 @@ def _background_statistics() -> tuple[Tensor, Tensor]:
 def _surroundings(picture: Image.Image) -> Tensor:
     """Colours along the picture's edges, and how much they change from pixel to pixel."""
     pixels = torch.from_numpy(np.asarray(picture.convert("RGB").resize((64, 64)), np.float32) / 255)
-    edge = torch.cat([pixels[:, :6].flip(1), pixels[:, -6:]], 1).reshape(8, 8, 12, 3)  # eight heights, left and right
+    edge = torch.cat([pixels[:, :6].flip(1), pixels[:, -6:]], 1).reshape(
+        8, 8, 12, 3
+    )  # eight heights, left and right
     rough = torch.cat([edge.diff(dim=1).abs().mean((1, 2, 3)), edge.diff(dim=2).abs().mean((1, 2, 3))])
     return torch.cat([edge.mean((1, 2)).flatten(), 2 * rough])
 

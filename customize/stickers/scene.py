@@ -43,7 +43,11 @@ FACTORS: dict[str, tuple] = {  # what captions speak of: fields of a scene, and 
     "frame": FRAMES,
     "count": tuple(COUNTS),
 }
-ARRANGEMENTS = ("beside", "above", "over")  # of the subject and its companion; captions do not tell them apart
+ARRANGEMENTS = (
+    "beside",
+    "above",
+    "over",
+)  # of the subject and its companion; captions do not tell them apart
 PREFIXES = ("", "", "", "a photo of ", "a picture of ", "a sticker of ")
 
 
@@ -86,7 +90,14 @@ def draw_pose(rng: np.random.Generator, spread: float = 1.0) -> Pose:
     u = rng.uniform(-1, 1, 7) * spread
     mirror, shadow = rng.random() < 0.5 * min(spread, 1.0), (rng.random() < 0.5) * 0.35
     return Pose(
-        0.09 * u[0], 0.07 * u[1], 0.5 + 0.5 * u[2], 14 * u[3], bool(mirror), (0.18 * u[4], 0.18 * u[5]), 0.22 * u[6], shadow
+        0.09 * u[0],
+        0.07 * u[1],
+        0.5 + 0.5 * u[2],
+        14 * u[3],
+        bool(mirror),
+        (0.18 * u[4], 0.18 * u[5]),
+        0.22 * u[6],
+        shadow,
     )
 
 
@@ -96,7 +107,10 @@ def draw_factors(
     """A random scene of one of `subjects`; with probability `extras` it has a factor beyond subject and background."""
     subject = subjects[rng.integers(len(subjects))]
     scene = Scene(
-        subject, list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))], pose=draw_pose(rng, spread), seed=int(rng.integers(2**31))
+        subject,
+        list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))],
+        pose=draw_pose(rng, spread),
+        seed=int(rng.integers(2**31)),
     )
     while rng.random() < extras:
         scene = replace(scene, **draw_extra(rng, subjects))
@@ -111,7 +125,21 @@ def draw_extra(rng: np.random.Generator, companions: list[Drawing]) -> dict:
         values = [v for v in values if v]
         return values[rng.integers(len(values))]
 
-    field = one_of(["tint", "tint", "size", "size", "orientation", "light", "weather", "border", "frame", "count", "companion"])
+    field = one_of(
+        [
+            "tint",
+            "tint",
+            "size",
+            "size",
+            "orientation",
+            "light",
+            "weather",
+            "border",
+            "frame",
+            "count",
+            "companion",
+        ]
+    )
     if field == "count":
         return {"count": int(rng.integers(2, 4)), "companion": None}
     if field == "companion":
@@ -141,10 +169,14 @@ def caption(
 
 def draw_caption(rng: np.random.Generator, scene: Scene) -> str:
     """A caption as people write them: the style is named half of the time, the background mostly, with a prefix or without."""
-    return caption(scene, None, PREFIXES[rng.integers(len(PREFIXES))], rng.random() < 0.6, rng.random() < 0.92)
+    return caption(
+        scene, None, PREFIXES[rng.integers(len(PREFIXES))], rng.random() < 0.6, rng.random() < 0.92
+    )
 
 
-def draw_scene(scene: Scene, world: World, size: int = SIDE, mask_companion: bool = False) -> tuple[Image.Image, Image.Image]:
+def draw_scene(
+    scene: Scene, world: World, size: int = SIDE, mask_companion: bool = False
+) -> tuple[Image.Image, Image.Image]:
     """The picture (RGB) and the subject's mask (L, 255 where the subject covers the background), squares of `size` pixels;
     with `mask_companion` it also covers the companion."""
     rng = np.random.default_rng(scene.seed)
@@ -203,7 +235,9 @@ def _tinted(sprite: np.ndarray, tint: str) -> np.ndarray:
     light = sprite[..., :3].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255
     colour = np.array(TINTS[tint], np.float32)
     ramp = light[..., None]
-    shaded = np.where(ramp < 0.6, colour * (0.25 + 0.75 * ramp / 0.6), colour + (255 - colour) * (ramp - 0.6) / 0.55)
+    shaded = np.where(
+        ramp < 0.6, colour * (0.25 + 0.75 * ramp / 0.6), colour + (255 - colour) * (ramp - 0.6) / 0.55
+    )
     return np.concatenate([shaded.clip(0, 255).astype(np.uint8), sprite[..., 3:]], -1)
 
 
@@ -222,7 +256,9 @@ def _placed(sprite: np.ndarray, pose: Pose, turn: float, size: int) -> Image.Ima
     to_sprite = np.array([[1, 0, side / 2], [0, 1, side / 2], [0, 0, 1]])
     m = to_sprite @ lean @ rotate @ to_centre
     m = m / m[2, 2]
-    layer = picture.transform((size, size), Image.Transform.PERSPECTIVE, m.flatten()[:8], Image.Resampling.BICUBIC)
+    layer = picture.transform(
+        (size, size), Image.Transform.PERSPECTIVE, m.flatten()[:8], Image.Resampling.BICUBIC
+    )
     return _shaded(layer, pose.shade, size) if pose.shade else layer
 
 
@@ -238,7 +274,9 @@ def _shaded(layer: Image.Image, shade: float, size: int) -> Image.Image:
 def _bordered(layer: Image.Image, size: int) -> Image.Image:
     """A white outline around the drawing, as die-cut stickers have."""
     width = 2 * round(size / 32) + 1
-    outline = layer.getchannel("A").filter(ImageFilter.MaxFilter(width)).filter(ImageFilter.BoxBlur(size / 160))
+    outline = (
+        layer.getchannel("A").filter(ImageFilter.MaxFilter(width)).filter(ImageFilter.BoxBlur(size / 160))
+    )
     white = Image.merge("RGBA", [Image.new("L", layer.size, 255)] * 3 + [outline])
     return Image.alpha_composite(white, layer)
 

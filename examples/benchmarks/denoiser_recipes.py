@@ -29,7 +29,9 @@ from customize.stickers.scene import draw_caption, draw_factors
 from recipe import Run, autocast, scaled, to_pixels
 
 LEVELS = (100, 350, 600, 850)  # of 1,000 times
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of prediction, target, a neighbour's target, and the signal's share
+Loss = Callable[
+    [Tensor, Tensor, Tensor, Tensor], Tensor
+]  # of prediction, target, a neighbour's target, and the signal's share
 
 
 def plain(prediction: Tensor, target: Tensor, other: Tensor, alpha: Tensor) -> Tensor:
@@ -51,7 +53,9 @@ def logit_normal(count: int) -> Tensor:
     return (torch.sigmoid(torch.randn(count)) * 1000).long()
 
 
-VARIANTS: dict[str, tuple[Loss, Callable[[int], Tensor], float, bool]] = {  # loss, times, learning rate, whether it falls to 0
+VARIANTS: dict[
+    str, tuple[Loss, Callable[[int], Tensor], float, bool]
+] = {  # loss, times, learning rate, whether it falls to 0
     "as it was": (plain, unet.spread_times, 5e-4, False),
     "learning rate falls to 0": (plain, unet.spread_times, 5e-4, True),  # and in all that follow
     "contrastive flow matching": (with_contrast, unet.spread_times, 5e-4, True),
@@ -107,7 +111,9 @@ def train(name: str, weights: dict, latents: Tensor, states: Tensor, batch: int)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scenes", type=int, default=8192)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
@@ -127,7 +133,9 @@ def main():
         found = masked_losses(model, scheduler, held)
         reference = found if reference is None else reference
         change = found - reference
-        images = draw(furnace.pipeline(weights, torch.device("cpu")), [caption(scene) for scene in asked], seed=100)
+        images = draw(
+            furnace.pipeline(weights, torch.device("cpu")), [caption(scene) for scene in asked], seed=100
+        )
         rows[name] = {
             "loss": [round(float(value), 4) for value in found.mean(1)],
             "change": [round(float(value), 4) for value in change.mean(1)],

@@ -58,9 +58,15 @@ def write_memory(path: Path) -> None:
 
     status = Path("/proc/self/status")
     # not getrusage's ru_maxrss, which begins with the parent's
-    resident = int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) * 1024 if status.exists() else None
+    resident = (
+        int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) * 1024 if status.exists() else None
+    )
     cpu = None, f"CPU, {torch.get_num_threads()} threads"
-    gpu, device = (torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()) if torch.cuda.is_available() else cpu
+    gpu, device = (
+        (torch.cuda.max_memory_allocated(), torch.cuda.get_device_name())
+        if torch.cuda.is_available()
+        else cpu
+    )
     path.write_text(json.dumps({"resident": resident, "gpu": gpu, "device": device}))
 
 
@@ -77,10 +83,18 @@ def stand_in_for_torchvision() -> None:
     assert not is_torchvision_available()  # transformers remembers this answer
     parts = {
         "InterpolationMode": Image.Resampling,
-        "Resize": lambda n, interpolation: lambda x: x.resize([side * n // min(x.size) for side in x.size], interpolation),
-        "CenterCrop": lambda n: lambda x: x.crop([(side + sign * n) // 2 for sign in (-1, 1) for side in x.size]),
-        "ToTensor": lambda: lambda x: torch.from_numpy(np.array(x)).permute(2, 0, 1).contiguous().float().div(255),
-        "Normalize": lambda mean, std: lambda x: (x - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1),
+        "Resize": lambda n, interpolation: (
+            lambda x: x.resize([side * n // min(x.size) for side in x.size], interpolation)
+        ),
+        "CenterCrop": lambda n: (
+            lambda x: x.crop([(side + sign * n) // 2 for sign in (-1, 1) for side in x.size])
+        ),
+        "ToTensor": lambda: (
+            lambda x: torch.from_numpy(np.array(x)).permute(2, 0, 1).contiguous().float().div(255)
+        ),
+        "Normalize": lambda mean, std: (
+            lambda x: (x - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+        ),
         "Compose": lambda steps: lambda x: reduce(lambda x, step: step(x), steps, x),
     }
     sys.modules["torchvision"] = module_from_spec(ModuleSpec("torchvision", None))
@@ -129,9 +143,13 @@ def measure(words: list[str], steps: int, warmup: int, work: Path) -> Run:
                     bars += [{}] if step == 0 else []  # a new bar
                     bars[-1].setdefault(step, now)
     wall = time.perf_counter() - begin
-    bar = max(bars, key=lambda bar: max(bar.values()) - min(bar.values()))  # others, as of loading weights, are short
+    bar = max(
+        bars, key=lambda bar: max(bar.values()) - min(bar.values())
+    )  # others, as of loading weights, are short
     if process.returncode or not {warmup, steps} <= bar.keys():
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{text.decode(errors='replace')[-3000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} ended with {process.returncode}:\n{text.decode(errors='replace')[-3000:]}"
+        )
     trained = sum(value.numel() for value in load_file(output / "pytorch_lora_weights.safetensors").values())
     speed = (steps - warmup) / (bar[steps] - bar[warmup])
     return {"steps_per_s": speed, "wall_s": wall, "trained_values": trained, **json.loads(memory.read_text())}
@@ -142,20 +160,48 @@ def report(rows: dict[str, list[Run]], ratios: dict[str, float], about: dict[str
         values = [run[name] / unit for run in runs if run[name] is not None]
         return " / ".join(f"{f(values):.{digits}f}" for f in (min, statistics.median, max)) if values else "-"
 
-    head = ["trainer", "steps/s", "ratio", "wall time, s", "peak resident, MiB", "peak GPU, MiB", "trained values", "device"]
+    head = [
+        "trainer",
+        "steps/s",
+        "ratio",
+        "wall time, s",
+        "peak resident, MiB",
+        "peak GPU, MiB",
+        "trained values",
+        "device",
+    ]
     table = [head, ["---"] * len(head)]
     for name, runs in rows.items():
         numbers = [spread(runs, "steps_per_s", 1, 2), f"{ratios[name]:.2f}", spread(runs, "wall_s", 1, 1)]
-        numbers += [spread(runs, "resident", 2**20), spread(runs, "gpu", 2**20), str(runs[0]["trained_values"])]
+        numbers += [
+            spread(runs, "resident", 2**20),
+            spread(runs, "gpu", 2**20),
+            str(runs[0]["trained_values"]),
+        ]
         table.append([name, *numbers, runs[0]["device"]])
     legend = "Least / median / greatest of the repeats; the ratio is that of median steps/s to diffusers'."
-    return "\n".join([*(f"| {' | '.join(r)} |" for r in table), "", legend, "", *(f"- {k}: {v}" for k, v in about.items()), ""])
+    return "\n".join(
+        [
+            *(f"| {' | '.join(r)} |" for r in table),
+            "",
+            legend,
+            "",
+            *(f"- {k}: {v}" for k, v in about.items()),
+            "",
+        ]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--diffusers_script", type=Path, required=True)
-    parser.add_argument("--model", type=Path, help="a diffusers folder; else the embedded model, or random weights of its size")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="a diffusers folder; else the embedded model, or random weights of its size",
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=10, help="first steps, which are not timed")
     parser.add_argument("--repeats", type=int, default=5)
@@ -168,25 +214,42 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         work, world, model = Path(folder), World(), options.model
-        model = model or (MODEL if (MODEL / "model_index.json").exists() else random_model(work / "random weights", world))
+        model = model or (
+            MODEL if (MODEL / "model_index.json").exists() else random_model(work / "random weights", world)
+        )
         flags = f"--resolution {SIDE} --train_batch_size 4 --rank 8 --max_train_steps {options.steps} --learning_rate 1e-4"
         flags += " --seed 0 --lr_scheduler constant --lr_warmup_steps 0 --mixed_precision no --report_to tensorboard"
-        words = [*flags.split(), "--checkpointing_steps", str(options.steps + 1), "--pretrained_model_name_or_path", str(model)]
-        words += ["--instance_prompt", draw_pictures(work / "data", world), "--instance_data_dir", str(work / "data")]
+        words = [
+            *flags.split(),
+            "--checkpointing_steps",
+            str(options.steps + 1),
+            "--pretrained_model_name_or_path",
+            str(model),
+        ]
+        words += [
+            "--instance_prompt",
+            draw_pictures(work / "data", world),
+            "--instance_data_dir",
+            str(work / "data"),
+        ]
         ours = ["customize.app.cli", "train", "dreambooth", *words]
         trainers = {"diffusers": [str(options.diffusers_script), *words, "--center_crop"]}
         trainers |= {"customize --no_cache_latents": [*ours, "--no_cache_latents"], "customize": ours}
         about = {
             "machine": f"{platform.platform()}, {os.cpu_count()} cores, load average at the start {os.getloadavg()[0]:.1f}",
             "libraries": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
-            "torchvision": "a stand-in for diffusers' script" if find_spec("torchvision") is None else version("torchvision"),
+            "torchvision": "a stand-in for diffusers' script"
+            if find_spec("torchvision") is None
+            else version("torchvision"),
             "diffusers' script": f"SHA-256 {hashlib.sha256(options.diffusers_script.read_bytes()).hexdigest()}",
             "timed": f"steps {options.warmup + 1} to {options.steps}, {options.repeats} repeats in turn",
             "flags": " ".join(words).replace(folder, "TEMPORARY"),
         }
         rows: dict[str, list[Run]] = {name: [] for name in trainers}
         for name, command in list(trainers.items()) * options.repeats:
-            rows[name].append(measure(command, options.steps, options.warmup, Path(tempfile.mkdtemp(dir=work))))
+            rows[name].append(
+                measure(command, options.steps, options.warmup, Path(tempfile.mkdtemp(dir=work)))
+            )
             print(name, rows[name][-1], file=sys.stderr)
     medians = {name: statistics.median(run["steps_per_s"] for run in runs) for name, runs in rows.items()}
     ratios = {name: median / medians["diffusers"] for name, median in medians.items()}

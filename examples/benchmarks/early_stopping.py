@@ -11,15 +11,15 @@ import json
 from pathlib import Path
 
 from customize.app.bench.bench import Subject, Taken
-from customize.app.bench.drawing import Sampling, Shot, draw_missing, trained
+from customize.app.bench.drawing import ImageRequest, Sampling, draw_missing, trained
 from customize.app.bench.sticker_scores import score
 from customize.app.bench.stickers import COMMON, LORA
-from customize.app.cli import quiet_libraries
 from customize.metrics import confidence_interval, load_sticker_clip
 from customize.pipelines import load_pipeline
+from customize.quiet import quiet_libraries
 from customize.stickers import Drawing
 from customize.stickers.bench import bench_prompts, bench_subjects, write_references
-from customize.trainers.__main__ import run
+from customize.trainers.launch import run
 
 STEPS, EVERY = 300, 50
 VALIDATION = bench_prompts()[8:12]  # those that the quick subset leaves out
@@ -34,7 +34,10 @@ def train(folder: Path, drawing: Drawing) -> Path:
     flags += " --checkpoints_total_limit 0 --holdout 1 --validation_metric score --overwrite_output_dir"
     prompts = [prompt.format(words) for prompt in VALIDATION]
     data = ["--instance_data_dir", str(folder / "pictures"), "--instance_prompt", f"a {words}"]
-    return trained(folder, lambda out: run([*flags.split(), *data, "--validation_prompt", *prompts, "--output_dir", str(out)]))
+    return trained(
+        folder,
+        lambda out: run([*flags.split(), *data, "--validation_prompt", *prompts, "--output_dir", str(out)]),
+    )
 
 
 def choices(run_folder: Path) -> dict[str, int]:
@@ -48,7 +51,7 @@ def choices(run_folder: Path) -> dict[str, int]:
 
 def measure(folder: Path, run_folder: Path, step: int, drawing: Drawing, clip) -> dict[str, float]:
     prompts, words = bench_prompts(quick=True), f"sks {drawing.word}"
-    shots = [Shot(f"{i:02d}", prompt.format(words), 500 + i) for i, prompt in enumerate(prompts)]
+    shots = [ImageRequest(f"{i:02d}", prompt.format(words), 500 + i) for i, prompt in enumerate(prompts)]
 
     def load():
         pipe = load_pipeline(run_folder / f"checkpoint-{step}")
@@ -57,10 +60,15 @@ def measure(folder: Path, run_folder: Path, step: int, drawing: Drawing, clip) -
 
     pictures = draw_missing(load, shots, folder / f"step-{step}", SAMPLING)
     references = write_references(folder / "pictures", drawing, words)
-    scores, _, _ = score(Taken(Subject("", drawing.word, "", tuple(prompts), drawing), pictures, references, [], [], 1), clip)
+    scores, _, _ = score(
+        Taken(Subject("", drawing.word, "", tuple(prompts), drawing), pictures, references, [], [], 1), clip
+    )
     kept = {name: scores[name] for name in ("identity", "likeness", "control")}
     likeness = kept["likeness"] if kept["identity"] is None else kept["identity"]
-    return kept | {"likeness x control": kept["likeness"] * kept["control"], "identity x control": likeness * kept["control"]}
+    return kept | {
+        "likeness x control": kept["likeness"] * kept["control"],
+        "identity x control": likeness * kept["control"],
+    }
 
 
 def row(name: str, values: list[dict]) -> str:
@@ -89,7 +97,12 @@ def main():
         print(row(f"{name} (steps {', '.join(map(str, steps[name]))})", values))
     for name in ("last", "lowest validation loss"):
         pairs = zip(found["best score"], found[name], strict=True)
-        print(row(f"best score minus {name}", [{k: b[k] - a[k] if a[k] is not None else None for k in a} for b, a in pairs]))
+        print(
+            row(
+                f"best score minus {name}",
+                [{k: b[k] - a[k] if a[k] is not None else None for k in a} for b, a in pairs],
+            )
+        )
 
 
 if __name__ == "__main__":

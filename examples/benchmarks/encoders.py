@@ -22,7 +22,7 @@ from customize.metrics import confidence_interval
 from customize.pipelines import load_subject_pipeline
 from customize.stickers import Drawing, World, draw_scene
 from customize.stickers.bench import bench_subjects, reference_scenes
-from customize.trainers.__main__ import run
+from customize.trainers.launch import run
 
 FOLDER = Path("runs/encoders")
 CONTRAST = "--cscl_weight {cscl} --macl_weight {macl}"
@@ -55,7 +55,9 @@ def train(name: str, options) -> None:
     if (output / "run.json").exists():
         return print(f"{output} is there already")
     file = f"examples/stickers/{method}.yaml"
-    resumed = "--resume_from_checkpoint latest" if list(output.glob("checkpoint-*")) else "--overwrite_output_dir"
+    resumed = (
+        "--resume_from_checkpoint latest" if list(output.glob("checkpoint-*")) else "--overwrite_output_dir"
+    )
     run([method, file, *f"{flags} --max_train_steps {steps} --output_dir {output} {resumed}".split()])
 
 
@@ -80,17 +82,22 @@ def table(options) -> None:
         folder = FOLDER / f"bench-{group}{'-quick' if options.quick else ''}"
         bench = bench_of(folder=folder, methods=methods, repeats=1, quick=True, group=group, steps=150)
         rows = {Path(method["name"]).name: method["subjects"] for method in bench.run()["methods"]}
-        print(f"\n{group} classes: mean (95 % bootstrap over subjects)\n\n| | {' | '.join(SHOWN)} | seconds a picture |")
+        print(
+            f"\n{group} classes: mean (95 % bootstrap over subjects)\n\n| | {' | '.join(SHOWN)} | seconds a picture |"
+        )
         print("|---" * (len(SHOWN) + 2) + "|")
         for name, subjects in rows.items():
             cells = [interval([subject["scores"][metric] for subject in subjects]) for metric in SHOWN]
             seconds = [subject["cost"].get("seconds a picture", 0.0) for subject in subjects]
             print(f"| {name} | {' | '.join(cells)} | {sum(seconds) / len(seconds):.2f} |")
         if "words" in rows:
-            print(f"\n{group} classes: difference to words\n\n| | identity | likeness | control |\n|---|---|---|---|")
+            print(
+                f"\n{group} classes: difference to words\n\n| | identity | likeness | control |\n|---|---|---|---|"
+            )
             for name in names:
                 cells = [
-                    difference(rows[Path(name).name], rows["words"], metric) for metric in ("identity", "likeness", "control")
+                    difference(rows[Path(name).name], rows["words"], metric)
+                    for metric in ("identity", "likeness", "control")
                 ]
                 print(f"| {name} | {' | '.join(cells)} |")
     for name in names:
@@ -121,7 +128,9 @@ def sheet(name: str, output: Path, size: int = 128) -> None:
         references = [draw_scene(scene, World())[0] for scene in reference_scenes(drawing)]
         options = {"num_inference_steps": 25, "guidance_scale": 4.0}
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        base = pipe(f"a {drawing.word} on the beach", generator=torch.Generator().manual_seed(0), **options).images
+        base = pipe(
+            f"a {drawing.word} on the beach", generator=torch.Generator().manual_seed(0), **options
+        ).images
         scenes = [f"a <s> {drawing.word} {place}" for place in prompts]
         drawn = pipe(scenes, subject_images=references, generator=generators, **options).images
         for column, picture in enumerate([*references[:2], *base, *drawn]):
@@ -130,11 +139,19 @@ def sheet(name: str, output: Path, size: int = 128) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=["train", "table", "sheet"])
-    parser.add_argument("variants", nargs="*", help=f"{', '.join(VARIANTS)}; for table also methods of StickerBench")
+    parser.add_argument(
+        "variants", nargs="*", help=f"{', '.join(VARIANTS)}; for table also methods of StickerBench"
+    )
     parser.add_argument("--group", choices=["known", "unknown"], help="table: only these subjects")
-    parser.add_argument("--quick", action="store_true", help="table: the first six subjects of known classes instead of twelve")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="table: the first six subjects of known classes instead of twelve",
+    )
     parser.add_argument("--start_steps", type=int, default=900)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--cscl_weight", type=float, default=0.005)

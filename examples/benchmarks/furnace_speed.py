@@ -35,7 +35,9 @@ def rate(count: int, work: Callable[[], object], repeats: int) -> float:
     return count * repeats / (time.perf_counter() - begin)
 
 
-def denoiser_rate(latents: torch.Tensor, text: torch.Tensor, repeats: int, half: bool, compiled: bool = False) -> float:
+def denoiser_rate(
+    latents: torch.Tensor, text: torch.Tensor, repeats: int, half: bool, compiled: bool = False
+) -> float:
     """Scenes a second of training steps; `half` is bfloat16, if the processor computes in it."""
     run, schedule = unet.start(1e-4), unet.schedule()
     predict, chosen = torch.compile(run.model) if compiled else run.model, unet.autocast
@@ -47,7 +49,9 @@ def denoiser_rate(latents: torch.Tensor, text: torch.Tensor, repeats: int, half:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--compile", action="store_true", help="also the compiled denoiser")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=8)
@@ -55,8 +59,13 @@ def main():
     torch.set_num_threads(options.threads)
     encoder, text, rng = scenes.Encoder(), scenes.Text("cpu"), np.random.default_rng(0)
     vae = AutoencoderKL.from_pretrained(recipe.part("vae")).eval()
-    drawn = [scenes.draw_training_scene(rng, encoder.world, encoder.pools[1], scenes.SPREAD) for _ in range(64)]
-    ids, pixels = text.ids([draw_caption(rng, scene) for scene in drawn]), scenes.pixels_of(drawn, encoder.world)
+    drawn = [
+        scenes.draw_training_scene(rng, encoder.world, encoder.pools[1], scenes.SPREAD) for _ in range(64)
+    ]
+    ids, pixels = (
+        text.ids([draw_caption(rng, scene) for scene in drawn]),
+        scenes.pixels_of(drawn, encoder.world),
+    )
     with torch.no_grad():
         rates = {
             "rendering": rate(64, lambda: scenes.pixels_of(drawn, encoder.world), options.repeats),
@@ -70,11 +79,20 @@ def main():
     rates["denoiser"] = denoiser_rate(*batch, options.repeats, half=True)
     if options.compile:
         rates["denoiser, compiled"] = denoiser_rate(*batch, options.repeats, half=True, compiled=True)
-    print("bfloat16" if recipe.computes_in_bfloat16() else "float32 only: this processor does not compute in bfloat16")
+    print(
+        "bfloat16"
+        if recipe.computes_in_bfloat16()
+        else "float32 only: this processor does not compute in bfloat16"
+    )
     for name, found in rates.items():
         print(f"{name:<20} {found:8.0f} scenes a second")
     before = ("rendering", "autoencoder", "text tower, float32", "denoiser, float32")
-    now = ("rendering", "linear latents", "text tower", "denoiser, compiled" if options.compile else "denoiser")
+    now = (
+        "rendering",
+        "linear latents",
+        "text tower",
+        "denoiser, compiled" if options.compile else "denoiser",
+    )
     for name, parts in (("before", before), ("now", now)):
         cost = {part: (SHOWS if part.startswith("denoiser") else 1) / rates[part] for part in parts}
         total = sum(cost.values())

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from customize.adapters.lora_files import LORA
 from customize.app.cli import main as customize
-from customize.run_folder import LORA, checkpoint_step, foreign, latest_checkpoint, read_info
+from customize.runs.folder import checkpoint_step, foreign, latest_checkpoint, read_info
 from customize.stickers import Drawing
 from customize.stickers.bench import write_references
 from customize.trainers import loop, state
@@ -34,7 +35,11 @@ FLAGS = f"--max_train_steps {STEPS} --checkpointing_steps 3 --validation_steps 4
 def in_process(work: Callable[[], int]) -> int:
     """Runs `work` in a copy of this process; returns its exit code, minus the signal that ended it."""
     if (child := os.fork()) == 0:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
             os._exit(work())
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -64,7 +69,15 @@ def saving() -> bool:
 
 
 def train(output: Path, pictures: Path, *more: str) -> int:
-    words = ["train", "dreambooth", "--instance_data_dir", str(pictures), "--instance_prompt", "a sks fox", *FLAGS.split()]
+    words = [
+        "train",
+        "dreambooth",
+        "--instance_data_dir",
+        str(pictures),
+        "--instance_prompt",
+        "a sks fox",
+        *FLAGS.split(),
+    ]
     return customize([*words, "--learning_rate", "1e-3", "--output_dir", str(output), *more])
 
 
@@ -75,8 +88,17 @@ def interrupted(case: tuple, output: Path, pictures: Path) -> int:
 
 def cases(number: int, count: int, rng: np.random.Generator) -> list[tuple]:
     """Half of the moments in steps, half at a file operation of a save."""
-    steps = [(loop, "accumulate_gradients", int(rng.integers(1, STEPS + 1)), number, False) for _ in range(count // 2)]
-    operations = [(os, "fsync", 60), (os, "replace", 30), (state, "save_file", 4), (shutil, "rmtree", 30), (os, "chmod", 60)]
+    steps = [
+        (loop, "accumulate_gradients", int(rng.integers(1, STEPS + 1)), number, False)
+        for _ in range(count // 2)
+    ]
+    operations = [
+        (os, "fsync", 60),
+        (os, "replace", 30),
+        (state, "save_file", 4),
+        (shutil, "rmtree", 30),
+        (os, "chmod", 60),
+    ]
     saves = []
     for i in range(count - count // 2):
         owner, name, most = operations[i % len(operations)]
@@ -90,7 +112,9 @@ def same(first: Path, second: Path) -> bool:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--stops", type=int, default=20, help="moments for each of SIGTERM and SIGHUP")
     options = parser.parse_args()
@@ -123,10 +147,17 @@ def attempt(case: tuple, folder: Path, name: str) -> tuple[bool, bool, int, bool
     lost = reached - (checkpoint_step(kept) if kept else 0) if reached and code and name != "SIGKILL" else 0
     resumed = ["--resume_from_checkpoint", "latest"] if kept else ["--overwrite_output_dir"]
     again = in_process(lambda: train(output, folder / "pictures", *resumed))
-    fine = code in expected and again == 0 and read_info(output)["step"] == STEPS and same(output, folder / "whole")
+    fine = (
+        code in expected
+        and again == 0
+        and read_info(output)["step"] == STEPS
+        and same(output, folder / "whole")
+    )
     clean = not foreign(output) and not list(output.rglob(".customize-*"))
     if not (fine and clean):
-        print(f"  not as it should be: {case[1]} {case[2]} {name}: exit {code}, then {again}, left {os.listdir(output)}")
+        print(
+            f"  not as it should be: {case[1]} {case[2]} {name}: exit {code}, then {again}, left {os.listdir(output)}"
+        )
     return code != 0, fine, lost, clean
 
 

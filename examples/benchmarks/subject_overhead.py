@@ -27,12 +27,21 @@ def steps_of(pipe, prompt: str, steps: int, **options) -> tuple[list[float], flo
         times.append(time.perf_counter())
         return kwargs
 
-    pipe(prompt, num_inference_steps=steps, guidance_scale=4.0, callback_on_step_end=note, output_type="latent", **options)
+    pipe(
+        prompt,
+        num_inference_steps=steps,
+        guidance_scale=4.0,
+        callback_on_step_end=note,
+        output_type="latent",
+        **options,
+    )
     return [b - a for a, b in itertools.pairwise(times)], times[1] - times[0]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", nargs="?", default="stickers")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--repeats", type=int, default=5)
@@ -44,7 +53,11 @@ def main():
     cases = {
         "plain": (plain, f"a {subject.word} on the beach", {}),
         "subject, keys and values kept": (pipe, f"a {word} on the beach", {"subject_images": references}),
-        "subject, nothing kept": (pipe, f"a {word} on the beach", {"subject_images": references, "subject_cache": False}),
+        "subject, nothing kept": (
+            pipe,
+            f"a {word} on the beach",
+            {"subject_images": references, "subject_cache": False},
+        ),
     }
     found: dict[str, list[float]] = {name: [] for name in cases}
     before: dict[str, list[float]] = {name: [] for name in cases}
@@ -60,7 +73,9 @@ def main():
     base = statistics.median(found["plain"])
     for name in cases:
         step, first = statistics.median(found[name]), statistics.median(before[name])
-        print(f"{name:32s} {1000 * step:7.1f} ms a step, {step / base:.2f} x plain; up to the first step {1000 * first:.0f} ms")
+        print(
+            f"{name:32s} {1000 * step:7.1f} ms a step, {step / base:.2f} x plain; up to the first step {1000 * first:.0f} ms"
+        )
 
 
 if __name__ == "__main__":

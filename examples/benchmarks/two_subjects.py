@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 
 from customize.app.bench.stickers import drawings_of
-from customize.output import save_image
 from customize.pipelines import load_subject_pipeline
+from customize.prompts import without_words
+from customize.runs.output import save_image
 from customize.stickers import Drawing, Scene, World, draw_scene
 from customize.stickers.bench import reference_scenes
 from customize.stickers.judge import judge
 from customize.stickers.scene import Pose
-from customize.subject import without_words
 
 PAIRS = 50
 
@@ -76,7 +76,9 @@ def real(a: Drawing, b: Drawing, seed: int) -> Image.Image:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", nargs="?", default="stickers")
     parser.add_argument("--output", type=Path, default=Path("runs/two_subjects"))
     options = parser.parse_args()
@@ -96,14 +98,17 @@ def main():
             ("with regions", named, {"subject_images": images, "subject_masks": masks}),
         ):
             generators = [torch.Generator().manual_seed(i + k) for k in range(len(some))]
-            drawn = pipe(prompts, **subjects, guidance_scale=4.0, num_inference_steps=25, generator=generators).images
+            drawn = pipe(
+                prompts, **subjects, guidance_scale=4.0, num_inference_steps=25, generator=generators
+            ).images
             say = verdict if subjects else classes
             counts[name] += [say(picture, a, b) for picture, (a, b) in zip(drawn, some, strict=True)]
             for k, picture in enumerate(drawn):
                 save_image(picture, options.output / f"{i + k:02d}-{name.split()[0]}.png")
     for name, found in counts.items():
         shares = {
-            verdict: f"{found.count(verdict) / len(found):.0%}" for verdict in ("both", "one", "swapped looks", "neither")
+            verdict: f"{found.count(verdict) / len(found):.0%}"
+            for verdict in ("both", "one", "swapped looks", "neither")
         }
         print(f"{name:14s}", shares)
 

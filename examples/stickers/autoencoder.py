@@ -20,7 +20,10 @@ from customize.stickers.scene import SIDE, draw_factors
 from recipe import FURNACE, Run, autocast, begin, scaled, stage, to_pixels, until, worlds
 
 FACTOR = 8  # pixels of a patch's side
-LATENTS, KEPT = 32, 100.0  # components; the constant that keeps the encoder's last normalisation from changing anything
+LATENTS, KEPT = (
+    32,
+    100.0,
+)  # components; the constant that keeps the encoder's last normalisation from changing anything
 WIDTHS = (16, 48, 64, 96)  # channels from the pixels to the latents: each level holds what is above it
 PIECE = 512
 WEIGHTS = stickers.MODEL / "vae" / "diffusion_pytorch_model.safetensors"
@@ -81,8 +84,12 @@ def set_encoder(model: AutoencoderKL, rows: Tensor, mean: Tensor) -> None:
                 for x in range(2):
                     conv.weight[4 * c + 2 * y + x, c, y, x] = 1  # the padding is below and to the right
     # colour, then the place in the patch, from halves of it to single pixels: rows, columns
-    code = rows.view(LATENTS, 3, 2, 2, 2, 2, 2, 2).permute(0, 1, 4, 7, 3, 6, 2, 5).flatten(1, 5)  # (LATENTS, 48, 2, 2)
-    steps[2].weight[: 2 * LATENTS, :48, :2, :2] = torch.cat([code, -code])  # what is there twice, with both signs, has no mean
+    code = (
+        rows.view(LATENTS, 3, 2, 2, 2, 2, 2, 2).permute(0, 1, 4, 7, 3, 6, 2, 5).flatten(1, 5)
+    )  # (LATENTS, 48, 2, 2)
+    steps[2].weight[: 2 * LATENTS, :48, :2, :2] = torch.cat(
+        [code, -code]
+    )  # what is there twice, with both signs, has no mean
     steps[2].bias[: 2 * LATENTS] = torch.cat([-(rows @ mean), rows @ mean])
     width, held = encoder.conv_norm_out.num_channels, 2 * LATENTS
     constants = torch.full((width - held,), KEPT)
@@ -105,12 +112,16 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def reconstruction(output: Tensor, pixels: Tensor) -> Tensor:
     """Absolute error of pixels and of their differences to the neighbours, which keeps outlines sharp."""
-    return F.l1_loss(output, pixels) + sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(pixels), strict=True))
+    return F.l1_loss(output, pixels) + sum(
+        F.l1_loss(a, b) for a, b in zip(edges(output), edges(pixels), strict=True)
+    )
 
 
 def images(rng: np.random.Generator, world, pool: list, count: int, spread: float = 1.0) -> Tensor:
     """Scenes of `pool`, uint8, (count, 3, SIDE, SIDE)."""
-    return to_pixels([draw_scene(draw_factors(rng, world, pool, spread=spread), world)[0] for _ in range(count)])
+    return to_pixels(
+        [draw_scene(draw_factors(rng, world, pool, spread=spread), world)[0] for _ in range(count)]
+    )
 
 
 def _start() -> Callable[[np.random.Generator, float], Piece]:
@@ -137,7 +148,9 @@ def main():
     for (pixels,) in supply.batches(options.batch_size, elapsed):
         with autocast(options.device):
             output, pixels = decoded(model, scaled(pixels), 0.05)
-        run.update({"reconstruction": reconstruction(output.float(), pixels)}, len(pixels), (elapsed() - 0.5) / 0.5)
+        run.update(
+            {"reconstruction": reconstruction(output.float(), pixels)}, len(pixels), (elapsed() - 0.5) / 0.5
+        )
         run.report()
         run.save(500)
     supply.close()
@@ -161,7 +174,9 @@ def decoded(model: AutoencoderKL, pixels: Tensor, noise: float) -> tuple[Tensor,
 def measure(model: AutoencoderKL, pixels: Tensor) -> None:
     latents = model.encode(pixels).latent_dist.mode()
     error = (model.decode(latents).sample.clamp(-1, 1) - pixels).square().mean()
-    print(f"PSNR {10 * torch.log10(4 / error):.2f} dB; latent spread {latents.std():.3f}, by channel {latents.std((0, 2, 3))}")
+    print(
+        f"PSNR {10 * torch.log10(4 / error):.2f} dB; latent spread {latents.std():.3f}, by channel {latents.std((0, 2, 3))}"
+    )
 
 
 if __name__ == "__main__":

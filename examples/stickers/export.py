@@ -79,7 +79,9 @@ def contact_sheet(pipe, world) -> Image.Image:
     for i, (scene, picture) in enumerate(zip(scenes, draw(pipe, prompts), strict=True)):
         x, y = (i % 8) * side, (i // 8) * (side + label)
         page.paste(picture.resize((side - 4, side - 4), Image.Resampling.LANCZOS), (x + 2, y + 2))
-        ImageDraw.Draw(page).text((x + 4, y + side), f"a {scene.subject}\n{BACKGROUNDS[scene.background]}", "black", font)
+        ImageDraw.Draw(page).text(
+            (x + 4, y + side), f"a {scene.subject}\n{BACKGROUNDS[scene.background]}", "black", font
+        )
     return page
 
 
@@ -110,7 +112,10 @@ def measure(pipe, vision, read, world, count: int) -> dict:
     draw(pipe, ["a fox"])
     alone = time.time() - begin
     real = [draw_scene(s, world)[0] for s in drawn]
-    places = [[background_of(p) == s.background for p, s in zip(some, scenes, strict=True)] for some in (pictures, real)]
+    places = [
+        [background_of(p) == s.background for p, s in zip(some, scenes, strict=True)]
+        for some in (pictures, real)
+    ]
     return {
         "background": [float(np.mean(hits)) for hits in places],
         "correlation": [recognised(some[:96], scenes[:96], world) for some in (pictures, real)],
@@ -187,7 +192,9 @@ def main():
     unet, unet_images = averaged(build(), "unet")
     text = CLIPTextModel.from_pretrained(part("text_encoder")).eval()
     tokenizer = CLIPTokenizer.from_pretrained(part("tokenizer"))
-    pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, schedule(), None, None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(
+        vae, text, tokenizer, unet, schedule(), None, None, requires_safety_checker=False
+    )
     pipe.to(torch.float16).save_pretrained(options.output)
     vision = CLIPVisionModelWithProjection.from_pretrained(part("image_encoder")).float().eval()
     vision.half().save_pretrained(options.output / "image_encoder")
@@ -205,7 +212,9 @@ def main():
     print(json.dumps(found, indent=1))
     with torch.no_grad():
         pixels = scaled(images(np.random.default_rng(5), world, world.drawings(), 256))
-        error = F.mse_loss(vae.float().decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1), pixels)
+        error = F.mse_loss(
+            vae.float().decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1), pixels
+        )
     states = {
         name: torch.load(FURNACE / f"{name}.pt", map_location="cpu", weights_only=True)["images"]
         for name in ("text_tower", "image_tower")

@@ -26,8 +26,8 @@ from scenes import SPREAD, Text, supply
 from transformers import CLIPTextModel, CLIPTokenizer
 from unet import build, schedule, start, train
 
-from customize.output import save_image
-from customize.run_folder import latest_checkpoint
+from customize.runs.folder import latest_checkpoint
+from customize.runs.output import save_image
 from customize.stickers import Scene, World, caption
 from customize.stickers.judge import judge
 from customize.stickers.measure import background_of, masked_correlation
@@ -45,7 +45,10 @@ AFTERWARDS = {"judge.py": 60, "image_tower.py": 30}  # minutes of the stages tha
 def single_scenes(world: World, count: int) -> list[Scene]:
     rng, drawings = np.random.default_rng(11), world.drawings(core=True)
     backgrounds = FACTORS["background"]
-    return [Scene(drawings[rng.integers(len(drawings))], backgrounds[rng.integers(len(backgrounds))]) for _ in range(count)]
+    return [
+        Scene(drawings[rng.integers(len(drawings))], backgrounds[rng.integers(len(backgrounds))])
+        for _ in range(count)
+    ]
 
 
 def pair_scenes(world: World, count: int) -> list[Scene]:
@@ -67,7 +70,9 @@ def both_found(pictures: list, scenes: list[Scene], world: World) -> float:
     for picture, scene in zip(pictures, scenes, strict=True):
         words = {scene.subject.word, scene.companion.word}
         best = max(masked_correlation(picture, world.sprite(d)) for d in others if d.word not in words)
-        hits.append(all(masked_correlation(picture, world.sprite(d)) > best for d in (scene.subject, scene.companion)))
+        hits.append(
+            all(masked_correlation(picture, world.sprite(d)) > best for d in (scene.subject, scene.companion))
+        )
     return float(np.mean(hits))
 
 
@@ -75,13 +80,18 @@ def both_judged(pictures: list, scenes: list[Scene]) -> float:
     """Share of pictures in which the judge sees both classes, among its first two."""
     verdicts = judge(pictures)
     words = [(scene.subject.word, scene.companion.word) for scene in scenes]
-    return float(np.mean([all(verdicts.shows_class(i, word, 2) for word in both) for i, both in enumerate(words)]))
+    return float(
+        np.mean([all(verdicts.shows_class(i, word, 2) for word in both) for i, both in enumerate(words)])
+    )
 
 
 def factor_scenes(world: World, name: str, count: int) -> list[Scene]:
     rng, drawings = np.random.default_rng(14), world.drawings(core=True)
     values = [value for value in FACTORS[name] if value not in ("", 1)]
-    return [Scene(drawings[rng.integers(len(drawings))], "grass", **{name: values[i % len(values)]}) for i in range(count)]
+    return [
+        Scene(drawings[rng.integers(len(drawings))], "grass", **{name: values[i % len(values)]})
+        for i in range(count)
+    ]
 
 
 def measure(pipe: StableDiffusionPipeline, world: World, count: int = 48) -> dict[str, float]:
@@ -89,14 +99,18 @@ def measure(pipe: StableDiffusionPipeline, world: World, count: int = 48) -> dic
     single, pairs = single_scenes(world, count), pair_scenes(world, count // 2)
     pictures = draw(pipe, [caption(scene) for scene in single], seed=100)
     found = recognised(pictures, single, world)
-    found["background"] = float(np.mean([background_of(p) == s.background for p, s in zip(pictures, single, strict=True)]))
+    found["background"] = float(
+        np.mean([background_of(p) == s.background for p, s in zip(pictures, single, strict=True)])
+    )
     drawn = draw(pipe, [caption(scene) for scene in pairs], seed=200)
     found["two things"] = both_found(drawn, pairs, world)
     found["two classes"] = both_judged(drawn, pairs)
     for name in ("tint", "size", "count"):
         scenes = factor_scenes(world, name, count // 2)
         verdicts = judge(draw(pipe, [caption(scene) for scene in scenes], seed=300))
-        found[name] = float(np.mean([verdicts.factor(i, name) == getattr(s, name) for i, s in enumerate(scenes)]))
+        found[name] = float(
+            np.mean([verdicts.factor(i, name) == getattr(s, name) for i, s in enumerate(scenes)])
+        )
     return {name: round(value, 4) for name, value in found.items()}
 
 
@@ -140,7 +154,17 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    for name in ("thing", "two things", "two classes", "likeness", "studio", "tint", "size", "count", "background"):
+    for name in (
+        "thing",
+        "two things",
+        "two classes",
+        "likeness",
+        "studio",
+        "tint",
+        "size",
+        "count",
+        "background",
+    ):
         axes.plot(
             [row["images"] / 1000 for row in rows],
             [row.get(name, np.nan) for row in rows],
@@ -166,7 +190,10 @@ def stalled(rows: list[dict]) -> bool:
     """Whether the last measures brought neither better likeness nor more things as asked than those before."""
     if len(rows) <= PATIENCE:
         return False
-    best = [{name: max(row[name] for row in some) for name in ("thing", "likeness")} for some in (rows[:-PATIENCE], rows)]
+    best = [
+        {name: max(row[name] for row in some) for name in ("thing", "likeness")}
+        for some in (rows[:-PATIENCE], rows)
+    ]
     return best[0] == best[1]
 
 
@@ -190,7 +217,9 @@ def train_denoiser(stop: Callable[[], float], options) -> None:
         if not rows or rows[-1]["images"] < run.images - BETWEEN:
             measured()
         while stop() < 1 and not stalled(rows):
-            train(run, scenes, text.nothing(), seen(run, rows[-1]["images"] + BETWEEN, stop), options.batch_size)
+            train(
+                run, scenes, text.nothing(), seen(run, rows[-1]["images"] + BETWEEN, stop), options.batch_size
+            )
             if stop() < 1:
                 measured()
     finally:
@@ -213,8 +242,17 @@ def other_stages(stop: Callable[[], float]) -> None:
     commands = [[str(HERE / script), "--minutes", str(minutes)] for script, minutes in AFTERWARDS.items()]
     commands[0] += ["--output", str(FURNACE / "judge")]
     encoder = ["-m", "customize.trainers", "custom_contrast", str(HERE / "custom_contrast.yaml")]
-    encoder += ["--world", str(FURNACE / "world") if (FURNACE / "world").exists() else "", "--max_train_steps", "100000"]
-    resumed = ["--resume_from_checkpoint", "latest"] if latest_checkpoint(FURNACE / "encoder") else ["--overwrite_output_dir"]
+    encoder += [
+        "--world",
+        str(FURNACE / "world") if (FURNACE / "world").exists() else "",
+        "--max_train_steps",
+        "100000",
+    ]
+    resumed = (
+        ["--resume_from_checkpoint", "latest"]
+        if latest_checkpoint(FURNACE / "encoder")
+        else ["--overwrite_output_dir"]
+    )
     commands.append([*encoder, "--output_dir", str(FURNACE / "encoder"), *resumed])
     for words in commands:
         process = subprocess.Popen([sys.executable, *words])
@@ -226,9 +264,15 @@ def other_stages(stop: Callable[[], float]) -> None:
 
 
 def main():
-    parser = stage(600, batch_size=32, lr=1e-3, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--watch", action="store_true", help="only measure each new checkpoint of the denoiser")
-    parser.add_argument("--spread", type=float, default=SPREAD, help="with --watch: the range of poses that is trained on")
+    parser = stage(
+        600, batch_size=32, lr=1e-3, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="only measure each new checkpoint of the denoiser"
+    )
+    parser.add_argument(
+        "--spread", type=float, default=SPREAD, help="with --watch: the range of poses that is trained on"
+    )
     options = begin(parser)
     os.nice(19)
     stop = until(options.minutes)

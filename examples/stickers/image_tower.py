@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from supply import Piece, Supply
 from torch import Tensor, nn
-from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from customize.stickers import BACKGROUNDS, Scene, caption, draw_scene
 from customize.stickers.scene import SIDE, draw_caption, draw_factors
@@ -65,7 +71,9 @@ class Reader:
 
     @torch.no_grad()
     def __call__(self, captions: list[str] | Tensor) -> Tensor:
-        ids = captions if isinstance(captions, Tensor) else token_ids(self.tokenizer, captions).to(self.device)
+        ids = (
+            captions if isinstance(captions, Tensor) else token_ids(self.tokenizer, captions).to(self.device)
+        )
         return self.text(ids.long()).last_hidden_state.mean(1)
 
 
@@ -74,7 +82,10 @@ class Pieces:
 
     def __init__(self):
         self.world, self.tokenizer = worlds(), CLIPTokenizer.from_pretrained(part("tokenizer"))
-        self.index, self.pools = Looks(self.world).index, (self.world.drawings(), self.world.drawings(core=True))
+        self.index, self.pools = (
+            Looks(self.world).index,
+            (self.world.drawings(), self.world.drawings(core=True)),
+        )
 
     def __call__(self, rng: np.random.Generator, spread: float) -> Piece:
         pools = (self.pools[int(rng.random() < 0.7)] for _ in range(PIECE))
@@ -93,7 +104,10 @@ def accuracy(vision, read: Reader, world, pictures: list, scenes: list[Scene]) -
     background is given, and the background when the drawing is."""
     drawings = world.drawings(core=True)
     features = F.normalize(vision(scaled(to_pixels(pictures))).image_embeds, dim=-1)
-    texts = {b: F.normalize(read([caption(Scene(d, b)) for d in drawings]), dim=-1) for b in {s.background for s in scenes}}
+    texts = {
+        b: F.normalize(read([caption(Scene(d, b)) for d in drawings]), dim=-1)
+        for b in {s.background for s in scenes}
+    }
     counts = {"class": 0, "studio": 0, "background": 0}
     for scene, feature in zip(scenes, features, strict=True):
         found = drawings[int((texts[scene.background] @ feature).argmax())]
@@ -106,9 +120,17 @@ def accuracy(vision, read: Reader, world, pictures: list, scenes: list[Scene]) -
 
 def main():
     options = begin(stage(20, batch_size=64, lr=1e-3, threads=1))
-    world, read, student, large = worlds(), Reader(options.device), Student().to(options.device), options.device.type != "cpu"
+    world, read, student, large = (
+        worlds(),
+        Reader(options.device),
+        Student().to(options.device),
+        options.device.type != "cpu",
+    )
     weights = part("image_encoder") / "model.safetensors"
-    looks, run = Looks(world), Run("image_tower", student, options.lr, ema=0.998, shipped=weights, part=student.vision)
+    looks, run = (
+        Looks(world),
+        Run("image_tower", student, options.lr, ema=0.998, shipped=weights, part=student.vision),
+    )
     code, elapsed = looks.code.to(options.device), until(options.minutes)
     supply = Supply(Pieces, run.step + 2, options.workers, options.device, kept=256 if large else 16, shows=4)
     for pixels, ids, subjects, backgrounds in supply.batches(options.batch_size, elapsed):
@@ -123,7 +145,10 @@ def main():
     student.cpu().eval()
     rng = np.random.default_rng(3)
     scenes = [draw_factors(rng, world, world.drawings(core=True), extras=0) for _ in range(400)]
-    print("on fresh scenes:", accuracy(student.vision, Reader(), world, [draw_scene(s, world)[0] for s in scenes], scenes))
+    print(
+        "on fresh scenes:",
+        accuracy(student.vision, Reader(), world, [draw_scene(s, world)[0] for s in scenes], scenes),
+    )
     student.vision.half().save_pretrained(MODEL / "image_encoder")
     processor().save_pretrained(MODEL / "feature_extractor")
 

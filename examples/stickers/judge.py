@@ -27,14 +27,20 @@ from recipe import FURNACE, Run, autocast, begin, part, scaled, stage, until
 from recipe import to_pixels as whole_pixels
 from text_tower import token_ids
 
-PIECE, PAIRS = 512, 0.35  # scenes made at a time; share of those that get a second thing as the denoiser sees it
+PIECE, PAIRS = (
+    512,
+    0.35,
+)  # scenes made at a time; share of those that get a second thing as the denoiser sees it
 WEIGHTS_OF = {"drawing": 1.0}  # of the losses; of each factor 0.4
 
 
 def targets(scenes: list[Scene], drawings: list) -> dict[str, torch.Tensor]:
     """Class indices for the factors; for the drawing, probabilities: a companion takes half."""
     index = {drawing: i for i, drawing in enumerate(drawings)}
-    wanted = {name: torch.tensor([values.index(getattr(s, name)) for s in scenes]) for name, values in FACTORS.items()}
+    wanted = {
+        name: torch.tensor([values.index(getattr(s, name)) for s in scenes])
+        for name, values in FACTORS.items()
+    }
     shown = torch.zeros(len(scenes), len(drawings))
     for i, scene in enumerate(scenes):
         for drawing in (scene.subject, scene.companion or scene.subject):
@@ -96,11 +102,18 @@ def worn(pixels: Tensor) -> Tensor:
     return (pixels + amount * torch.randn_like(pixels)).clamp(-1, 1)
 
 
-def scenes_of(rng: np.random.Generator, world: World, drawings: list, count: int, extras: float = 0.5) -> list[Scene]:
+def scenes_of(
+    rng: np.random.Generator, world: World, drawings: list, count: int, extras: float = 0.5
+) -> list[Scene]:
     """Scenes with factors beyond the background; some of those with two things are like the denoiser's."""
     scenes = [draw_factors(rng, world, drawings, extras=extras) for _ in range(count)]
     return [
-        replace(scene, companion=drawings[rng.integers(len(drawings))], count=1, arrangement=str(rng.choice(ARRANGEMENTS)))
+        replace(
+            scene,
+            companion=drawings[rng.integers(len(drawings))],
+            count=1,
+            arrangement=str(rng.choice(ARRANGEMENTS)),
+        )
         if rng.random() < PAIRS
         else scene
         for scene in scenes
@@ -119,7 +132,11 @@ class Pieces:
         scenes = scenes_of(rng, self.world, self.drawings, PIECE)
         captions = [draw_caption(rng, scene) for scene in scenes]
         pixels = whole_pixels([draw_scene(scene, self.world)[0] for scene in scenes])
-        return pixels, token_ids(self.tokenizer, captions).to(torch.int16), *targets(scenes, self.drawings).values()
+        return (
+            pixels,
+            token_ids(self.tokenizer, captions).to(torch.int16),
+            *targets(scenes, self.drawings).values(),
+        )
 
 
 def render(scenes: list[Scene], world: World) -> Tensor:
@@ -137,17 +154,26 @@ def measure(judge: Judge, world: World, count: int = 2000) -> dict[str, float]:
     verdicts = Verdicts(world, {name: torch.cat([part[name] for part in logits]) for name in logits[0]})
     judge.train()
     among = [1 if s.companion is None else 2 for s in scenes]
-    plain = [i for i, s in enumerate(scenes) if not (s.tint or s.size or s.orientation or s.companion or s.count > 1)]
+    plain = [
+        i
+        for i, s in enumerate(scenes)
+        if not (s.tint or s.size or s.orientation or s.companion or s.count > 1)
+    ]
     rest = sorted(set(range(count)) - set(plain))
     shown = [verdicts.shows(i, s.subject, among[i]) for i, s in enumerate(scenes)]
     kept = [verdicts.shows_class(i, s.subject.word, among[i]) for i, s in enumerate(scenes)]
-    beside = [verdicts.shows_class(i, s.companion.word, 2) for i, s in enumerate(scenes) if s.companion is not None]
+    beside = [
+        verdicts.shows_class(i, s.companion.word, 2) for i, s in enumerate(scenes) if s.companion is not None
+    ]
     found = {
         "drawing": np.mean([shown[i] for i in plain]),
         "drawing, changed": np.mean([shown[i] for i in rest]),
         "class": np.mean([kept[i] for i in plain]),
         "companion": np.mean(beside),
-        **{name: np.mean([verdicts.factor(i, name) == getattr(s, name) for i, s in enumerate(scenes)]) for name in FACTORS},
+        **{
+            name: np.mean([verdicts.factor(i, name) == getattr(s, name) for i, s in enumerate(scenes)])
+            for name in FACTORS
+        },
     }
     return {name: round(float(value), 4) for name, value in found.items()}
 
@@ -158,7 +184,10 @@ def main():
     options = begin(parser)
     world, large = World(), options.device.type != "cpu"
     drawings = world.drawings(held_out=None)
-    judge, wear = Judge(len(drawings)).to(options.device, memory_format=torch.channels_last), Wear(options.device)
+    judge, wear = (
+        Judge(len(drawings)).to(options.device, memory_format=torch.channels_last),
+        Wear(options.device),
+    )
     run = Run("judge", judge, options.lr, ema=0.995, shipped=FOLDER / "judge.safetensors")
     supply = Supply(Pieces, run.step + 4, options.workers, options.device, kept=256 if large else 8, shows=4)
     elapsed, names = until(options.minutes), (*FACTORS, "drawing")
@@ -167,7 +196,10 @@ def main():
         with autocast(options.device):
             logits = judge(seen)
             logits["drawing"] = logits["drawing"].logsumexp(1)
-            losses = {n: WEIGHTS_OF.get(n, 0.4) * F.cross_entropy(logits[n], w) for n, w in zip(names, wanted, strict=True)}
+            losses = {
+                n: WEIGHTS_OF.get(n, 0.4) * F.cross_entropy(logits[n], w)
+                for n, w in zip(names, wanted, strict=True)
+            }
         run.update(losses, len(pixels), (elapsed() - 0.3) / 0.7)
         run.report(100)
         run.save(1000)

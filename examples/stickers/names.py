@@ -19,20 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from customize.attention import text_layers
-from customize.backbone import Backbone, wrap
+from customize.adapters import holds
+from customize.adapters.attention import text_layers
+from customize.adapters.embedding_hooks import replaced_words
+from customize.adapters.subject import add_subject_words
+from customize.backbones.base import Backbone
+from customize.backbones.families import wrap
+from customize.backbones.load import load_base
 from customize.config import parse
-from customize.data import to_device
-from customize.loading import load_base
+from customize.data.dataset import to_device
+from customize.data.references import collate_references
+from customize.data.rendered import Rendered
+from customize.prompts import WORDS
 from customize.stickers import Drawing
 from customize.stickers.scene import PREFIXES, SIDE, caption, draw_factors
-from customize.subject import ADAPTER_FILES, WORDS, add_subject_words, save_adapter
-from customize.tokens import replaced_words
-from customize.trainers.__main__ import configs
-from customize.trainers.references import collate_references
+from customize.trainers.launch import configs
+from customize.trainers.methods.encoder_method import SubjectMethod
 from customize.trainers.registry import find_method
-from customize.trainers.sources import Rendered
-from customize.trainers.subject_method import SubjectMethod
 from customize.trainers.validation import validation_loss
 from recipe import FURNACE, begin, stage, until
 from text_tower import FIRST_PATCH, SECOND_PATCH
@@ -54,7 +57,7 @@ def token_targets(backbone: Backbone, drawings: list[Drawing]) -> Tensor:
     return torch.cat(found)
 
 
-class Batches(IterableDataset):
+class PromptBatches(IterableDataset):
     """Endless batches of `data`; each worker of a loader makes its own."""
 
     def __init__(self, data: Rendered, size: int):
@@ -102,7 +105,9 @@ def start_values(method: SubjectMethod, batches: list[dict]) -> None:
 
     def use(strength: float):
         for number, name in text_layers(method.backbone.denoiser).items():
-            adapter.branches[number].to_v_ip.weight.copy_(strength * method.backbone.denoiser.get_submodule(name).to_v.weight)
+            adapter.branches[number].to_v_ip.weight.copy_(
+                strength * method.backbone.denoiser.get_submodule(name).to_v.weight
+            )
 
     for strength in STRENGTHS:
         use(strength)
@@ -112,28 +117,30 @@ def start_values(method: SubjectMethod, batches: list[dict]) -> None:
 
 
 def main():
-    parser = stage(15, batch_size=64, lr=1e-3, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = stage(
+        15, batch_size=64, lr=1e-3, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("method", choices=["custom_contrast", "ip_adapter"])
     options = begin(parser)
     output, device = FURNACE / f"names-{options.method}", options.device
     words = [f"examples/stickers/{options.method}.yaml", "--resolution", str(SIDE)]
     words += ["--no_location"] if options.method == "custom_contrast" else []
-    words += ["--pretrained_adapter", str(output)] if any((output / name).exists() for name in ADAPTER_FILES) else []
+    words += ["--pretrained_adapter", str(output)] if holds(output, "subject") else []
     backbone = wrap(load_base("stickers"), "stickers").to(device)
     _, config, _, settings = parse(configs(find_method(options.method)), words)
     method = find_method(options.method)(backbone, settings).to(device)
     adapter = method.adapter
     add_subject_words(backbone.tokenizers)
-    data = Rendered(config, method.tower.pixels, 0)
+    data = Rendered(config, method.image_encoder.pixels, 0)
     targets = token_targets(backbone, data.pool)
     print(f"variance of the tokens {targets.var(0).mean():.4f}", flush=True)
     trained = [*adapter.encoder.parameters(), *adapter.starts.parameters()]
     optimizer = torch.optim.AdamW(trained, options.lr, weight_decay=0.01, fused=True)
-    loader = iter(DataLoader(Batches(data, options.batch_size), None, num_workers=options.workers))
+    loader = iter(DataLoader(PromptBatches(data, options.batch_size), None, num_workers=options.workers))
     elapsed, step, log = until(options.minutes), 0, []
     while (passed := elapsed()) < 1:
         pixels, prompts, names, numbers = next(loader)
-        features = adapter.encoder.read(method.tower(pixels.to(device))).unsqueeze(1)
+        features = adapter.encoder.read(method.image_encoder(pixels.to(device))).unsqueeze(1)
         encoded = method.encode(features, torch.rand(len(pixels), device=device))
         losses = {"tokens": F.mse_loss(encoded.visual, targets[numbers])}
         if adapter.has_words:
@@ -149,10 +156,11 @@ def main():
             means = {name: round(float(np.mean([entry[name] for entry in log])), 4) for name in losses}
             print(f"step {step} scenes {step * options.batch_size} {means}", flush=True)
             log = []
-    held_out = Rendered(config, method.tower.pixels, 0, validation=True)
+    held_out = Rendered(config, method.image_encoder.pixels, 0, validation=True)
     start_values(method, [to_device(collate_references([held_out[i] for i in range(32)]), device)])
     output.mkdir(parents=True, exist_ok=True)
-    print(save_adapter(adapter, output))
+    adapter.save(output)
+    print(output)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,14 @@ from PIL import Image
 
 import customize.stickers as stickers
 
-CATEGORIES = ("Objects", "Animals & Nature", "Food & Drink", "Activities", "Travel & Places", "Smileys & Emotion")
+CATEGORIES = (
+    "Objects",
+    "Animals & Nature",
+    "Food & Drink",
+    "Activities",
+    "Travel & Places",
+    "Smileys & Emotion",
+)
 PACKAGES = {
     "flat": ("emoji-datasource-google-16.0.0.tgz", "package/img/google/64/{}.png"),
     "cartoon": ("emoji-datasource-twitter-16.0.0.tgz", "package/img/twitter/64/{}.png"),
@@ -38,7 +45,9 @@ def read_drawings(folder: Path, size: int) -> dict[str, dict[str, Image.Image]]:
             for member in archive:
                 if member.name.startswith(prefix) and member.name.endswith(suffix):
                     picture = Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGBA")
-                    drawings[studio][member.name[len(prefix) : -len(suffix)]] = picture.resize((size, size), Image.LANCZOS)
+                    drawings[studio][member.name[len(prefix) : -len(suffix)]] = picture.resize(
+                        (size, size), Image.LANCZOS
+                    )
     return drawings
 
 
@@ -54,7 +63,15 @@ def read_classes(folder: Path, drawings: dict) -> list[dict]:
             word = core.get(short) or short.replace("_", " ").replace("-", " ")
             if short not in core and word in core.values():
                 word += " " + entry["category"].split()[0].lower()
-            classes.append({"word": word, "code": code, "category": entry["category"], "core": short in core, "held_out": []})
+            classes.append(
+                {
+                    "word": word,
+                    "code": code,
+                    "category": entry["category"],
+                    "core": short in core,
+                    "held_out": [],
+                }
+            )
     return classes
 
 
@@ -64,7 +81,11 @@ def hold_out(classes: list[dict]) -> None:
     core = [c for c in classes if c["core"]]
     for i, entry in enumerate(choose.sample(core, HELD_OUT_DRAWINGS)):
         entry["held_out"] = [list(PACKAGES)[i % 3]]
-    nameable = [c for c in classes if not c["core"] and c["word"].isalpha() and not c["category"].startswith("Smileys")]
+    nameable = [
+        c
+        for c in classes
+        if not c["core"] and c["word"].isalpha() and not c["category"].startswith("Smileys")
+    ]
     for entry in choose.sample(nameable, HELD_OUT_CLASSES):
         entry["held_out"] = list(PACKAGES)
 
@@ -77,14 +98,21 @@ def write_atlas(folder: Path, classes: list[dict], drawings: dict, size: int) ->
     sheet = Image.new("RGBA", (columns * len(studios) * size, rows * size))
     for i, entry in enumerate(classes):
         for j, studio in enumerate(studios):
-            sheet.paste(drawings[studio][entry["code"]], (((i % columns) * len(studios) + j) * size, (i // columns) * size))
+            sheet.paste(
+                drawings[studio][entry["code"]],
+                (((i % columns) * len(studios) + j) * size, (i // columns) * size),
+            )
     sheet.save(folder / "atlas.webp", lossless=True, method=6)
     listed = ",\n".join(" " + json.dumps(entry) for entry in classes)
-    (folder / "world.json").write_text(f'{{"size": {size}, "studios": {json.dumps(studios)}, "classes": [\n{listed}\n]}}\n')
+    (folder / "world.json").write_text(
+        f'{{"size": {size}, "studios": {json.dumps(studios)}, "classes": [\n{listed}\n]}}\n'
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("packages", type=Path)
     parser.add_argument("--full", type=Path, help="also write the atlas of every class here")
     parser.add_argument("--size", type=int, default=64)

@@ -25,11 +25,15 @@ def autocast(device: torch.device | str = "cpu"):
 
 
 def computes_in_bfloat16() -> bool:
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.10 and newer tell
+    able = (
+        torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    )  # torch 2.10 and newer tell
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
-def stage(minutes: float, batch_size: int, lr: float, threads: int = 2, **parser_options) -> argparse.ArgumentParser:
+def stage(
+    minutes: float, batch_size: int, lr: float, threads: int = 2, **parser_options
+) -> argparse.ArgumentParser:
     """The settings that every stage has."""
     parser = argparse.ArgumentParser(**parser_options)
     parser.add_argument("--minutes", type=float, default=minutes)
@@ -37,7 +41,9 @@ def stage(minutes: float, batch_size: int, lr: float, threads: int = 2, **parser
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--threads", type=int, default=threads)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
-    parser.add_argument("--workers", type=int, default=1, help="processes that render scenes; on a GPU some four to eight")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes that render scenes; on a GPU some four to eight"
+    )
     return parser
 
 
@@ -101,9 +107,19 @@ class Run:
         started = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in own.items()}
         if started:
             (part or model).load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
-        self.path, self.model, self.lr, self.warmup, self.decay_rate = FURNACE / f"{name}.pt", model, lr, warmup, ema
+        self.path, self.model, self.lr, self.warmup, self.decay_rate = (
+            FURNACE / f"{name}.pt",
+            model,
+            lr,
+            warmup,
+            ema,
+        )
         self.optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr, betas=(0.9, 0.98), weight_decay=decay, fused=True
+            [p for p in model.parameters() if p.requires_grad],
+            lr,
+            betas=(0.9, 0.98),
+            weight_decay=decay,
+            fused=True,
         )
         self.now = model.state_dict()  # the weights themselves, which training changes in place
         self.average = {k: v.detach().clone() for k, v in self.now.items()} if ema else {}
@@ -131,7 +147,9 @@ class Run:
         self.images += images
         if self.average:
             self._follow(min(self.decay_rate, (1 + self.step) / (10 + self.step)))
-        self.log.append({k: v.detach() for k, v in losses.items()})  # read when reported: a GPU is not waited for
+        self.log.append(
+            {k: v.detach() for k, v in losses.items()}
+        )  # read when reported: a GPU is not waited for
 
     @torch.no_grad()
     def _follow(self, keep: float) -> None:
@@ -146,13 +164,20 @@ class Run:
             means = {k: float(torch.stack([entry[k] for entry in self.log]).mean()) for k in self.log[-1]}
             now = time.time()
             terms = " ".join(f"{k} {v:.4f}" for k, v in means.items())
-            print(f"step {self.step} images {self.images} {terms} {len(self.log) / (now - self.last):.2f} steps/s", flush=True)
+            print(
+                f"step {self.step} images {self.images} {terms} {len(self.log) / (now - self.last):.2f} steps/s",
+                flush=True,
+            )
             self.log, self.last = [], now
 
     def save(self, every: int = 1) -> bool:
         if self.step % every:
             return False
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+        }
         partial = self.path.with_suffix(".partial")
         torch.save(state | {"step": self.step, "images": self.images}, partial)
         partial.rename(self.path)
@@ -167,7 +192,11 @@ def worlds() -> World:
 
 def to_pixels(pictures) -> torch.Tensor:
     """RGB pictures of one size as uint8, (n, 3, side, side)."""
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
+    return (
+        torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
 
 
 def scaled(pixels: torch.Tensor) -> torch.Tensor:

@@ -22,15 +22,24 @@ from recipe import autocast, part, scaled, to_pixels, worlds
 from text_tower import token_ids
 
 PIECE, KEPT = 1024, 48  # scenes that are made at a time, and how many of these pieces are kept
-SHARES = (0.3, 0.2, 0.5)  # of the scenes: any drawing, the core vocabulary, the classes that the benchmark draws
-PAIRS, EXTRAS = 0.27, 0.4  # shares of scenes with two things, and of the others with a factor beyond the background
+SHARES = (
+    0.3,
+    0.2,
+    0.5,
+)  # of the scenes: any drawing, the core vocabulary, the classes that the benchmark draws
+PAIRS, EXTRAS = (
+    0.27,
+    0.4,
+)  # shares of scenes with two things, and of the others with a factor beyond the background
 SPREAD = 0.35  # of poses, until things are drawn as asked
 NOISE = 0.02  # spread of the noise on latents
 
 
 def benchmark_classes(world: World) -> list[Drawing]:
     """What pretraining may see of the classes of which one studio's drawing is held out: customization starts from them."""
-    return [d for d in world.drawings() if world.classes[d.word]["core"] and world.classes[d.word]["held_out"]]
+    return [
+        d for d in world.drawings() if world.classes[d.word]["core"] and world.classes[d.word]["held_out"]
+    ]
 
 
 def draw_training_scene(
@@ -60,7 +69,9 @@ def blocks(pixels: Tensor) -> Tensor:
 def fit_encoder(vae: AutoencoderKL, world: World, count: int = 32) -> tuple[Tensor, float]:
     """The matrix from blocks to the mean of the autoencoder's posterior by least squares, and its rms error."""
     rng = np.random.default_rng(0)
-    pixels = pixels_of([draw_training_scene(rng, world, world.drawings(core=True), 1.0) for _ in range(count)], world)
+    pixels = pixels_of(
+        [draw_training_scene(rng, world, world.drawings(core=True), 1.0) for _ in range(count)], world
+    )
     x, y = blocks(pixels).flatten(0, 2), vae.encode(pixels).latent_dist.mean.permute(0, 2, 3, 1).flatten(0, 2)
     matrix = torch.linalg.lstsq(x.double(), y.double(), driver="gelsd").solution.float()
     return matrix, float((x @ matrix - y).square().mean().sqrt())
@@ -71,7 +82,9 @@ class Text:
 
     def __init__(self, device: torch.device | str):
         self.device = device
-        self.tower = CLIPTextModel.from_pretrained(part("text_encoder"), dtype=torch.float32).eval().to(device)
+        self.tower = (
+            CLIPTextModel.from_pretrained(part("text_encoder"), dtype=torch.float32).eval().to(device)
+        )
         self.tokenizer = CLIPTokenizer.from_pretrained(part("tokenizer"))
 
     @torch.no_grad()
@@ -109,7 +122,9 @@ class Encoder:
             pools = [self.pools[i] for i in rng.choice(len(self.pools), 64, p=SHARES)]
             scenes = [draw_training_scene(rng, self.world, pool, spread) for pool in pools]
             latents.append(self.latents(pixels_of(scenes, self.world)).half())
-            ids.append(token_ids(self.tokenizer, [draw_caption(rng, scene) for scene in scenes]).to(torch.int16))
+            ids.append(
+                token_ids(self.tokenizer, [draw_caption(rng, scene) for scene in scenes]).to(torch.int16)
+            )
         return torch.cat(latents), torch.cat(ids)
 
 

@@ -79,7 +79,7 @@ class Supply:
         return True
 
     def batches(self, size: int, stop: Callable[[], float]) -> Iterator[Piece]:
-        """Batches until `stop()` is 1. New pieces are taken as they come until all is full, then as old ones are used up."""
+        """BucketBatches until `stop()` is 1. New pieces are taken as they come until all is full, then as old ones are used up."""
         used = 0
         while stop() < 1:
             while not self.taken and stop() < 1:

@@ -56,17 +56,25 @@ def train_tokenizer(world) -> CLIPTokenizer:
         *COUNTS.values(),
         *PREFIXES,
     ]
-    words = " ".join([*phrases, *world.classes, *world.studios, *RARE, "a next to the of and in on with style"]).split()
+    words = " ".join(
+        [*phrases, *world.classes, *world.studios, *RARE, "a next to the of and in on with style"]
+    ).split()
     core = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     alphabet = sorted(ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=20000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=20000,
+        min_frequency=1,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     core.train_from_iterator(sorted(words), trainer)
     merges = [tuple(pair) for pair in __import__("json").loads(core.to_str())["model"]["merges"]]
     pieces = [*alphabet, *(c + "</w>" for c in alphabet), *dict.fromkeys(a + b for a, b in merges)]
-    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))}
+    vocabulary = {
+        piece: i for i, piece in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))
+    }
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
 
 
@@ -90,14 +98,19 @@ def build(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def thumbnails(world, drawings) -> np.ndarray:
     """16 x 16 pictures with premultiplied alpha, values around 0, shape (drawings, 16, 16, 4)."""
     small = [
-        np.asarray(Image.fromarray(world.sprite(d)).resize((16, 16), Image.Resampling.BOX), np.float32) / 255 for d in drawings
+        np.asarray(Image.fromarray(world.sprite(d)).resize((16, 16), Image.Resampling.BOX), np.float32) / 255
+        for d in drawings
     ]
-    return np.stack([np.concatenate([(s[..., :3] - 0.5) * s[..., 3:], s[..., 3:] - 0.5], -1) for s in small]) * 2
+    return (
+        np.stack([np.concatenate([(s[..., :3] - 0.5) * s[..., 3:], s[..., 3:] - 0.5], -1) for s in small]) * 2
+    )
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Token numbers as every stage reads captions, (n, LENGTH)."""
-    return tokenizer(captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+    ).input_ids
 
 
 class Looks:
@@ -110,8 +123,12 @@ class Looks:
         flat = torch.from_numpy(pictures).flatten(1)
         _, _, axes = torch.pca_lowrank(flat - flat.mean(0), LOOK, niter=6)
         code = (flat - flat.mean(0)) @ axes
-        self.code = code / code.std(0).sqrt() / code.std(0).sqrt().mean()  # halfway to whitened: outlines count too
-        patches = torch.from_numpy(pictures).unflatten(2, (4, 4)).unflatten(1, (4, 4))  # (n, row, y, column, x, 4)
+        self.code = (
+            code / code.std(0).sqrt() / code.std(0).sqrt().mean()
+        )  # halfway to whitened: outlines count too
+        patches = (
+            torch.from_numpy(pictures).unflatten(2, (4, 4)).unflatten(1, (4, 4))
+        )  # (n, row, y, column, x, 4)
         self.patches = patches.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)  # (n, 16, 64)
 
 
@@ -134,14 +151,18 @@ class Teacher(nn.Module):
         amount = torch.rand(len(embedded), 1, 1, device=embedded.device) * 0.33 * embedded.detach().std()
         return embedded + amount * torch.randn_like(embedded)
 
-    def forward(self, ids: Tensor, nouns: Tensor, looks: Tensor, patches: Tensor, factors: dict) -> dict[str, Tensor]:
+    def forward(
+        self, ids: Tensor, nouns: Tensor, looks: Tensor, patches: Tensor, factors: dict
+    ) -> dict[str, Tensor]:
         """`nouns` (batch, 2): the positions of the nouns' last tokens, 0 where there is none; `looks` (batch, 2, LOOK) and
         `patches` (batch, 2, 16, 64) of the things that they name."""
         output = self.text(ids)
         states, position = output.last_hidden_state, torch.arange(LENGTH, device=ids.device)
         first, second = nouns[:, :1], nouns[:, 1:]
         # the second noun's look from itself to the patches of the first thing, and at the patches of the second
-        is_second = (second > 0) & (((position >= second) & (position < FIRST_PATCH)) | (position >= SECOND_PATCH))
+        is_second = (second > 0) & (
+            ((position >= second) & (position < FIRST_PATCH)) | (position >= SECOND_PATCH)
+        )
         target = torch.where(is_second[..., None], looks[:, 1:], looks[:, :1])
         after = ((position >= first) & (first > 0) & (is_second | (position < SECOND_PATCH))).float()
         # the nouns and the words after them count most: attention to words should find looks there
@@ -199,11 +220,16 @@ class Pieces:
 
     def __init__(self):
         world = worlds()
-        self.looks, self.tokenizer = Looks(world), CLIPTokenizer.from_pretrained(FURNACE / "model" / "tokenizer")
+        self.looks, self.tokenizer = (
+            Looks(world),
+            CLIPTokenizer.from_pretrained(FURNACE / "model" / "tokenizer"),
+        )
         self.world, self.pools = world, (world.drawings(), world.drawings(core=True))
 
     def __call__(self, rng: np.random.Generator, spread: float) -> Piece:
-        ids, nouns, shown, factors = draw_batch(rng, self.world, self.pools, self.looks, self.tokenizer, PIECE)
+        ids, nouns, shown, factors = draw_batch(
+            rng, self.world, self.pools, self.looks, self.tokenizer, PIECE
+        )
         return ids, nouns, shown, *factors.values()
 
 
@@ -233,7 +259,12 @@ def main():
     teacher.eval()
     with torch.no_grad():
         losses = teacher(ids, nouns, code[shown] * known, patches[shown] * known[..., None], said)
-    print("without noise:", {k: round(v.item(), 4) for k, v in losses.items()}, "look variance", code.var(0).mean().item())
+    print(
+        "without noise:",
+        {k: round(v.item(), 4) for k, v in losses.items()},
+        "look variance",
+        code.var(0).mean().item(),
+    )
     teacher.text.half().save_pretrained(FURNACE / "model" / "text_encoder")
 
 

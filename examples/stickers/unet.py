@@ -55,7 +55,9 @@ def spread_times(count: int, device: torch.device | str = "cpu") -> Tensor:
     return ((torch.rand((), device=device) + torch.arange(count, device=device) / count) % 1 * 1000).long()
 
 
-def losses(predict: Callable, scheduler, latents: Tensor, text: Tensor, contrast: float = 0.0) -> dict[str, Tensor]:
+def losses(
+    predict: Callable, scheduler, latents: Tensor, text: Tensor, contrast: float = 0.0
+) -> dict[str, Tensor]:
     """The denoising loss of a batch, with contrastive flow matching if `contrast` is its weight."""
     t, noise = spread_times(len(latents), latents.device), torch.randn_like(latents)
     noisy, target = scheduler.add_noise(latents, noise, t), scheduler.get_velocity(latents, noise, t)
@@ -103,9 +105,13 @@ def train(
 
 def main():
     parser = stage(600, batch_size=32, lr=1e-3)
-    parser.add_argument("--decay_from", type=float, default=1.0, help="share of the time from which the rate falls")
+    parser.add_argument(
+        "--decay_from", type=float, default=1.0, help="share of the time from which the rate falls"
+    )
     parser.add_argument("--spread", type=float, default=SPREAD, help="range of poses, 1 is the whole of it")
-    parser.add_argument("--widen_to", type=float, default=0.0, help="range of poses at the end; it grows over the second half")
+    parser.add_argument(
+        "--widen_to", type=float, default=0.0, help="range of poses at the end; it grows over the second half"
+    )
     parser.add_argument("--contrast", type=float, default=0.0, help="weight of contrastive flow matching")
     parser.add_argument("--compile", action="store_true", help="faster after two and a half minutes")
     options = begin(parser)

@@ -1,0 +1,183 @@
+"""`customize generate`: draws with a run or a base model."""
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, Literal
+
+from customize.app.shared import check_run, split
+from customize.config import option
+from customize.errors import UserError
+from customize.quiet import quiet_libraries
+from customize.runs.privacy import without_places
+
+
+@dataclass
+class GenerateConfig:
+    """How `customize generate` draws."""
+
+    num_images_per_prompt: int = option(
+        1, "pictures of each prompt; picture i is drawn with seed + i", least=1
+    )
+    seed: int = option(0, "seed of the first picture", least=0, most=4_000_000_000)
+    guidance_scale: float | None = option(
+        None, "how strongly the prompt steers; none leaves it to the pipeline", least=0
+    )
+    num_inference_steps: int = option(25, "denoising steps", least=1)
+    negative_prompt: str = option("", "what should not be in the picture")
+    height: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline", least=8)
+    width: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline", least=8)
+    subject_images: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "up to four pictures of what the prompt calls <s>, for a subject encoder; '<s2>=FILE' for a second subject"
+        },
+    )
+    subject_scale: float = option(
+        1.0, "how strongly the subjects' pictures count, 0 to 1 and beyond", least=0
+    )
+    side_by_side: bool = option(
+        False, "several subjects stand side by side, from left to right in the order <s>, <s2>, ..."
+    )
+    subject_adapter: str = option(
+        "", "the subject encoder: a run, a file, a released IP-Adapter; empty: RUN's own, or stickers'"
+    )
+    image_encoder: str = option(
+        "", "the CLIP vision model of that encoder; empty: the one that it was trained with"
+    )
+    output: str | None = option(
+        None, "folder of the pictures; none means RUN/generated, or ./generated if RUN is no folder"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "precision of the weights")
+    device: Literal["cpu", "cuda"] | None = option(None, "none means the GPU if there is one")
+
+
+def generate(words: list[str]) -> None:
+    from customize.runs.output import make_folder
+
+    (run, *prompts), config = split(words, GenerateConfig, ["RUN", '"PROMPT"'], more=True)
+    check_run(run)
+    check_request(prompts, config)
+    subjects = subject_files(config.subject_images)
+    check_subjects(run, config)
+    folder, pipe = make_folder(output_folder(run, config.output), "--output"), load(run, config)
+    if subjects:  # of all prompts, before the first is drawn
+        from customize.prompts import check_words
+
+        for prompt in prompts:
+            check_words(prompt, subjects, pipe.adapter.has_words)
+    for prompt in prompts:
+        seeds = range(config.seed, config.seed + config.num_images_per_prompt)
+        for seed, image in zip(seeds, draw(pipe, prompt, seeds, config, subjects), strict=True):
+            print(save(image, folder, run, prompt, seed, config))
+
+
+def check_request(prompts: list[str], config: GenerateConfig) -> None:
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError('"PROMPT" is empty: describe the picture.')
+    for name in ("height", "width"):
+        if (getattr(config, name) or 0) % 8:
+            raise UserError(f"--{name} must be a multiple of 8, not {getattr(config, name)}.")
+
+
+def output_folder(run: str, output: str | None) -> Path:
+    """Where pictures go: a base model's folder is left alone, and so are those of steps, which a run replaces and removes."""
+    folder = Path(run)
+    if re.fullmatch(r"best|checkpoint-\d+", folder.name) and folder.parent.is_dir():
+        folder = folder.parent
+    return Path(output or (folder / "generated" if Path(run, "run.json").exists() else "generated"))
+
+
+def load(run: str, config: GenerateConfig) -> Any:
+    import torch
+
+    from customize.pipelines import load_pipeline
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu.")
+    quiet_libraries()
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, config.dtype)
+    if config.subject_images:
+        from customize.pipelines import load_subject_pipeline
+
+        return load_subject_pipeline(run, config.subject_adapter, config.image_encoder, dtype).to(device)
+    return load_pipeline(run, dtype=dtype).to(device)
+
+
+def subject_files(words: Sequence[str]) -> dict[str, list[str]]:
+    """The pictures of each subject: FILE is of `<s>`, '<s2>=FILE' of `<s2>`."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        named, file = (word.split("=", 1) if re.match(r"<\w+>=", word) else ("<s>", word))[:2]
+        if not Path(file).is_file():
+            raise UserError(f"--subject_images: there is no file '{file}'.")
+        found.setdefault(named, []).append(file)
+    return found
+
+
+def check_subjects(run: str, config: GenerateConfig) -> None:
+    """UserError where a subject encoder is to draw, but no subject is shown."""
+    if config.subject_images:
+        return
+    for flag in ("subject_adapter", "image_encoder", "side_by_side", "subject_scale"):
+        if getattr(config, flag) != getattr(GenerateConfig, flag):
+            raise UserError(f"--{flag} needs --subject_images, pictures of what the prompt calls <s>.")
+    from customize.adapters import holds
+
+    if holds(run, "subject"):
+        raise UserError(
+            f"'{run}' is a subject encoder: name pictures of what the prompt calls <s> with --subject_images."
+        )
+
+
+def draw(
+    pipe: Any, prompt: str, seeds: Sequence[int], config: GenerateConfig, subjects: dict | None = None
+) -> list[Any]:
+    import torch
+
+    given = {"subject_images": subjects, "subject_scale": config.subject_scale} if subjects else {}
+    if subjects and config.side_by_side:
+        given["subject_masks"] = "side by side"
+    optional = {
+        name: getattr(config, name) for name in ("guidance_scale", "negative_prompt", "height", "width")
+    }
+    return pipe(
+        prompt,
+        num_images_per_prompt=len(seeds),
+        num_inference_steps=config.num_inference_steps,
+        # On the CPU, so that a seed gives the same noise on every device, and one a picture, so that each can be re-made alone.
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        **{name: value for name, value in optional.items() if value not in (None, "")},
+        **given,
+    ).images
+
+
+def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: GenerateConfig) -> Path:
+    """Writes the picture with what re-makes it, under a name that is still free."""
+    from customize.runs.output import save_image
+
+    parameters = {"run": run, "prompt": prompt, "negative_prompt": config.negative_prompt, "seed": seed}
+    parameters |= {"steps": config.num_inference_steps, "scale": config.guidance_scale, "dtype": config.dtype}
+    parameters |= {"width": image.width, "height": image.height}
+    if config.subject_images:
+        names = ("subject_images", "subject_scale", "side_by_side", "subject_adapter", "image_encoder")
+        parameters |= {name: getattr(config, name) for name in names}
+    stem, text = f"{slug(prompt)}-{seed}", json.dumps(without_places(parameters))
+    for path in (
+        folder / f"{stem}{ending}.png" for ending in chain([""], (f"-{number}" for number in count(2)))
+    ):
+        if not path.exists():
+            with suppress(FileExistsError):  # another program draws into the folder too
+                save_image(image, path, exclusive=True, parameters=text)
+                break
+    return path
+
+
+def slug(prompt: str) -> str:
+    words = re.sub(r"[\W_]+", "-", prompt.lower())[:50].strip("-")
+    return words.encode()[:150].decode(errors="ignore") or "image"  # names of files have at most 255 bytes

@@ -1,0 +1,30 @@
+"""What several commands share."""
+
+import re
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from customize.config import parse
+from customize.embedded import is_embedded
+from customize.errors import UserError, nearest
+
+
+def split(words: list[str], config: type, names: list[str], more: bool = False) -> tuple[list[str], Any]:
+    """The words before the first flag, one a name (`more`: or more), and the flags as an instance of `config`."""
+    first = list(takewhile(lambda word: not word.startswith("--"), words))
+    if len(first) < len(names) or (len(first) > len(names) and not more):
+        raise UserError(f"Write {' '.join(names) or 'nothing'} before the flags, not '{' '.join(first)}'.")
+    return first, parse([config], words[len(first) :])[0]
+
+
+def check_run(run: str) -> None:
+    """Raises where `run` is neither a folder, nor `stickers`, nor something that could be on the hub."""
+    if Path(run).is_dir() or is_embedded(run):
+        return
+    beside = [str(path.parent) for path in Path(run).parent.glob("*/run.json")]
+    # runs/cat has the shape of a hub id; the hub should not be asked for a misspelt run.
+    if beside or run.startswith("runs/") or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", run):
+        raise UserError(
+            f"There is no run '{run}': give a folder, a hub id or `stickers` as RUN.{nearest(run, beside)}"
+        )

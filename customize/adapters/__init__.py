@@ -1,0 +1,28 @@
+"""What is trained and saved, one kind a file. A new kind is one file and one line of `ADAPTERS`."""
+
+from pathlib import Path
+
+from customize.adapters.base import Adapter
+from customize.adapters.components import Components
+from customize.adapters.kohya import KohyaLora
+from customize.adapters.lora import Lora
+from customize.adapters.subject import SubjectAdapter
+from customize.adapters.words import LearnedWords
+
+ADAPTERS: dict[str, type[Adapter]] = {  # in the order in which they are loaded
+    "components": Components,
+    "lora": Lora,
+    "kohya": KohyaLora,
+    "words": LearnedWords,
+    "subject": SubjectAdapter,
+}
+
+
+def is_adapter_file(name: str | Path) -> bool:
+    """Whether a file or folder of a run has a name under which an adapter is saved."""
+    return any(Path(name).match(pattern) for kind in ADAPTERS.values() for pattern in kind.files)
+
+
+def holds(folder: str | Path, kind: str) -> bool:
+    """Whether a run folder holds an adapter of this kind."""
+    return any(True for pattern in ADAPTERS[kind].files for _ in Path(folder).glob(pattern))

@@ -1,0 +1,111 @@
+"""The frozen image encoder that subject encoders read: any CLIP vision model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+
+from customize import embedded
+from customize.errors import UserError
+from customize.tensor_checks import load_whole
+
+OPENAI = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+class ImageEncoder(nn.Module):
+    """`vision`, in evaluation mode and without gradients, and the preprocessing that it was trained with, except that pictures
+    of any shape are resized whole: a subject at the edge must not be cropped away."""
+
+    def __init__(self, vision: CLIPVisionModelWithProjection, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.vision = vision.eval().requires_grad_(False)
+        side = vision.config.image_size
+        self.processor = CLIPImageProcessorPil(
+            size={"height": side, "width": side},
+            do_center_crop=False,
+            image_mean=list(mean),
+            image_std=list(std),
+        )
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+    @property
+    def width(self) -> int:
+        return self.vision.config.hidden_size
+
+    @property
+    def depth(self) -> int:
+        return self.vision.config.num_hidden_layers
+
+    def pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Pictures to (n, 3, side, side); what is transparent becomes white."""
+        return self.processor([opaque(picture) for picture in pictures], return_tensors="pt").pixel_values
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor):
+        """transformers' output: `image_embeds` (n, projection) and all `hidden_states` (n, tokens, width)."""
+        if (
+            self.vision.device.type != "meta"
+        ):  # its weights come when it runs, and pixels with them: sequential offloading
+            pixels = pixels.to(self.vision.device)
+        return self.vision(pixels.to(self.vision.dtype), output_hidden_states=True)
+
+
+def opaque(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def load_image_encoder(name: str, dtype: torch.dtype = torch.float32) -> ImageEncoder:
+    """A image_encoder by folder or hub id (also OWNER/NAME/SUBFOLDER), or `stickers`, the embedded one; UserError if it is none."""
+    name = str(embedded.IMAGE_ENCODER) if embedded.is_embedded(name) else name
+    place, options = name, {}
+    if not Path(name).exists() and name.count("/") > 1 and not name.startswith((".", "/", "~")):
+        owner, repository, folder = name.split("/", 2)
+        place, options = f"{owner}/{repository}", {"subfolder": folder}
+    try:
+        vision = load_whole(CLIPVisionModelWithProjection, place, dtype=dtype, **options)
+    except Exception as error:  # the library raises all kinds
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--image_encoder: '{name}' could not be loaded as a CLIP vision model ({reason})."
+        ) from error
+    return ImageEncoder(vision, **statistics(place, options))
+
+
+def statistics(place: str, options: dict) -> dict:
+    """Mean and deviation of the pixels that the image_encoder was trained on: in its folder, in one called feature_extractor beside
+    it, or OpenAI's."""
+    beside = [str(Path(place).parent / "feature_extractor")] if Path(place).exists() else []
+    for folder in (place, *beside):
+        try:
+            found = CLIPImageProcessorPil.from_pretrained(folder, **(options if folder == place else {}))
+        except (OSError, ValueError):
+            continue
+        return {"mean": found.image_mean, "std": found.image_std}
+    return {"mean": OPENAI["image_mean"], "std": OPENAI["image_std"]}
+
+
+def image_encoder_of(pipe: DiffusionPipeline) -> ImageEncoder | None:
+    """The image_encoder that a pipeline holds as its `image_encoder`."""
+    vision, extractor = getattr(pipe, "image_encoder", None), getattr(pipe, "feature_extractor", None)
+    if vision is None:
+        return None
+    mean, std = (
+        getattr(extractor, "image_mean", OPENAI["image_mean"]),
+        getattr(extractor, "image_std", OPENAI["image_std"]),
+    )
+    return ImageEncoder(vision, mean, std)

@@ -1,0 +1,66 @@
+"""LoRA in kohya's layout, which A1111 and ComfyUI read: an export beside diffusers' file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from customize.adapters.base import Adapter
+from customize.adapters.lora import adapted
+from customize.adapters.lora_files import with_text_model
+from customize.backbones.base import Backbone
+from customize.errors import UserError
+
+KOHYA = "lora_kohya.safetensors"
+
+
+class KohyaLora(Adapter):
+    """The LoRA of a backbone once more, in kohya's layout; pipelines load diffusers' file instead."""
+
+    files = (KOHYA,)
+
+    def __init__(self, backbone: Backbone):
+        if backbone.denoiser_name != "unet":
+            raise UserError(
+                "--export_kohya is for UNet models; other tools read the diffusers file of this one."
+            )
+        self.backbone = backbone
+
+    def save(self, folder: Path) -> dict:
+        flat: dict[str, Tensor] = {}
+        for name, module in adapted(self.backbone).items():
+            flat |= kohya_state(module, self._prefix(name))
+        if flat:
+            save_file(flat, folder / KOHYA, {"format": "pt", "ss_network_module": "networks.lora"})
+        return {}
+
+    def _prefix(self, component: str) -> str:
+        single = len(self.backbone.text_encoders) == 1
+        prefixes = {"text_encoder": "lora_te" if single else "lora_te1", "text_encoder_2": "lora_te2"}
+        return prefixes.get(component, "lora_unet")
+
+    @staticmethod
+    def load(folder: Path, info: Mapping[str, Any], pipe: DiffusionPipeline) -> None:
+        """Nothing: diffusers' file holds the same LoRA."""
+
+
+def kohya_state(module: ModelMixin, prefix: str) -> dict[str, Tensor]:
+    """The layout of kohya's sd-scripts with true alphas: `PREFIX_path_with_underscores.lora_down.weight`, `.alpha`, ...
+
+    `prefix` is lora_unet, lora_te (Stable Diffusion), lora_te1 or lora_te2 (XL).
+    """
+    config, out = module.peft_config["default"], {}
+    for name, value in get_peft_model_state_dict(module).items():
+        path, _, kind = name.partition(".lora_")
+        path = with_text_model(path) if prefix.startswith("lora_te") else path
+        key = f"{prefix}_{path.replace('.', '_')}"
+        part = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(kind, "dora_scale")
+        value = value.detach().float().cpu()
+        out[f"{key}.{part}"] = (value[:, None] if part == "dora_scale" else value).contiguous()
+        out[f"{key}.alpha"] = torch.tensor(float(config.lora_alpha))
+    return out

@@ -1,0 +1,140 @@
+"""LoRA (low-rank adapters, Hu et al., 2021, arXiv 2106.09685) of the denoiser and the text encoders, through peft."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from customize.adapters.base import Adapter
+from customize.adapters.lora_files import LORA, check_lora, diffusers_state, folded_metadata
+from customize.backbones.base import Backbone
+from customize.config import check_ranges, option
+from customize.errors import UserError
+from customize.files import header, tensors_of
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+
+
+FEED_FORWARD = [
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+    "proj_mlp",
+    "proj_out",
+]
+
+
+CONVOLUTIONS = [
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "time_emb_proj",
+    "proj_in",
+]  # of a UNet's residual and transformer blocks
+
+
+PRESETS = {
+    "attention": ATTENTION,
+    "attention+ff": ATTENTION + FEED_FORWARD,
+    "all": ATTENTION + FEED_FORWARD + CONVOLUTIONS,
+}
+
+
+TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+@dataclass
+class LoraFields:
+    """Fields of every method that trains LoRA."""
+
+    rank: int = option(8, "rank of the LoRA matrices", least=1)
+    lora_alpha: float = option(0.0, "LoRA is scaled by lora_alpha / rank; 0 means rank", least=0)
+    lora_dropout: float = option(0.0, "dropout before the LoRA matrices", least=0, below=1)
+    lora_layers: str = option(
+        "attention", "attention, attention+ff, all (convolutions too), or comma-separated module names"
+    )
+    use_dora: bool = option(False, "also learn the weights' magnitudes (DoRA)")
+
+
+def add_lora(module: ModelMixin, settings: LoraFields, targets: list[str] | None = None) -> None:
+    """Adds trainable float32 LoRA to the layers that `lora_layers` (or `targets`) names; it is zero at the start."""
+    preset = targets or PRESETS.get(settings.lora_layers)
+    wanted = preset or [name.strip() for name in settings.lora_layers.split(",")]
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    # a preset's `proj_out` is that of a block, never the model's own last layer
+    found = {t: [n for n in layers if n.endswith("." + t) or (n == t and not preset)] for t in wanted}
+    missing = [t for t, names in found.items() if not names]
+    if missing and (not preset or len(missing) == len(wanted)):
+        raise UserError(
+            f"--lora_layers: no layer is named {', '.join(missing)}; use one of {', '.join(PRESETS)}."
+        )
+    names = sorted({n for names in found.values() for n in names})
+    check_ranges(settings)
+    check_rank(settings.rank, [module.get_submodule(name).weight for name in names])
+    module.add_adapter(
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.lora_alpha or settings.rank,
+            lora_dropout=settings.lora_dropout,
+            use_dora=settings.use_dora,
+            init_lora_weights=True,
+            target_modules=names,
+        )
+    )
+    cast_training_params(module, dtype=torch.float32)
+
+
+def check_rank(rank: int, weights: list[Tensor]) -> None:
+    """UserError for a rank above that of every layer, which would cost memory and teach nothing more."""
+    largest = max(min(len(weight), weight[0].numel()) for weight in weights)
+    if rank > largest:
+        raise UserError(f"--rank {rank} is more than any layer of this model has; choose {largest} at most.")
+
+
+def has_lora(module: ModelMixin) -> bool:
+    return bool(getattr(module, "peft_config", None))
+
+
+class Lora(Adapter):
+    """LoRA of the denoiser and, if they are named, of text encoders; saved as one file of diffusers' layout."""
+
+    files = (LORA,)
+
+    def __init__(self, backbone: Backbone, settings: LoraFields, text_encoders: Sequence[ModelMixin] = ()):
+        self.backbone = backbone
+        add_lora(backbone.denoiser, settings)
+        for encoder in text_encoders:
+            add_lora(encoder, settings, TEXT_ATTENTION)
+
+    @property
+    def changes_text(self) -> bool:
+        return any(has_lora(encoder) for encoder in self.backbone.text_encoders)
+
+    def save(self, folder: Path) -> dict:
+        arguments: dict[str, Any] = {}
+        for name, module in adapted(self.backbone).items():
+            arguments[f"{name}_lora_layers"] = diffusers_state(
+                module, name, self.backbone.denoiser_name == "unet"
+            )
+            arguments[f"{name}_lora_adapter_metadata"] = folded_metadata(module)
+        type(self.backbone.pipe).save_lora_weights(folder, weight_name=LORA, **arguments)
+        return {}
+
+    @staticmethod
+    def load(folder: Path, info: Mapping[str, Any], pipe: DiffusionPipeline) -> None:
+        file = folder / LORA
+        if file.exists():
+            check_lora(pipe, tensors_of(file), str(file), header(file))
+            pipe.load_lora_weights(str(folder), weight_name=LORA)
+
+
+def adapted(backbone: Backbone) -> dict[str, ModelMixin]:
+    """The components that have LoRA, by the pipeline's names for them."""
+    return {name: module for name, module in backbone.components().items() if has_lora(module)}

@@ -1,0 +1,254 @@
+"""A base model behind six verbs: methods and losses never ask which model it is.
+
+`encode_image`, `encode_prompt`, `draw_times`, `add_noise`, `denoise`, `clean`. Each wraps the diffusers pipeline of the model
+and calls the pipeline's own encoding code, so that training and inference cannot drift apart.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from customize.backbones.text import ENCODER_NAMES, SUFFIXES, text_parts
+from customize.cache import TensorCache, fingerprint, key_of
+from customize.errors import UserError, shortened
+
+EMBEDDINGS = {  # a denoiser's text arguments, as its pipeline's call names them
+    "encoder_hidden_states": "prompt_embeds",
+    "text_embeds": "pooled_prompt_embeds",
+    "pooled_projections": "pooled_prompt_embeds",
+}
+
+
+@dataclass
+class Condition:
+    """What the denoiser is conditioned on: its text arguments, and what its attention processors are given."""
+
+    text: dict[str, Tensor]
+    injected: Any = (
+        None  # of a subject encoder; `ip_hidden_states` is the one name that diffusers lets through
+    )
+
+    @property
+    def attention_arguments(self) -> dict | None:
+        return None if self.injected is None else {"ip_hidden_states": self.injected}
+
+
+@dataclass
+class Step:
+    """One noising and one prediction: all that a loss may need. Latents are (batch, channels, height, width)."""
+
+    latents: Tensor
+    noisy: Tensor
+    t: Tensor
+    target: Tensor
+    condition: Condition
+    prediction: Tensor
+    batch: dict = field(repr=False)
+
+
+def unsupported(why: str) -> UserError:
+    """For a setting that would change what is trained, and that no backbone here knows."""
+    return UserError(
+        f"this base model cannot be trained here: {why}; give another base model or mend its configuration."
+    )
+
+
+class Backbone(nn.Module):
+    """The frozen components of a diffusers pipeline, registered so that they move and train as one module."""
+
+    denoiser_name = "unet"
+    takes_negative_prompt = True
+    resolution = 0  # side of the pictures that this run trains on and draws, in pixels
+    embedding_names: tuple[str, ...] = ENCODER_NAMES  # of the text encoders, in files of learned words
+
+    def __init__(self, pipe: DiffusionPipeline, name: str = ""):
+        super().__init__()
+        self.pipe, self.name = pipe, name
+        self.vae = pipe.vae
+        self.denoiser = getattr(pipe, self.denoiser_name)
+        self.tokenizers, encoders = text_parts(pipe)
+        self.text_encoders = nn.ModuleList(encoders)
+        self.prompts: dict[str, dict[str, Tensor]] = {}  # text embeddings of prompts that were cached
+        self._check_latents()
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True):
+        """Stays in evaluation mode, as its components were pretrained (T5 has dropout); only LoRA's own dropout follows."""
+        super().train(False)
+        for name, module in self.named_modules():
+            if name.endswith(("lora_dropout", "lora_dropout.default")):
+                module.train(mode)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def components(self) -> dict[str, nn.Module]:
+        """The denoiser and the text encoders, by the pipeline's names for them."""
+        encoders = {
+            f"text_encoder{s}": encoder for s, encoder in zip(SUFFIXES, self.text_encoders, strict=False)
+        }
+        return {self.denoiser_name: self.denoiser, **encoders}
+
+    @property
+    def factor(self) -> int:
+        """Sides of a picture must be multiples of this many pixels."""
+        return self.pipe.vae_scale_factor * getattr(self.denoiser.config, "patch_size", 1)
+
+    @property
+    def native_resolution(self) -> int:
+        """The side, in pixels, of the pictures that the model was trained on."""
+        latents = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
+        return latents * self.pipe.vae_scale_factor
+
+    # images
+
+    def _check_latents(self) -> None:
+        """Settings of the autoencoder that change what is trained on are used, or refused."""
+        config, channels = self.vae.config, self.latent_channels
+        if not config.scaling_factor > 0:
+            raise unsupported(f"the autoencoder's scaling_factor is {config.scaling_factor}")
+        for name in ("latents_mean", "latents_std"):
+            if config.get(name) is not None:
+                raise unsupported(f"the autoencoder sets {name}")
+        if channels != config.latent_channels:
+            raise unsupported(
+                f"the denoiser takes {channels} channels, the autoencoder gives {config.latent_channels}"
+            )
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that the denoiser takes."""
+        return self.denoiser.config.in_channels
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Mean and standard deviation of the latent posterior, for pixels (batch, 3, height, width) in [-1, 1]."""
+        with torch.autocast(self.device.type, enabled=False):  # XL's autoencoder overflows in float16
+            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        return {"mean": posterior.mean.float(), "std": posterior.std.float()}
+
+    def sample_latents(self, mean: Tensor, std: Tensor) -> Tensor:
+        """Scaled latents from the posterior's moments."""
+        latents = mean + std * torch.randn_like(mean)
+        return (
+            latents - (getattr(self.vae.config, "shift_factor", None) or 0.0)
+        ) * self.vae.config.scaling_factor
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1] to scaled latents."""
+        return self.sample_latents(**self.moments(pixels))
+
+    # prompts
+
+    def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The denoiser's text arguments, batch first. Gradients flow, so that learned words and encoders can be trained;
+        prompts that `cache_prompts` has seen are read from memory."""
+        if prompts and all(prompt in self.prompts for prompt in prompts):
+            found = [self.prompts[prompt] for prompt in prompts]
+            return {name: torch.cat([entry[name] for entry in found]).to(self.device) for name in found[0]}
+        if not len(self.text_encoders):
+            raise RuntimeError(f"the text encoders were released before this prompt was cached: {prompts}")
+        return self._encode_prompt(prompts)
+
+    def _encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def text_lengths(self) -> list[int]:
+        """How many tokens of a prompt each text encoder reads."""
+        return [tokenizer.model_max_length for tokenizer in self.tokenizers]
+
+    def check_length(self, name: str, prompt: str) -> None:
+        """UserError for a prompt that no text encoder reads to its end; `name` is what the message calls it."""
+        lengths = [
+            len(tokenizer(self._expanded(prompt, tokenizer)).input_ids) for tokenizer in self.tokenizers
+        ]
+        limits = self.text_lengths()
+        if all(length > limit for length, limit in zip(lengths, limits, strict=True)):
+            most = limits.index(max(limits))
+            raise UserError(
+                f"the {name} has {lengths[most]} tokens, more than {limits[most]}: shorten '{shortened(prompt)}'."
+            )
+
+    def _expanded(self, prompt: str, tokenizer: Any) -> str:
+        """The prompt with all tokens of each learned word of several vectors."""
+        expand = getattr(self.pipe, "maybe_convert_prompt", None)
+        return expand(prompt, tokenizer) if expand else prompt
+
+    @torch.no_grad()
+    def cache_prompts(self, prompts: Iterable[str], cache: TensorCache) -> None:
+        """Encodes every prompt once; only for encoders that no longer change."""
+        model = key_of("text", self.name, *(fingerprint(encoder) for encoder in self.text_encoders))
+        for prompt in dict.fromkeys(prompts):
+            self.prompts[prompt] = cache.get(key_of(model, prompt), partial(self._encode_prompt, [prompt]))
+
+    def prompt_arguments(self, prompt: str) -> dict[str, str | Tensor]:
+        """The prompt as the pipeline's call takes it: words, or the cached embeddings once the text encoders were released."""
+        if len(self.text_encoders):
+            return {"prompt": prompt}
+        arguments = self._embedded(self.prompts[prompt], "")
+        if self.takes_negative_prompt:
+            zeros = getattr(
+                self.pipe.config, "force_zeros_for_empty_prompt", False
+            )  # XL's stand-in for the empty prompt
+            empty = {name: value * (not zeros) for name, value in self.prompts[""].items()}
+            arguments |= self._embedded(empty, "negative_")
+        return arguments
+
+    def _embedded(self, text: dict[str, Tensor], prefix: str) -> dict[str, str | Tensor]:
+        return {f"{prefix}{EMBEDDINGS[name]}": value.to(self.device) for name, value in text.items()}
+
+    def release_text_encoders(self) -> None:
+        """Frees the memory of encoders whose prompts are all cached."""
+        self.text_encoders = nn.ModuleList()
+        for suffix in SUFFIXES:
+            if getattr(self.pipe, f"text_encoder{suffix}", None) is not None:
+                setattr(self.pipe, f"text_encoder{suffix}", None)
+
+    # diffusion
+
+    def draw_times(self, n: int) -> Tensor:
+        """Random times (n,) in [0, 1], as the model was trained: 0 is data, 1 is noise."""
+        raise NotImplementedError
+
+    def nearest_times(self, t: Tensor) -> Tensor:
+        """Times in [0, 1] as the times that the model knows."""
+        return t
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The noisy latents, and what the denoiser must predict from them."""
+        raise NotImplementedError
+
+    def denoise(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        raise NotImplementedError
+
+    def clean(self, noisy: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """The latents that a prediction stands for."""
+        raise NotImplementedError
+
+    def snr_weights(self, t: Tensor, gamma: float) -> Tensor:
+        """Min-SNR weights, shape of `t` (Hang et al., 2023, arXiv 2303.09556, eq. 8)."""
+        raise UserError(
+            "--snr_gamma is defined for DDPM models (Stable Diffusion 1.x, 2.x, XL) only; leave it out here."
+        )
+
+    # adapters
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The base model as it came: LoRA of the denoiser and of the text encoders is switched off inside."""
+        adapted = [m for m in (self.denoiser, *self.text_encoders) if getattr(m, "peft_config", None)]
+        for module in adapted:
+            module.disable_adapters()
+        try:
+            yield
+        finally:
+            for module in adapted:
+                module.enable_adapters()

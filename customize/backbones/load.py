@@ -1,0 +1,205 @@
+"""Base models: from a name to the diffusers pipeline, whole or not at all."""
+
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, StableDiffusion3Pipeline
+from torch import nn
+from transformers import PreTrainedModel
+
+from customize import embedded
+from customize.backbones.families import BACKBONES
+from customize.backbones.sd3 import WordsSD3Pipeline
+from customize.backbones.text import text_parts
+from customize.errors import UserError
+from customize.tensor_checks import load_whole
+
+FLAG = "--pretrained_model_name_or_path"
+
+
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+
+
+SETTINGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+
+
+UNUSED = "safety_checker"  # it would paint pictures black, and training has no use for it
+
+
+def load_base(name: str | Path, dtype: torch.dtype = torch.float32, **options) -> DiffusionPipeline:
+    """The diffusers pipeline of a base model: a folder, a hub id, or `stickers`, the embedded one.
+
+    Only safetensors are read. `options` go to diffusers (`revision`, `variant`). Raises UserError for a missing or
+    incomplete folder, for weights that do not all load or are not finite, for settings that diffusers cannot use, and for a
+    kind of pipeline that no backbone wraps.
+    """
+    if not isinstance(name, str | Path):
+        raise UserError(
+            f"{FLAG}: a base model is named by text, not by a {type(name).__name__}; give a folder or a hub id."
+        )
+    folder = _folder(str(name), options)
+    listed = _components(folder)
+    try:
+        models = {
+            part: _model(folder / part, kind, dtype, options)
+            for part, kind in _model_kinds(listed, options).items()
+        }
+        unused = {UNUSED: None, "requires_safety_checker": False} if UNUSED in listed else {}
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, **(options | models | unused)
+        )
+    except Exception as error:  # the libraries' loaders raise all kinds
+        raise _failed(str(name), error) from error
+    pipe.register_to_config(_name_or_path=str(name))
+    if isinstance(pipe, StableDiffusion3Pipeline):
+        pipe = WordsSD3Pipeline(**pipe.components)
+    _check_parts(str(name), pipe)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+    return pipe
+
+
+def _failed(name: str, error: Exception) -> Exception:
+    """What to say of an error of the libraries; the machine's own shortages stay what they are."""
+    if isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
+        return error
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
+    return UserError(f"{FLAG}: '{name[:200]}' could not be loaded as a diffusers pipeline ({reason}).")
+
+
+def _folder(name: str, options: dict[str, Any]) -> Path:
+    """The base model's folder; that of a hub id is downloaded first."""
+    folder = Path(embedded.folder_of(name))
+    try:
+        if folder.exists():
+            return folder
+        if name.startswith((".", "/", "~")):
+            raise UserError(
+                f"{FLAG}: there is no folder '{name}'; give a diffusers folder, a hub id or 'stickers'."
+            )
+        return Path(DiffusionPipeline.download(name, use_safetensors=True, **({UNUSED: None} | options)))
+    except Exception as error:
+        raise _failed(name, error) from error
+
+
+def _components(folder: Path) -> dict[str, list]:
+    """Library and class of each component that model_index.json lists and that is used."""
+    index = folder / "model_index.json"
+    if not index.exists():
+        raise UserError(
+            f"{FLAG}: '{folder}' has no model_index.json; give the folder of a diffusers pipeline."
+        )
+    listed = _read_object(index)
+    kind = listed.get("_class_name")
+    if not isinstance(kind, str) or kind not in BACKBONES:
+        raise UserError(f"{FLAG}: '{folder}' is a {kind}; supported are {', '.join(BACKBONES)}.")
+    found = {part: value for part, value in listed.items() if _is_component(value)}
+    for part in found.keys() - {UNUSED}:
+        if not (folder / part).is_dir():
+            raise UserError(
+                f"base model '{folder}' lacks its component '{part}'; download the folder '{part}' too."
+            )
+        _check_settings(folder / part)
+    return found
+
+
+def _check_settings(folder: Path) -> None:
+    """UserError unless the component's settings are objects: a text in their place would be looked up on the hub."""
+    for path in filter(Path.exists, map(folder.joinpath, SETTINGS)):
+        kind = _read_object(path).get("_class_name", "SchedulerMixin")
+        if path.name == "scheduler_config.json" and not hasattr(diffusers, str(kind)):
+            raise UserError(f"'{path}' has an unknown class, {kind}; give one of diffusers.")
+
+
+def _is_component(value: Any) -> bool:
+    """Two names: other lists are settings of the pipeline, and two nulls a component that it does without."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise UserError(f"'{path}' is no ordinary file; download it again.")
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' is damaged ({error}); download it again.") from error
+    if not isinstance(listed, dict):
+        raise UserError(f"'{path}' is damaged (it is a {type(listed).__name__}); download it again.")
+    return listed
+
+
+def _model_kinds(listed: dict[str, list], options: dict[str, Any]) -> dict[str, type]:
+    """The classes of the components with weights; UserError for a class that the libraries do not have."""
+    found = {}
+    for part, (library, name) in listed.items():
+        if part == UNUSED or part in options:
+            continue
+        kind = getattr(LIBRARIES.get(library), name, None)
+        if not isinstance(kind, type):
+            raise ValueError(f"its {part} is a {library}.{name}, which is not known")
+        if issubclass(kind, ModelMixin | PreTrainedModel):
+            found[part] = kind
+    return found
+
+
+def _model(folder: Path, kind: type, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
+    """A component with all of its weights: diffusers and transformers leave those that a file lacks at random."""
+    variant = options.get("variant")
+    named = (
+        {"variant": variant}
+        if variant and any(f".{variant}" in path.name for path in folder.iterdir())
+        else {}
+    )
+    placed = {"device_map": options["device_map"]} if "device_map" in options else {}
+    return load_whole(kind, folder, dtype=dtype, **named, **placed)
+
+
+def _check_parts(name: str, pipe: DiffusionPipeline) -> None:
+    """UserError if the pipeline lacks what a backbone needs, or holds something else in its place."""
+    types = pipe._get_signature_types()
+    for part in ("unet", "transformer", "vae", "scheduler"):
+        held = getattr(pipe, part, None)
+        if part in types and not (
+            isinstance(held, SchedulerMixin) if part == "scheduler" else isinstance(held, types[part])
+        ):
+            raise UserError(
+                f"{FLAG}: '{name}' has a {type(held).__name__} as its {part}; give a base model of the usual kind."
+            )
+    tokenizers, encoders = text_parts(pipe)
+    if not encoders or not all(hasattr(tokenizer, "model_max_length") for tokenizer in tokenizers):
+        raise UserError(f"{FLAG}: '{name}' lacks a text encoder or its tokenizer; download the whole model.")
+    for part in (pipe.scheduler, pipe.vae, *tokenizers):
+        if setting := _odd_setting(part):
+            raise UserError(
+                f"{FLAG}: the {type(part).__name__} of '{name}' has {setting}; download its configuration anew."
+            )
+
+
+def _odd_setting(part: Any) -> str:
+    """A setting that is of another type than its default, which is found out late or never; or nothing."""
+    if not hasattr(part, "config"):
+        length = part.model_max_length
+        return "" if _is_alike(length, 1.0) else f"model_max_length {length!r}"
+    for name, parameter in inspect.signature(type(part).__init__).parameters.items():
+        value = part.config.get(name, parameter.default)
+        if not _is_alike(value, parameter.default):
+            return f"{name} {value!r}"
+    return ""
+
+
+def _is_alike(value: Any, default: Any) -> bool:
+    if isinstance(default, bool):
+        return value is None or isinstance(value, bool)
+    if isinstance(default, int | float):
+        number = isinstance(value, int if isinstance(default, int) else int | float) and not isinstance(
+            value, bool
+        )
+        return number and math.isfinite(value)
+    return not isinstance(default, str) or value is None or isinstance(value, str)

@@ -1,0 +1,29 @@
+"""The tokenizers and text encoders of a pipeline."""
+
+from diffusers import DiffusionPipeline
+from torch import nn
+from transformers import PreTrainedModel, T5EncoderModel
+
+SUFFIXES = ("", "_2", "_3")  # of a pipeline's tokenizers and text encoders
+COMPONENTS = ("unet", "transformer", *(f"text_encoder{suffix}" for suffix in SUFFIXES))  # that may be trained
+
+
+ENCODER_NAMES = (
+    "clip_l",
+    "clip_g",
+    "t5",
+)  # in files of learned words, in the order in which pipelines hold the encoders
+
+
+def embedding_table(encoder: PreTrainedModel) -> nn.Embedding:
+    """The embedding layer that the encoder calls: T5 keeps a second one, with the same weights, outside its stack."""
+    return (encoder.encoder if isinstance(encoder, T5EncoderModel) else encoder).get_input_embeddings()
+
+
+def text_parts(pipe: DiffusionPipeline) -> tuple[list, list]:
+    """The tokenizers and text encoders of a pipeline, of those that it has."""
+    parts = [
+        (getattr(pipe, f"tokenizer{s}", None), getattr(pipe, f"text_encoder{s}", None)) for s in SUFFIXES
+    ]
+    found = [(tokenizer, encoder) for tokenizer, encoder in parts if encoder is not None]
+    return [tokenizer for tokenizer, _ in found], [encoder for _, encoder in found]

@@ -1,0 +1,112 @@
+"""What is learned from: concepts, each with its folder of images and its prompt."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from customize.config import option
+from customize.data.images import ImageFile, find_images
+from customize.data.training_data import Source
+from customize.errors import UserError, nearest, shortened
+from customize.reading import parsed_json, read_text
+
+
+@dataclass
+class DataConfig:
+    """What to learn from, and how pictures become tensors."""
+
+    instance_data_dir: str = option("", "folder of pictures of the subject")
+    instance_prompt: str = option("", "caption of every picture that has none of its own")
+    concepts_list: str = option(
+        "", "JSON list of {instance_prompt, class_prompt, instance_data_dir, class_data_dir}, one a concept"
+    )
+    class_prompt: str = option("", 'caption of the class (prior) pictures, e.g. "a photo of a dog"')
+    class_data_dir: str = option("", "folder of class (prior) pictures")
+    resolution: int = option(
+        0,
+        "side of the square crop in pixels (buckets have about its area); 0: what the model was trained at",
+        least=0,
+    )
+    use_aspect_ratio_buckets: bool = option(
+        False, "crop to the nearest of several aspect ratios instead of to a square"
+    )
+    random_flip: bool = option(False, "mirror pictures at random")
+    masked_loss: bool = option(
+        True, "weight the loss by the masks that are found (NAME.mask.png, or the alpha channel)"
+    )
+    unmasked_weight: float = option(0.1, "loss weight of what lies outside the mask", least=0, most=1)
+    holdout: int = option(0, "number of pictures kept from training for the validation loss", least=0)
+    max_pixels: int = option(100_000_000, "pictures with more pixels are refused", least=1)
+    strict: bool = option(False, "stop at an unreadable picture instead of skipping it with a warning")
+    allow_outside_files: bool = option(
+        False, "read files outside the folders that name them in metadata.jsonl"
+    )
+    dataloader_num_workers: int = option(
+        0, "processes that load pictures; 0 loads them in the main process", least=0, most=1024
+    )
+
+    def read(self, base: str, seed: int) -> Source:
+        """The images of these settings; `base` is the base model's name. UserError for missing or broken ones."""
+        from customize.data.subject_images import read_subject_images
+
+        return read_subject_images(self, seed)
+
+
+@dataclass
+class Concept:
+    """One subject: where its pictures and those of its class lie, and how they are captioned."""
+
+    instance_data_dir: str
+    instance_prompt: str
+    class_prompt: str = ""
+    class_data_dir: str = ""
+
+
+def read_concepts(config: DataConfig) -> list[Concept]:
+    """The concepts of `concepts_list`, or the one of the four single flags; UserError if neither or both are given."""
+    path = config.concepts_list
+    if bool(path) == bool(config.instance_data_dir):
+        raise UserError(
+            "Name the pictures' folder with --instance_data_dir, or else several with --concepts_list."
+        )
+    if not path:
+        return [Concept(**{f.name: getattr(config, f.name) for f in fields(Concept)})]
+    try:
+        rows = parsed_json(read_text(Path(path)))
+    except ValueError as error:
+        raise UserError(f"--concepts_list {path} is not valid JSON ({error}); mend the file.") from error
+    if not isinstance(rows, list) or not rows:
+        raise UserError(
+            f"--concepts_list {path} must hold a JSON list of one or more concepts; put [ and ] around them."
+        )
+    return [_concept(row, f"Concept {number} of --concepts_list {path}") for number, row in enumerate(rows)]
+
+
+def _concept(row: object, where: str) -> Concept:
+    known = [f.name for f in fields(Concept)]
+    if not isinstance(row, dict) or not all(isinstance(value, str) for value in row.values()):
+        raise UserError(f"{where} must be an object with text for each of the keys {', '.join(known)}.")
+    for key in row.keys() - set(known):
+        raise UserError(
+            f"{where} has the unknown key '{shortened(key)}'; correct or remove it.{nearest(shortened(key), known)}"
+        )
+    for key in ("instance_data_dir", "instance_prompt"):
+        if key not in row:
+            raise UserError(f"{where} lacks the key '{key}'; add it.")
+    return Concept(**row)
+
+
+def read_concept_images(concepts: list[Concept], config: DataConfig) -> list[ImageFile]:
+    """The instance pictures of all concepts."""
+    return [
+        picture
+        for i, concept in enumerate(concepts)
+        for picture in find_images(
+            concept.instance_data_dir,
+            concept.instance_prompt,
+            i,
+            False,
+            config.strict,
+            config.max_pixels,
+            allow_outside_files=config.allow_outside_files,
+        )
+    ]

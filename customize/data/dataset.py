@@ -1,0 +1,107 @@
+"""Images of the subject as cropped, masked tensors, and batches of them."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from customize.data.concepts import DataConfig
+from customize.data.crops import (
+    Bucket,
+    buckets,
+    check_resolution,
+    fit,
+    mask_weight,
+    nearest_bucket,
+    to_tensor,
+)
+from customize.data.images import ImageFile, nothing_counts, read_image_file
+from customize.errors import UserError
+
+Key = tuple[int, Bucket, bool]  # index of the picture, bucket to crop it to, whether to mirror it
+
+
+class SubjectDataset(Dataset):
+    """Pictures as tensors; indexed by a key (index, (height, width), flip), as `BucketBatches` yields them."""
+
+    def __init__(self, pictures: Sequence[ImageFile], config: DataConfig, factor: int):
+        """`factor`: what the sides of the model's pictures must be multiples of, in pixels."""
+        check_resolution(config.resolution, factor)
+        square = [(config.resolution, config.resolution)]
+        self.pictures, self.config = list(pictures), config
+        self.buckets = buckets(config.resolution, factor) if config.use_aspect_ratio_buckets else square
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def bucket_of(self, index: int) -> Bucket:
+        return nearest_bucket(self.pictures[index].size, self.buckets)
+
+    def __getitem__(self, key: Key) -> dict:
+        """`pixels` (3, H, W) in [-1, 1], loss weight `mask` (1, H, W) in [unmasked_weight, 1], and what the picture is."""
+        index, bucket, flip = key
+        picture = self.pictures[index]
+        image, mask = read_image_file(picture)
+        pixels = to_tensor(fit(image, *bucket), flip) * 2 - 1
+        weight = torch.ones(1, *bucket)
+        if mask is not None and self.config.masked_loss:
+            weight = mask_weight(mask, *bucket, self.config.unmasked_weight, flip)
+            if not weight.any():
+                raise nothing_counts(f"{picture.path}, as it is cropped,")
+        about = {
+            "prompt": picture.caption,
+            "index": index,
+            "concept": picture.concept,
+            "is_prior": picture.is_prior,
+        }
+        return {"pixels": pixels, "mask": weight, **about}
+
+
+def collate(items: Sequence[dict]) -> dict:
+    """A batch of B items: `pixels` (B, 3, H, W) or their latents' moments `mean` and `std`, `mask` (B, 1, H, W), `index`,
+    `concept`, `is_prior` (B), `prompt` a list."""
+    tensors = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
+    batch: dict = {name: torch.stack([item[name] for item in items]) for name in tensors}
+    batch |= {
+        name: torch.tensor([item[name] for item in items], dtype=torch.long) for name in ("index", "concept")
+    }
+    batch["is_prior"] = torch.tensor([item["is_prior"] for item in items], dtype=torch.bool)
+    return batch | {"prompt": [item["prompt"] for item in items]}
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch with its tensors on the device."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def split_holdout(
+    pictures: Sequence[ImageFile], count: int, seed: int
+) -> tuple[list[ImageFile], list[ImageFile]]:
+    """(train, held out): `count` instance pictures drawn at random, such that each concept keeps one or more for training."""
+    rng = np.random.default_rng(seed)
+    instances = [index for index in rng.permutation(len(pictures)).tolist() if not pictures[index].is_prior]
+    concepts = group(instances, lambda index: pictures[index].concept)
+    spare = [index for members in concepts.values() for index in members[1:]]
+    if not 0 <= count <= len(spare):
+        raise UserError(
+            f"--holdout {count} leaves a concept without a picture for training; choose 0 to {len(spare)}."
+        )
+    held = set(rng.permutation(spare)[:count].tolist())
+    halves = [
+        [picture for index, picture in enumerate(pictures) if (index in held) == is_held]
+        for is_held in (False, True)
+    ]
+    return halves[0], halves[1]
+
+
+def group(indices: Iterable[int], key: Callable[[int], Any]) -> dict[Any, list[int]]:
+    """The indices by their key, in their order."""
+    groups: dict[Any, list[int]] = {}
+    for index in indices:
+        groups.setdefault(key(index), []).append(index)
+    return groups

@@ -1,0 +1,61 @@
+"""A folder of images for each subject as a source that encoders learn from."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from customize.data.images import ImageFile, find_images, read_image_file
+from customize.data.references import Pixels, ReferenceConfig, References, View, drawn, item, named
+from customize.errors import UserError, shortened
+
+
+class Folders(References):
+    """A folder of pictures for each subject; an epoch shows every subject once, in an order that the seed decides."""
+
+    def __init__(
+        self,
+        config: ReferenceConfig,
+        subjects: Sequence[tuple[str, Sequence[ImageFile]]],
+        pixels: Pixels,
+        seed: int,
+    ):
+        self.config, self.subjects, self.pixels, self.seed = config, subjects, pixels, seed
+
+    def __getitem__(self, position: int) -> dict:
+        epoch, place = divmod(position, len(self.subjects))
+        index = int(np.random.default_rng([self.seed, epoch]).permutation(len(self.subjects))[place])
+        rng = np.random.default_rng([self.seed, epoch, place])
+        _, pictures = self.subjects[index]
+        target, *references = (pictures[i] for i in drawn(rng, len(pictures)))
+        views = [View(*read_image_file(picture)) for picture in references]
+        prompt = named(target.caption)
+        target_view, twice = View(*read_image_file(target)), len(pictures) < 3
+        return item(target_view, [views], prompt, index, rng, self.config, self.pixels, shows_target=twice)
+
+
+def read_folders(config: ReferenceConfig) -> list[tuple[str, list[ImageFile]]]:
+    """Subjects by name with their pictures; UserError for a folder without subjects, or a subject with one picture only."""
+    root = Path(config.train_data_dir)
+    if not os.path.isdir(root):
+        raise UserError(f"There is no folder '{shortened(str(root))}'; correct --train_data_dir.")
+    rules: dict[str, Any] = {
+        name: getattr(config, name) for name in ("strict", "max_pixels", "allow_outside_files")
+    }
+    rules |= {"flag": "--train_data_dir", "masked_only": config.unmasked_weight == 0}
+    subjects: list[tuple[str, list[ImageFile]]] = []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        prompt = config.instance_prompt.replace("{}", folder.name)
+        pictures = find_images(folder, prompt, len(subjects), **rules)
+        if len(pictures) < 2:
+            raise UserError(
+                f"'{folder}' holds one picture: an encoder learns from two or more views of every subject."
+            )
+        for picture in pictures:
+            named(picture.caption)
+        subjects.append((folder.name, pictures))
+    if not subjects:
+        raise UserError(f"--train_data_dir '{root}' must hold a folder of pictures for each subject.")
+    return subjects

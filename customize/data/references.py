@@ -1,0 +1,223 @@
+"""What encoders learn from: many subjects, of each two reference views and one target picture with its caption.
+
+Three sources: rendered sticker scenes (embedded), a folder of folders, and any Hugging Face `datasets` source. Items hold
+`pixels` (3, H, W) in [-1, 1], the target; `references` (subjects, 2, 3, h, w), normalised for the image encoder, the second of
+each subject always cut out on white where a mask is known; `prompt`, with each subject's word before its noun; and
+`identity`, the first subject's number; `shows_target`, whether the second references show the very target, as a subject has
+only two pictures; and `regions` (subjects, H, W), where each may be: 1 everywhere, if that is not told.
+Only rendered scenes have a second subject (`second_subject_rate`), and are told regions (`region_rate`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from customize.adapters.encoders.image_encoder import opaque
+from customize.config import option
+from customize.data.crops import fit, mask_weight, to_tensor
+from customize.data.dataset import to_device
+from customize.data.images import nothing_counts
+from customize.data.training_data import Source
+from customize.errors import UserError, shortened
+from customize.prompts import WORDS
+
+Pixels = Callable[[Sequence[Image.Image]], torch.Tensor]
+
+
+WORD = WORDS[0]
+
+
+@dataclass
+class ReferenceConfig:
+    """Which subjects are learned from."""
+
+    train_data_dir: str = option(
+        "",
+        "folder with one folder of pictures for each subject (NAME.txt: caption with <s>, NAME.mask.png: mask)",
+    )
+    dataset_name: str = option(
+        "", "a Hugging Face dataset: hub id, or imagefolder, parquet or webdataset with --data_files"
+    )
+    dataset_config_name: str = option("", "configuration of that dataset")
+    data_files: str = option("", "files of that dataset, a path or pattern")
+    image_column: str = option(
+        "image", "column of pictures: a list of views in each row, or one view with --subject_column"
+    )
+    mask_column: str = option(
+        "", "column of masks, white where the subject is; a list where pictures are lists"
+    )
+    caption_column: str = option("text", "column of captions")
+    subject_column: str = option(
+        "", "column that names the subject; rows of one subject must follow each other"
+    )
+    streaming: bool = option(True, "read the dataset while training, without downloading it whole")
+    shuffle_buffer: int = option(
+        1000, "subjects among which a stream is shuffled; 0: in their order", least=0
+    )
+    instance_prompt: str = option(
+        "a photo of <s>", "caption of pictures that have none; {} is the subject's name"
+    )
+    resolution: int = option(
+        0, "side of the target pictures in pixels; 0: what the model was trained at", least=0
+    )
+    holdout: int = option(
+        0, "subjects, two or more, kept from training for the validation loss and the diagnostics", least=0
+    )
+    segment_rate: float = option(
+        0.5, "share of first references that are cut out on white, as far as masks are known", least=0, most=1
+    )
+    unmasked_weight: float = option(
+        0.5, "loss weight of what lies outside the target's mask, where one is known", least=0, most=1
+    )
+    augment: bool = option(
+        False, "turn, shift, scale and mirror references on white (rendered scenes vary by themselves)"
+    )
+    noun_dropout: float = option(
+        0.5,
+        "stickers: share of captions that do not name the class, so that pictures must tell",
+        least=0,
+        most=1,
+    )
+    second_subject_rate: float = option(
+        0.0, "stickers: share of scenes with a second subject, <s2>, and references of it", least=0, most=1
+    )
+    region_rate: float = option(
+        0.5,
+        "stickers: share of those scenes that are told in which half each subject stands",
+        least=0,
+        most=1,
+    )
+    world: str = option("", "stickers: an atlas folder of the whole world; empty: the drawings that ship")
+    max_pixels: int = option(100_000_000, "pictures with more pixels are refused", least=1)
+    strict: bool = option(False, "stop at an unreadable picture instead of skipping it with a warning")
+    allow_outside_files: bool = option(
+        False, "read files outside the folder of the metadata.jsonl or dataset that names them"
+    )
+    dataloader_num_workers: int = option(
+        0,
+        "processes that load pictures (a stream: 1 at most); 0 loads in the main process",
+        least=0,
+        most=1024,
+    )
+
+    def read(self, base: str, seed: int) -> Source:
+        """The subjects of these settings; `base` is the base model's name. UserError if none or several sources are named."""
+        from customize.data.sources import read_references
+
+        return read_references(self, base, seed)
+
+
+@dataclass(frozen=True)
+class View:
+    """One picture of a subject."""
+
+    picture: Image.Image
+    mask: Image.Image | None = None
+    caption: str = ""
+
+    @property
+    def cut_out(self) -> Image.Image:
+        """The subject alone on white, if its mask is known."""
+        picture = opaque(self.picture)
+        if self.mask is None:
+            return picture
+        return Image.composite(picture, Image.new("RGB", picture.size, "white"), self.mask)
+
+
+def item(
+    target: View,
+    subjects: Sequence[Sequence[View]],
+    prompt: str,
+    identity: int,
+    rng,
+    config: ReferenceConfig,
+    pixels: Pixels,
+    regions: torch.Tensor | None = None,
+    shows_target: bool = False,
+) -> dict:
+    """`subjects` holds two views of each; `regions` (subjects, H, W) says where each may be."""
+    shown = []
+    for first, second in subjects:
+        shown += [
+            first.cut_out if rng.random() < config.segment_rate else opaque(first.picture),
+            second.cut_out,
+        ]
+    if config.augment:
+        shown = [moved(picture, rng) for picture in shown]
+    side = config.resolution, config.resolution
+    picture = to_tensor(fit(opaque(target.picture), *side)) * 2 - 1
+    weight = (
+        torch.ones(1, *side)
+        if target.mask is None
+        else mask_weight(target.mask, *side, config.unmasked_weight)
+    )
+    if not weight.any():
+        raise nothing_counts(f"the picture of '{shortened(prompt)}', as it is cropped,")
+    references = pixels(shown).unflatten(0, (-1, 2))
+    regions = torch.ones(len(subjects), *side) if regions is None else regions
+    about = {"prompt": prompt, "identity": identity, "shows_target": shows_target, "regions": regions}
+    return {"pixels": picture, "mask": weight, "references": references} | about
+
+
+def moved(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Turned by up to 15 degrees, scaled, shifted and perhaps mirrored, on white."""
+    side = min(max(picture.size), 4096)  # the square of a panorama would not fit in memory
+    square = ImageOps.pad(picture, (side, side), color="white")
+    square = ImageOps.mirror(square) if rng.random() < 0.5 else square
+    scale, (x, y) = rng.uniform(0.7, 1.1), rng.uniform(-0.1, 0.1, 2) * side
+    angle = np.deg2rad(rng.uniform(-15, 15))
+    a, b = np.cos(angle) / scale, np.sin(angle) / scale
+    half = side / 2
+    matrix = (a, b, half - a * (half + x) - b * (half + y), -b, a, half + b * (half + x) - a * (half + y))
+    return square.transform(
+        (side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white"
+    )
+
+
+def named(prompt: str) -> str:
+    """The caption with the subject's word; UserError if it stands nowhere."""
+    if WORD not in prompt:
+        caption = shortened(prompt)
+        raise UserError(
+            f"the caption '{caption}' does not say {WORD}: write it before the subject's noun, as in 'a {WORD} dog'."
+        )
+    return prompt
+
+
+class References(Dataset):
+    """Endless items by position: the same item at the same position whenever the seed is the same."""
+
+    config: ReferenceConfig
+
+
+def drawn(rng: np.random.Generator, count: int) -> list[int]:
+    """Three pictures of `count`: a target and two references, different ones as far as there are any."""
+    order = rng.permutation(count).tolist()
+    return (order * 3)[:3] if count < 3 else order[:3]
+
+
+def collate_references(items: Sequence[dict]) -> dict:
+    """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `references` (B, subjects, 2, 3, h, w), `present` (B, subjects),
+    False where a picture has fewer subjects than others, `identity` and `shows_target` (B,), `prompt` a list, and `regions`
+    (B, subjects, H, W) if any picture has several subjects: only then are they told."""
+    batch: dict = {name: torch.stack([entry[name] for entry in items]) for name in ("pixels", "mask")}
+    several = any(len(entry["references"]) > 1 for entry in items)
+    for name in ("references", "regions") if several else ("references",):
+        batch[name] = pad_sequence([entry[name] for entry in items], batch_first=True)
+    batch["present"] = pad_sequence(
+        [torch.ones(len(entry["references"]), dtype=torch.bool) for entry in items], batch_first=True
+    )
+    batch["identity"] = torch.tensor([entry["identity"] for entry in items], dtype=torch.long)
+    batch["shows_target"] = torch.tensor([entry["shows_target"] for entry in items], dtype=torch.bool)
+    return batch | {"prompt": [entry["prompt"] for entry in items]}
+
+
+def held_out_batches(items, count: int, size: int, device: torch.device) -> list[dict]:
+    """The first `count` items on the device, in batches of about `size`, but of two or more: subjects are compared."""
+    parts = np.array_split(range(count), min(-(-count // size), max(count // 2, 1))) if count else []
+    return [to_device(collate_references([items[i] for i in part]), device) for part in parts]

@@ -1,0 +1,71 @@
+"""Rendered sticker scenes as a source that encoders learn from."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from customize.data.references import Pixels, ReferenceConfig, References, View, item
+from customize.prompts import WORDS
+from customize.stickers import BACKGROUNDS, Drawing, Scene, World, draw_scene
+from customize.stickers.bench import bench_subjects
+from customize.stickers.scene import PREFIXES, caption, draw_factors, draw_pose
+
+
+class Rendered(References):
+    """Sticker scenes, endless: item i is the same at every run with one seed. Held-out drawings are never among them, except
+    for `validation`, which draws on those that no benchmark uses."""
+
+    def __init__(self, config: ReferenceConfig, pixels: Pixels, seed: int, validation: bool = False):
+        self.config, self.pixels, self.seed = config, pixels, (seed, int(validation))
+        self.world = World(Path(config.world)) if config.world else World()
+        self.pool = self.world.drawings()
+        self.core = self.world.drawings(core=True)
+        if validation:
+            self.pool = self.core = [
+                d for d in self.world.drawings(held_out=True) if d not in bench_subjects()
+            ]
+        self.number = {drawing: i for i, drawing in enumerate(self.pool)}
+
+    def __getitem__(self, position: int) -> dict:
+        rng = np.random.default_rng([*self.seed, position])
+        pool = self.core if rng.random() < 0.5 else self.pool
+        drawing = pool[rng.integers(len(pool))]
+        target = draw_factors(rng, self.world, [drawing], extras=0.25)
+        second = rng.random() < self.config.second_subject_rate
+        if (
+            second or target.companion is not None
+        ):  # drawn from the subject alone so far, which is no companion
+            other = drawing
+            while other == drawing:
+                other = self.core[rng.integers(len(self.core))]
+            target = replace(target, companion=other, count=1)
+        subjects = [drawing, other] if second else [drawing]
+        nouns = [
+            f"{word} {'sticker' if rng.random() < self.config.noun_dropout else subject.word}"
+            for word, subject in zip(WORDS, subjects, strict=False)
+        ]
+        prefix = PREFIXES[rng.integers(len(PREFIXES))]
+        options = {"style": rng.random() < 0.5, "setting": rng.random() < 0.92}
+        prompt = caption(target, nouns[0], prefix, companion=nouns[1] if second else None, **options)
+        views = [[self.view(subject, rng) for _ in range(2)] for subject in subjects]
+        shown = View(*draw_scene(target, self.world, mask_companion=second))
+        told = second and rng.random() < self.config.region_rate
+        regions = halves(draw_scene(target, self.world)[1], self.config.resolution) if told else None
+        return item(shown, views, prompt, self.number[drawing], rng, self.config, self.pixels, regions)
+
+    def view(self, drawing: Drawing, rng: np.random.Generator) -> View:
+        background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+        scene = Scene(drawing, background, pose=draw_pose(rng), seed=int(rng.integers(2**31)))
+        return View(*draw_scene(scene, self.world))
+
+
+def halves(mask: Image.Image, side: int) -> torch.Tensor:
+    """Regions (2, side, side) of two subjects: the half in which most of the first one's mask lies, and the other."""
+    columns = np.asarray(mask, np.float32).sum(0)
+    middle = len(columns) // 2
+    left = torch.arange(side) < side / 2
+    first = left if columns[:middle].sum() > columns[middle:].sum() else ~left
+    return torch.stack([first, ~first]).float()[:, None].repeat(1, side, 1)

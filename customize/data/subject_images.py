@@ -1,0 +1,101 @@
+"""Images of one or a few subjects, for methods that learn these subjects."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from customize.cache import TensorCache
+from customize.data.batches import BucketBatches
+from customize.data.concepts import Concept, DataConfig, read_concept_images, read_concepts
+from customize.data.dataset import SubjectDataset, collate, split_holdout, to_device
+from customize.data.images import ImageFile
+from customize.data.latents import LatentDataset
+from customize.data.training_data import Source, TrainingData
+from customize.errors import UserError, shortened
+
+
+@dataclass
+class SubjectData(TrainingData):
+    """`dataset` is a `SubjectDataset` or a `LatentDataset`."""
+
+    dataset: Any
+
+    def batches(self, start, size, seed, rank=0, world=1):
+        config = self.dataset.config
+        order = BucketBatches(self.dataset, size, seed, start, rank, world, config.random_flip)
+        return loader(
+            self.dataset, config.dataloader_num_workers, seed, batch_sampler=order, collate_fn=collate
+        )
+
+
+def loader(dataset: Dataset, workers: int, seed: int, **options: Any) -> DataLoader:
+    """A loader with a generator of its own: without one, starting it would draw from training's generator."""
+    return DataLoader(dataset, num_workers=workers, generator=torch.Generator().manual_seed(seed), **options)
+
+
+@dataclass
+class SubjectImages(Source):
+    """The images of all concepts; `images` also hold the class images of the prior loss, once a method has added them."""
+
+    config: DataConfig
+    concepts: list[Concept]
+    images: list[ImageFile]
+    held_out: list[ImageFile] = field(default_factory=list)
+
+    def check(self, backbone):
+        for concept in self.concepts:
+            backbone.check_length(f"class prompt '{shortened(concept.class_prompt)}'", concept.class_prompt)
+        for image in (*self.images, *self.held_out):
+            backbone.check_length(f"caption of '{image.path}'", image.caption)
+
+    def prepare(self, method, preparation):
+        backbone, cache, images = method.backbone, preparation.cache, [*self.images, *self.held_out]
+        check_captions(method, images)
+        train: Any = SubjectDataset(self.images, self.config, backbone.factor)
+        held: Any = SubjectDataset(self.held_out, self.config, backbone.factor)
+        if cache is not None:
+            train, held = LatentDataset(train, backbone, cache), LatentDataset(held, backbone, cache)
+            cache_text(method, images, preparation.validation_prompts, cache)
+            if not preparation.validation_prompts:
+                backbone.vae.cpu()  # nothing is encoded or decoded any more
+        digests = sorted(image.digest for image in self.images)
+        return SubjectData(train, held_out=held_out_batches(held, backbone.device), digests=digests)
+
+
+def read_subject_images(config: DataConfig, seed: int) -> SubjectImages:
+    """The images that the settings name; `seed` decides which are held out. UserError for missing or broken ones."""
+    concepts = read_concepts(config)
+    return SubjectImages(
+        config, concepts, *split_holdout(read_concept_images(concepts, config), config.holdout, seed)
+    )
+
+
+def check_captions(method: Any, images: Iterable[ImageFile]) -> None:
+    """UserError for a caption that is too long with the words being learned, or has none of them."""
+    words = method.learned_words
+    for image in images:
+        method.backbone.check_length(f"caption of '{image.path}'", image.caption)
+        if words and not image.is_prior and not any(word in image.caption for word in words):
+            caption, needed = shortened(image.caption), " or ".join(words)
+            raise UserError(
+                f"--instance_prompt: the caption '{caption}' of '{image.path}' does not contain {needed}."
+            )
+
+
+def cache_text(
+    method: Any, images: Iterable[ImageFile], validation_prompts: Iterable[str], cache: TensorCache
+) -> None:
+    """Encodes every prompt that training will ask for, and frees the text encoders, if training leaves them as they are."""
+    if not method.trains_text:
+        prompts = [*(image.caption for image in images), *method.prompts(), *validation_prompts, ""]
+        method.backbone.cache_prompts(prompts, cache)
+        method.backbone.release_text_encoders()
+
+
+def held_out_batches(dataset: SubjectDataset | LatentDataset, device: torch.device) -> list[dict]:
+    """One batch for each held-out picture, on the device."""
+    items = [dataset[i, dataset.bucket_of(i), False] for i in range(len(dataset))]
+    return [to_device(collate([item]), device) for item in items]

@@ -1,0 +1,51 @@
+"""The contract of training data: what the loop is fed, wherever it comes from.
+
+A Data configuration reads the user's settings into a `Source` before a model is loaded; once the method stands, the source
+prepares `TrainingData`. The loop knows nothing else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from customize.cache import TensorCache
+
+
+@dataclass(kw_only=True)
+class TrainingData:
+    """Subclasses say in `batches` how their items become batches."""
+
+    held_out: list[dict] = field(
+        default_factory=list
+    )  # collated batches, on the device, for the validation loss
+    digests: list[str] = field(
+        default_factory=list
+    )  # sha256 of the images that are trained on, as far as they are files
+
+    def batches(self, start: int, size: int, seed: int, rank: int = 0, world: int = 1) -> DataLoader:
+        """Endless batches of `size` items, a pure function of the arguments, from batch `start` of process `rank` of `world`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a source prepares its data with."""
+
+    batch_size: int  # of the held-out batches, where they hold several items
+    cache: TensorCache | None  # for latents and prompt embeddings, if they may be computed once
+    validation_prompts: Sequence[str]  # that are drawn while training
+    rank: int = 0
+    world: int = 1
+
+
+class Source:
+    """What the user's settings name, found and checked before a model is loaded."""
+
+    def check(self, backbone: Any) -> None:
+        """UserError for what this base model cannot be trained on."""
+
+    def prepare(self, method: Any, preparation: Preparation) -> TrainingData:
+        """Everything that training reads, encoded once where nothing that trains could change it."""
+        raise NotImplementedError

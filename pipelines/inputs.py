@@ -1,0 +1,117 @@
+"""What a call with subjects is given: read and checked."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from customize.data.images import TooLarge, checked_image, read_image
+from customize.errors import UserError, shortened
+from customize.prompts import without_words
+
+Reference = Image.Image | str | Path
+
+
+MAX_PIXELS = 10**8  # of a reference or a mask
+
+
+Subjects = dict[str, Tensor]  # features (references, tokens, features) by word
+
+
+def texts_of(prompt: str | list[str] | None) -> list[str] | None:
+    return [prompt] if isinstance(prompt, str) else prompt
+
+
+def by_name(call: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What a call is given, all of it by name."""
+    found = inspect.signature(call).bind(*args, **kwargs).arguments
+    others = found.pop("kwargs", {})  # what the call itself takes as **kwargs
+    return found | others
+
+
+def without_subjects(text: str | list[str]) -> str | list[str]:
+    """A text, or several, for an adapter that gives no words."""
+    return without_words(text) if isinstance(text, str) else [without_words(one) for one in text]
+
+
+def each_prompt(images: Any, count: int) -> list[Any]:
+    """The subjects of each prompt: those given for all of them, or one entry a prompt."""
+    if isinstance(images, str) or not isinstance(images, Sequence):
+        return [images] * count
+    own = [isinstance(entry, Mapping | Sequence | Tensor) and not isinstance(entry, str) for entry in images]
+    if not any(own):
+        return [images] * count
+    if not all(own):
+        raise UserError(
+            "subject_images: for a prompt each, every entry must be a list or a dictionary of pictures."
+        )
+    if len(images) != count:
+        raise UserError(
+            f"subject_images has {len(images)} entries for {count} prompts: give one for each, or one for all."
+        )
+    return list(images)
+
+
+def opened(image: Any, kind: str = "reference") -> Image.Image:
+    """A picture, or the file of one, upright and of 8 bits; UserError if it is neither, or too large. Nothing is fetched."""
+    if not isinstance(image, Image.Image | str | Path):
+        raise UserError(f"a {kind} must be a picture or the path of one, not {type(image).__name__}.")
+    named = f"the {kind}" if isinstance(image, Image.Image) else f"the {kind} '{shortened(str(image))}'"
+    if isinstance(image, str) and "://" in image:
+        raise UserError(f"{named} is an address: download the picture, and give the path of its file.")
+    try:
+        return (
+            checked_image(image, MAX_PIXELS)
+            if isinstance(image, Image.Image)
+            else read_image(Path(image), MAX_PIXELS)
+        )
+    except TooLarge as error:
+        raise UserError(f"{named} has {error}: shrink it to at most {MAX_PIXELS}.") from error
+    except Exception as error:  # PIL's decoders raise all kinds
+        raise UserError(
+            f"{named} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file."
+        ) from error
+
+
+def check_length(prompt: str, subjects: Iterable[str], tokenizer: Any) -> None:
+    """UserError if the word of a subject lies beyond what the text encoder reads; the tokenizer knows these words."""
+    read = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
+    for word in subjects:
+        if tokenizer.convert_tokens_to_ids(word) not in read:
+            most = tokenizer.model_max_length
+            raise UserError(
+                f"{word} lies beyond the {most} tokens that are read of '{shortened(prompt)}': say it earlier."
+            )
+
+
+def side_by_side(there: Tensor, height: int, width: int) -> Tensor:
+    """Regions (rows, subjects, height, width) of columns as wide as each other, from left to right in the order of the subjects
+    that are `there` (rows, subjects)."""
+    column = torch.arange(width, device=there.device) * there.sum(1, keepdim=True) // width  # (rows, width)
+    regions = (column[:, None] == (there.cumsum(1) - 1)[..., None]) & there[..., None]
+    return regions[:, :, None].expand(-1, -1, height, -1)
+
+
+def layer_scales(scale: float | Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
+    """The scale of each layer; of several beginnings that fit a layer's name the longest counts. UserError for one that fits
+    none."""
+    numbers = list(scale.values()) if isinstance(scale, Mapping) else [scale]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise UserError(f"subject_scale must be a number, or numbers by layer, not {number!r}.")
+    if not isinstance(scale, Mapping):
+        return dict.fromkeys(layers, float(scale))
+    for prefix in scale:
+        if not any(layer.startswith(prefix) for layer in layers):
+            raise UserError(
+                f"subject_scale: no layer's name begins with '{prefix}'; they are {', '.join(layers)}."
+            )
+    scales = {}
+    for layer in layers:
+        fitting = [prefix for prefix in scale if layer.startswith(prefix)]
+        scales[layer] = float(scale[max(fitting, key=len)]) if fitting else 1.0
+    return scales

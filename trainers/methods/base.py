@@ -1,0 +1,146 @@
+"""A method: what it trains, what it conditions on, what it minimises."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from customize.adapters.base import Adapter
+from customize.adapters.words import LearnedWords
+from customize.backbones.base import Backbone, Condition, Step
+from customize.config import option
+from customize.data.concepts import Concept, DataConfig
+from customize.errors import UserError
+from customize.losses import contrastive_flow, denoising
+
+
+@dataclass
+class MethodConfig:
+    """Fields of every method."""
+
+    snr_gamma: float = option(0.0, "min-SNR weighting of the loss, 5 is usual; 0 is off", least=0)
+    contrastive_flow_weight: float = option(
+        0.0,
+        "weight of contrastive flow matching, which keeps samples of a batch apart; 0.05 is usual, 0 is off",
+        least=0,
+        below=1,
+    )
+
+    @property
+    def starting_word(self) -> str:
+        """The word that a learned one starts from: the subject's class, if it is known."""
+        return ""
+
+
+class Method(nn.Module):
+    """Subclasses add adapters in `__init__`, and override `condition` and `losses` where they differ."""
+
+    Config: type[MethodConfig] = MethodConfig
+    Data: type = DataConfig  # what its pictures are described by
+
+    def __init__(self, backbone: Backbone, config: MethodConfig, concepts: list[Concept]):
+        super().__init__()
+        self.backbone, self.config, self.concepts = backbone, config, concepts
+        self.adapters: list[Adapter] = []  # what it trains and saves; modules among them are attributes too
+
+    @classmethod
+    def check_settings(cls, model: Any, settings: Any, config: Any) -> None:
+        """UserError for settings that this method cannot be run with; called before a model is loaded."""
+
+    @classmethod
+    def prepare_data(
+        cls, source: Any, backbone: Backbone, settings: Any, config: Any, accelerator: Any
+    ) -> None:
+        """Adds to what is trained on, by the base model as it came: no adapter has been added yet."""
+
+    def check_drawing(self, prompts: list[str]) -> None:
+        """UserError for validation prompts that cannot be drawn."""
+
+    def draw_times(self, n: int) -> Tensor:
+        """Random times (n,) in [0, 1]: 0 is data, 1 is noise."""
+        return self.backbone.draw_times(n)
+
+    def condition(self, batch: dict, t: Tensor) -> Condition:
+        """What the denoiser is conditioned on; times `t` (batch,) run from 0, data, to 1, noise."""
+        return Condition(self.backbone.encode_prompt(batch["prompt"]))
+
+    def errors(self, step: Step) -> Tensor:
+        """The denoising error of each sample, shape (batch,), under its mask and the min-SNR weight."""
+        error = denoising(step.prediction, step.target, step.batch.get("mask"))
+        return (
+            error * self.backbone.snr_weights(step.t, self.config.snr_gamma)
+            if self.config.snr_gamma
+            else error
+        )
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        """Named, weighted terms: their sum is minimised, and each is logged as it is."""
+        return {"denoise": self.errors(step).mean()}
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """`batch` holds `prompt` and either `pixels` (batch, 3, height, width) or their latents' moments `mean` and `std`."""
+        if "mean" in batch:
+            latents = self.backbone.sample_latents(batch["mean"], batch["std"])
+        else:
+            latents = self.backbone.encode_image(batch["pixels"])
+        t = self.backbone.nearest_times(self.draw_times(len(latents)))
+        noise = torch.randn_like(latents)
+        noisy, target = self.backbone.add_noise(latents, noise, t)
+        condition = self.condition(batch, t)
+        prediction = self.backbone.denoise(noisy, t, condition)
+        terms = self.losses(Step(latents, noisy, t, target, condition, prediction, batch))
+        if self.config.contrastive_flow_weight and self.training:
+            terms["contrastive_flow"] = self._contrastive_flow(
+                latents, noise, t, prediction, batch.get("mask")
+            )
+        return terms
+
+    def _contrastive_flow(
+        self, latents: Tensor, noise: Tensor, t: Tensor, prediction: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Away from the target of the next sample of the batch, at this sample's time."""
+        if len(latents) == 1:
+            raise UserError(
+                "--contrastive_flow_weight needs other samples to keep apart: raise --train_batch_size."
+            )
+        _, other = self.backbone.add_noise(latents.roll(1, 0), noise.roll(1, 0), t)
+        return self.config.contrastive_flow_weight * contrastive_flow(prediction, other, mask).mean()
+
+    def on_step(self, step: int, steps: int) -> None:
+        """Called before each step, for schedules: a weight that warms up, a vector whose norm is held."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def parameter_groups(self, lr: float) -> list[dict]:
+        return [{"params": list(self.trainable().values()), "lr": lr}]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes activations in the backward pass instead of keeping them."""
+        self.backbone.denoiser.enable_gradient_checkpointing()
+
+    def draw(self, prompt: str, **options):
+        """One picture by the very modules that are being trained; `options` are those of the pipeline's call."""
+        return self.backbone.pipe(**self.backbone.prompt_arguments(prompt), **options).images[0]
+
+    def diagnose(self, batches: list[dict], folder: Path, step: int) -> dict[str, float]:
+        """Numbers to log beside the validation loss, from held-out batches; pictures may go into `folder`."""
+        return {}
+
+    def prompts(self) -> list[str]:
+        """Prompts beyond the pictures' own that training will ask for."""
+        return []
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether what the text encoders return changes during training, so that it cannot be cached."""
+        return any(adapter.changes_text for adapter in self.adapters)
+
+    @property
+    def learned_words(self) -> list[str]:
+        """The placeholder words whose vectors are learned: every caption must hold one of them."""
+        return [
+            word for adapter in self.adapters if isinstance(adapter, LearnedWords) for word in adapter.words
+        ]

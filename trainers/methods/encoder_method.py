@@ -1,0 +1,204 @@
+"""What methods that train a subject encoder share: the image encoder, the adapter, and what is dropped for guidance."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from customize import embedded
+from customize.adapters.attention import text_layers
+from customize.adapters.encoders.image_encoder import load_image_encoder
+from customize.adapters.encoders.output import Encoded
+from customize.adapters.subject import SubjectAdapter
+from customize.adapters.subject_files import adapter_file, load_adapter, read_file
+from customize.config import option
+from customize.data.references import ReferenceConfig
+from customize.errors import UserError
+from customize.pipelines.load import with_subjects
+from customize.prompts import WORDS, check_words, without_words
+from customize.randomness import fixed_randomness
+from customize.trainers.methods.base import Method, MethodConfig
+
+
+@dataclass
+class SubjectConfig(MethodConfig):
+    """Fields of every method that trains a subject encoder."""
+
+    image_encoder: str = option(
+        "", "CLIP vision model: folder, hub id (or OWNER/NAME/FOLDER); empty: stickers' own"
+    )
+    pretrained_adapter: str = option("", "an encoder file to go on from, ours or a released IP-Adapter")
+    validation_images: list[str] = field(
+        default_factory=list, metadata={"help": "pictures of the subject that --validation_prompt calls <s>"}
+    )
+    timestep_sampling: Literal["uniform", "cubic"] = option(
+        "uniform",
+        "cubic: mostly noisy times, t = 1 - u^3, where a picture's content is decided (arXiv 2402.18078)",
+    )
+    dropout_text: float = option(
+        0.05, "share of samples that are learned without their prompt, for guidance", least=0, most=1
+    )
+    dropout_image: float = option(0.05, "share without visual tokens", least=0, most=1)
+    dropout_both: float = option(0.05, "share without either", least=0, most=1)
+    multi_reference_rate: float = option(
+        0.25, "share of batches that are given both references", least=0, most=1
+    )
+
+
+class SubjectMethod(Method):
+    """Subclasses make `adapter` in `make_adapter`."""
+
+    Config = SubjectConfig
+    Data = ReferenceConfig
+    adapter: SubjectAdapter
+    recomputes_text = False  # in the backward pass, to save memory
+
+    def __init__(self, backbone, config: SubjectConfig, concepts=()):
+        super().__init__(backbone, config, list(concepts))
+        try:
+            text_layers(backbone.denoiser)
+        except TypeError:
+            raise UserError(
+                f"{type(self).__name__} needs a UNet (Stable Diffusion 1.x, 2.x, XL) as base model."
+            ) from None
+        if not config.image_encoder and not embedded.is_embedded(backbone.name):
+            raise UserError("--image_encoder: name the CLIP vision model that reads the references.")
+        self.image_encoder = load_image_encoder(
+            config.image_encoder or embedded.NAME, backbone.denoiser.dtype
+        )
+        self.adapter = (
+            self.start_from(config.pretrained_adapter) if config.pretrained_adapter else self.make_adapter()
+        )
+        self.adapters.append(self.adapter)
+
+    @classmethod
+    def check_settings(cls, model, settings, config):
+        if settings.validation_prompt and not config.validation_images:
+            raise UserError(
+                "--validation_prompt: name images of the subject to draw with --validation_images."
+            )
+        if settings.validation_metric == "score":
+            raise UserError(
+                "--validation_metric score rates runs of one subject; an encoder's best step goes by --holdout's loss."
+            )
+        if model.cache_dir or settings.export_kohya:
+            flag = "--cache_dir" if model.cache_dir else "--export_kohya"
+            raise UserError(
+                f"{flag} is for LoRA and learned words; an encoder sees new images at every step and is one file."
+            )
+
+    def make_adapter(self) -> SubjectAdapter:
+        raise NotImplementedError
+
+    def start_from(self, name: str) -> SubjectAdapter:
+        """A released adapter as it is, or a new one of ours with what an earlier run trained: parts that it did not have begin
+        anew. UserError where sizes differ."""
+        path = adapter_file(name)
+        state, about = read_file(path)
+        if about is None:
+            return load_adapter(path, self.backbone.pipe, self.image_encoder).train().requires_grad_(True)
+        adapter = self.make_adapter()
+        own = {key: value.shape for key, value in adapter.state_dict().items()}
+        differing = [key for key, value in state.items() if own.get(key) != value.shape]
+        sizes = asdict(adapter.encoder.config)
+        # what shapes do not tell
+        differing += [name for name in ("heads", "image_layers") if about["config"][name] != sizes[name]]
+        if differing:
+            raise UserError(
+                f"--pretrained_adapter: '{path}' has other sizes or parts ({differing[0]}); give the flags of its run."
+            )
+        adapter.load_state_dict(state, strict=False)
+        return adapter
+
+    def enable_gradient_checkpointing(self) -> None:
+        super().enable_gradient_checkpointing()
+        self.recomputes_text = True
+
+    def draw_times(self, n):
+        if self.config.timestep_sampling == "uniform":
+            return super().draw_times(n)
+        u = torch.rand(n, device=self.backbone.device)
+        return 1 - u**3
+
+    def diagnose(self, batches, folder, step):
+        """`gain`: by how much the loss rises when each sample is given another subject's references, at the same noise."""
+        found = []
+        with torch.no_grad():
+            for batch in batches:
+                other = batch | {"references": batch["references"].clone()}
+                other["references"][:, 0] = batch["references"][:, 0].roll(1, 0)
+                losses = []
+                for shown in (batch, other):
+                    with fixed_randomness(0):
+                        losses.append(float(torch.stack([self(shown)["denoise"] for _ in range(4)]).mean()))
+                found.append(losses[1] - losses[0])
+        return {"gain": sum(found) / len(found)}
+
+    @property
+    def pipe(self):
+        """A pipeline of the very modules that are being trained."""
+        pipe = with_subjects(self.backbone.pipe)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.adapter = self.adapter
+        pipe.register_modules(
+            image_encoder=self.image_encoder.vision, feature_extractor=self.image_encoder.processor
+        )
+        return pipe
+
+    def check_drawing(self, prompts: list[str]) -> None:
+        """UserError if these validation prompts or the pictures given for them could not be drawn with."""
+        if not prompts:
+            return
+        subjects = {WORDS[0]: self.pipe.encode_references(self.config.validation_images)}
+        for prompt in prompts:
+            check_words(prompt, subjects, self.adapter.has_words)
+
+    def draw(self, prompt, **options):
+        """With the pictures of `--validation_images`."""
+        return self.pipe(prompt, subject_images=self.config.validation_images, **options).images[0]
+
+    def dropped(self, count: int) -> tuple[Tensor, Tensor]:
+        """Which of `count` samples lose their prompt and which their visual tokens; none in evaluation."""
+        device, config = self.backbone.device, self.config
+        text, image, both = config.dropout_text, config.dropout_image, config.dropout_both
+        if not self.training:
+            return torch.zeros(count, dtype=torch.bool, device=device), torch.zeros(
+                count, dtype=torch.bool, device=device
+            )
+        u = torch.rand(count, device=device)
+        no_text = (u < text) | ((u >= text + image) & (u < text + image + both))
+        return no_text, (u >= text) & (u < text + image + both)
+
+    def encode(self, features: Tensor, t: Tensor, shows_target: Tensor | None = None) -> Encoded:
+        """Features (batch, references, tokens, features); where `shows_target` (batch,) only the first reference counts, as the
+        second is the picture to be drawn."""
+        used = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        if shows_target is not None:
+            used[:, 1:] &= ~shows_target[:, None]
+        return self.adapter.encoder(features, used, t)
+
+    def regions_of(self, batch: dict) -> Tensor | None:
+        """Where each subject may be, (batch, subjects, height, width) at latent size; None where the batch does not say."""
+        if "regions" not in batch:
+            return None
+        height, width = (side // self.backbone.pipe.vae_scale_factor for side in batch["regions"].shape[-2:])
+        return F.interpolate(batch["regions"], (height, width), mode="area")
+
+    def prompts_of(self, batch: dict, no_text: Tensor) -> list[str]:
+        prompts = (
+            batch["prompt"]
+            if self.adapter.has_words
+            else [without_words(prompt) for prompt in batch["prompt"]]
+        )
+        return ["" if drop else prompt for prompt, drop in zip(prompts, no_text.tolist(), strict=True)]
+
+    def uses_both(self) -> bool:
+        """Whether this batch is given both references; the first alone in evaluation."""
+        return self.training and torch.rand(()).item() < self.config.multi_reference_rate
+
+
+def of_subjects(values: Tensor, present: Tensor) -> Tensor:
+    """What is said of each picture (rows,), for each of its subjects: `present` (rows, subjects) says which are there."""
+    return values[:, None].expand_as(present)[present]

@@ -1,0 +1,49 @@
+"""IP-Adapter: visual tokens through cross-attention of their own (Ye et al., 2023, arXiv 2308.06721)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from customize.adapters.subject import SubjectAdapter, image_prompt
+from customize.backbones.base import Condition
+from customize.config import check_ranges, option
+from customize.trainers.methods.encoder_method import SubjectConfig, SubjectMethod, of_subjects
+
+
+@dataclass
+class IPAdapterConfig(SubjectConfig):
+    plus: bool = option(
+        True, "read patches with a resampler (IP-Adapter-Plus) instead of the pooled embedding"
+    )
+    dim: int = option(768, "width of the resampler", least=1)
+    depth: int = option(4, "its blocks", least=1)
+    heads: int = option(12, "its attention heads, of 64 numbers each", least=1)
+    visual_queries: int = option(16, "its visual tokens", least=1)
+
+
+class IPAdapter(SubjectMethod):
+    Config = IPAdapterConfig
+
+    def make_adapter(self) -> SubjectAdapter:
+        check_ranges(self.config)
+        sizes = {name: getattr(self.config, name) for name in ("dim", "depth", "heads")}
+        sizes = sizes | {"queries": self.config.visual_queries} if self.config.plus else {}
+        return image_prompt(self.backbone.pipe, self.image_encoder, self.config.plus, **sizes)
+
+    def condition(self, batch, t: Tensor) -> Condition:
+        """A picture that is dropped becomes the blank one that the unconditional half is given at inference."""
+        encoder, present = self.adapter.encoder, batch["present"]
+        count = 2 if self.uses_both() else 1
+        views = batch["references"][present][:, :count].flatten(0, 1)
+        features = encoder.read(self.image_encoder(views)).unflatten(0, (-1, count))
+        no_text, no_image = self.dropped(len(present))
+        if no_image.any():
+            blank = encoder.blank(self.image_encoder, views).unsqueeze(1)
+            features = torch.where(of_subjects(no_image, present).view(-1, 1, 1, 1), blank, features)
+        shows_target = of_subjects(batch["shows_target"], present)
+        encoded = self.encode(features, of_subjects(t, present), shows_target).spread(present)
+        text = self.backbone.encode_prompt(self.prompts_of(batch, no_text))
+        return Condition(
+            text, self.adapter.injected(encoded, present.float(), regions=self.regions_of(batch))
+        )

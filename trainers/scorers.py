@@ -1,0 +1,66 @@
+"""Choosing among a run's steps by what matters: likeness x obedience of validation pictures, rather than a loss."""
+
+from collections.abc import Callable, Sequence
+
+from PIL import Image
+
+from customize import embedded
+from customize.data.concepts import Concept
+from customize.data.images import ImageFile, read_image_file
+from customize.errors import UserError
+from customize.prompts import class_word, subject_words
+
+Scorer = Callable[
+    [list[tuple[str, Image.Image]]], dict[str, float]
+]  # drawn (prompt, picture) to identity and control
+
+
+def encoder_scorer(
+    references: Sequence[Image.Image], concept: Concept, initializer: str, clip, dino
+) -> Scorer:
+    """Of any other model: DINO's mean cosine with the references, and CLIP's with the prompts, class word in the subject's
+    place (see `customize.metrics`)."""
+    from customize.metrics import prompt_score, subject_score
+
+    real, words = dino(references), subject_words(concept.instance_prompt)
+    word = class_word(concept.instance_prompt, concept.class_prompt, initializer)
+
+    def score(drawn: list[tuple[str, Image.Image]]) -> dict[str, float]:
+        pictures = [picture for _, picture in drawn]
+        texts = clip.texts([prompt.replace(words, word) for prompt, _ in drawn])
+        return {
+            "identity": subject_score(dino(pictures), real),
+            "control": prompt_score(clip(pictures), texts),
+        }
+
+    return score
+
+
+def make_scorer(
+    settings, base: str, concepts: list[Concept], pictures: Sequence[ImageFile], initializer: str = ""
+) -> Scorer:
+    """The scorer of a run: the sticker world's judge on the embedded base model, CLIP and DINO on others.
+
+    UserError for several concepts, which would need a score each, and where the metrics' libraries are missing.
+    """
+    if len(concepts) != 1:
+        raise UserError("--validation_metric score is for one concept; use loss with several.")
+    words = subject_words(concepts[0].instance_prompt)
+    if not words or any(words not in prompt for prompt in settings.validation_prompt):
+        raise UserError(
+            f"--validation_prompt: the score needs '{words or 'an --instance_prompt'}' in every validation prompt."
+        )
+    references = [read_image_file(picture)[0] for picture in pictures]
+    if embedded.is_embedded(base):
+        return embedded.subject_score(references)
+    try:
+        from customize.metrics import load_clip, load_dino
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--validation_metric score needs {error.name}: pip install 'customize[evaluate]'."
+        ) from error
+    clip, dino = (
+        load_clip(settings.validation_clip, "validation_clip"),
+        load_dino(settings.validation_dino, "validation_dino"),
+    )
+    return encoder_scorer(references, concepts[0], initializer, clip, dino)
