@@ -407,7 +407,7 @@ def test_two_halves_have_the_appearance_loss_and_gradient_of_the_whole(halves):
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
-    """The folder of a tiny image tower."""
+    """The folder of a tiny image encoder."""
     folder = tmp_path_factory.mktemp("tower")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     torch.manual_seed(0)

@@ -603,7 +603,7 @@ def encoders(tmp_path_factory):
 
 
 def encoder_refused(
-    path, match: str = "damaged|another (base model|version|image tower)|subject encoder and no"
+    path, match: str = "damaged|another (base model|version|image encoder)|subject encoder and no"
 ) -> None:
     with pytest.raises(UserError, match=match) as error:
         load_adapter(path, tiny("sd15"), eye())

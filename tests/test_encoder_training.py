@@ -151,7 +151,7 @@ def test_trains_saves_and_reloads(base, case, tower, subjects, tmp_path):
     ],
 )
 def test_bf16_trains_draws_and_saves_in_float32(base, case, tower, subjects, tmp_path, monkeypatch):
-    """As on a GPU: base model and image tower in bf16, what is trained in float32, autocast, activations recomputed."""
+    """As on a GPU: base model and image encoder in bf16, what is trained in float32, autocast, activations recomputed."""
     tiny(base).save_pretrained(tmp_path / "base")
     method, options = CASES[case]
     made, begin = [], method.__init__

@@ -1,4 +1,4 @@
-"""Subject encoders: their mathematics by hand, released IP-Adapters beside stock diffusers, their files, the image tower."""
+"""Subject encoders: their mathematics by hand, released IP-Adapters beside stock diffusers, their files, the image encoder."""
 
 import json
 import math
@@ -676,7 +676,7 @@ def test_another_image_tower_is_refused_and_the_adapter_in_place_stays(kind, tmp
         vision = CLIPVisionModelWithProjection(
             CLIPVisionConfig(**({"image_size": 32, "patch_size": 8, "projection_dim": 16} | sizes | other))
         )
-        with pytest.raises(UserError, match=rf"{file}' reads another image tower"):
+        with pytest.raises(UserError, match=rf"{file}' reads another image encoder"):
             loaded.load_subject_adapter(file, ImageEncoder(vision, HALVES, HALVES))
     assert np.array_equal(drawn(loaded, subject_images=noise(0)), expected)
 
@@ -744,7 +744,7 @@ def test_a_released_file_with_a_part_missing_is_refused(missing, tmp_path):
         load_adapter(write(state, tmp_path / "adapter.safetensors"), tiny("sd15"), eye())
 
 
-# the image tower
+# the image encoder
 
 
 def test_a_tower_comes_from_a_folder(tmp_path):

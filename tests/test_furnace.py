@@ -114,7 +114,7 @@ def test_a_piece_holds_latents_and_token_numbers_that_the_reader_turns_into_text
     states = text(ids[:3])
     assert states.shape == (3, 56, 192)
     with torch.no_grad():
-        expected = text.image_encoder(ids[1:2].long()).last_hidden_state[0]
+        expected = text.tower(ids[1:2].long()).last_hidden_state[0]
     assert torch.allclose(
         states[1].float(), expected, atol=0.05
     )  # float16, and bfloat16 where the processor has it

@@ -29,7 +29,7 @@ WHITE = (255, 255, 255)
 
 
 def pixels(pictures) -> torch.Tensor:
-    """What the image tower would be given, here in [0, 1] and as large as the pictures are."""
+    """What the image encoder would be given, here in [0, 1] and as large as the pictures are."""
     return torch.stack([to_tensor(picture) for picture in pictures])
 
 

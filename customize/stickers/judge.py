@@ -37,9 +37,8 @@ class Residual(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pixels (batch, 3, 64, 64) in [-1, 1], half of the base model's side, to logits: `drawing` (batch, places, drawings of the
-    world that ships) and one head for each of `FACTORS`. An image's logit of a drawing is the logsumexp over its places; of
-    two drawings each gets half of the probability."""
+    """Pixels (batch, 3, 64, 64) in [-1, 1], half of the base model's side, to logits: `drawing` (batch, drawings of the world
+    that ships) and one head for each of `FACTORS`. In an image of two drawings each gets half of the probability."""
 
     def __init__(self, drawings: int):
         super().__init__()
@@ -64,8 +63,10 @@ class Judge(nn.Module):
         features = self.trunk(pixels)
         mean = features.mean((2, 3))
         both = torch.cat([mean, features.amax((2, 3))], 1)
-        places = self.drawing(features.flatten(2).mT)
-        return {"drawing": places, **{name: head(both) for name, head in self.factors.items()}}
+        places = self.drawing(
+            features.flatten(2).mT
+        )  # (batch, places, drawings): two drawings are at two places
+        return {"drawing": places.logsumexp(1), **{name: head(both) for name, head in self.factors.items()}}
 
 
 def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
@@ -74,42 +75,32 @@ def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def second(weights: Tensor) -> Tensor:
-    """The second thing of each image, (n,), from what each place says for each thing, (n, places, things), not negative.
-
-    The best thing is explained away: a place counts the less, the more it says for that one. Otherwise what merely resembles
-    the best thing would often come before what stands beside it."""
-    best = weights.sum(1).argmax(1)
-    own = weights[torch.arange(len(weights)), :, best]
-    elsewhere = 1 - own / own.amax(1, keepdim=True)
-    rest = (weights * elsewhere.unsqueeze(2)).sum(1)
-    return rest.scatter(1, best.unsqueeze(1), -1).argmax(1)
-
-
 class Verdicts:
-    """What the judge says of `n` pictures."""
+    """What the judge says of `n` images. `sides` holds its logits of drawings for closer looks at parts of the images, which
+    tell two drawings apart."""
 
-    def __init__(self, world: World, logits: dict[str, Tensor]):
+    def __init__(self, world: World, logits: dict[str, Tensor], sides: Sequence[Tensor] = ()):
         self.drawings, self.logits = world.drawings(held_out=None), logits
-        places = logits["drawing"].flatten(1).softmax(1).view_as(logits["drawing"])
+        self.probability = logits["drawing"].softmax(1)
         self.words = list(world.classes)
         index = torch.tensor([self.words.index(d.word) for d in self.drawings])
-        of_words = torch.zeros(*places.shape[:2], len(self.words)).index_add(2, index, places)
-        self.probability, self.word_probability = places.sum(1), of_words.sum(1)
-        self.second, self.second_word = second(places), second(of_words)
-
-    def shows(self, i: int, drawing: Drawing, among: int = 1) -> bool:
-        """Whether the drawing is the most probable one of picture `i`, or, with `among` 2, the second one."""
-        return (
-            self.drawings.index(drawing) in (int(self.probability[i].argmax()), int(self.second[i]))[:among]
+        pair = torch.stack([self.probability, *(side.softmax(1) for side in sides)]).mean(0)
+        self.word_probability, self.pair_probability = (
+            torch.zeros(len(some), len(self.words)).index_add(1, index, some)
+            for some in (self.probability, pair)
         )
 
-    def shows_class(self, i: int, word: str, among: int = 1) -> bool:
-        """The same for the class."""
-        return (
-            self.words.index(word)
-            in (int(self.word_probability[i].argmax()), int(self.second_word[i]))[:among]
-        )
+    def shows(self, i: int, drawing: Drawing) -> bool:
+        """Whether the drawing is the most probable one of image `i`."""
+        return self.drawings.index(drawing) == int(self.probability[i].argmax())
+
+    def shows_class(self, i: int, word: str) -> bool:
+        """Whether the class is the most probable one of image `i`."""
+        return self.words.index(word) == int(self.word_probability[i].argmax())
+
+    def shows_beside(self, i: int, word: str) -> bool:
+        """Whether the class is one of the two most probable ones of image `i`."""
+        return self.words.index(word) in self.pair_probability[i].topk(2).indices.tolist()
 
     def belief(self, i: int, drawing: Drawing) -> float:
         """The probability, 0 to 1, that picture `i` shows the drawing."""
@@ -124,9 +115,7 @@ class Verdicts:
         for name, value in asked.items():
             if trusted(name):
                 seen = (
-                    self.shows_class(i, str(value), 2)
-                    if name == "companion"
-                    else self.factor(i, name) == value
+                    self.shows_beside(i, str(value)) if name == "companion" else self.factor(i, name) == value
                 )
                 found[name] = float(seen)
         return found
@@ -164,9 +153,29 @@ def trusted(name: str) -> bool:
     return accuracy()[name] >= TRUSTED
 
 
+SIDE_WIDTH = 84 / 128  # of a closer look at the left and the right of an image, in its width
+
+
+def sides_of(image: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """The left and the right part of an image, square if it is, from the middle of its height."""
+    width, height = (round(SIDE_WIDTH * side) for side in image.size)
+    top, right = (image.height - height) // 2, image.width - width
+    return image.crop((0, top, width, top + height)), image.crop((right, top, image.width, top + height))
+
+
 @torch.no_grad()
-def judge(pictures: Sequence[Image.Image]) -> Verdicts:
-    """The judge's verdicts on pictures, in batches of 256."""
-    network = load_judge()
-    parts = [network(to_pixels(pictures[i : i + 256])) for i in range(0, len(pictures), 256)]
-    return Verdicts(World(), {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+def verdicts_of(network: Judge, images: Sequence[Image.Image]) -> Verdicts:
+    """A judge's verdicts on images, in batches of 256."""
+    batches = [images[i : i + 256] for i in range(0, len(images), 256)]
+    whole = [network(to_pixels(batch)) for batch in batches]
+    closer = [
+        [network(to_pixels(side))["drawing"] for side in zip(*map(sides_of, batch), strict=True)]
+        for batch in batches
+    ]
+    logits = {name: torch.cat([part[name] for part in whole]) for name in whole[0]}
+    return Verdicts(World(), logits, [torch.cat(side) for side in zip(*closer, strict=True)])
+
+
+def judge(images: Sequence[Image.Image]) -> Verdicts:
+    """The shipped judge's verdicts on images."""
+    return verdicts_of(load_judge(), images)

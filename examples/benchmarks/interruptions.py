@@ -26,7 +26,7 @@ from customize.app.cli import main as customize
 from customize.runs.folder import checkpoint_step, foreign, latest_checkpoint, read_info
 from customize.stickers import Drawing
 from customize.stickers.bench import write_references
-from customize.trainers import loop, state
+from customize.trainers import loop
 
 STEPS = 12
 FLAGS = f"--max_train_steps {STEPS} --checkpointing_steps 3 --validation_steps 4 --holdout 1 --rank 2 --lora_dropout 0.2"
@@ -95,7 +95,7 @@ def cases(number: int, count: int, rng: np.random.Generator) -> list[tuple]:
     operations = [
         (os, "fsync", 60),
         (os, "replace", 30),
-        (state, "save_file", 4),
+        (resume, "save_file", 4),
         (shutil, "rmtree", 30),
         (os, "chmod", 60),
     ]

@@ -81,7 +81,7 @@ def both_judged(pictures: list, scenes: list[Scene]) -> float:
     verdicts = judge(pictures)
     words = [(scene.subject.word, scene.companion.word) for scene in scenes]
     return float(
-        np.mean([all(verdicts.shows_class(i, word, 2) for word in both) for i, both in enumerate(words)])
+        np.mean([all(verdicts.shows_beside(i, word) for word in both) for i, both in enumerate(words)])
     )
 
 

@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 from unet import WEIGHTS, build, schedule
 
 from customize.stickers import Scene, World, draw_scene
-from customize.stickers.judge import FOLDER, Judge, Verdicts, to_pixels
+from customize.stickers.judge import FOLDER, Judge, verdicts_of
 from customize.stickers.scene import ARRANGEMENTS, FACTORS, draw_caption, draw_factors
 from recipe import FURNACE, Run, autocast, begin, part, scaled, stage, until
 from recipe import to_pixels as whole_pixels
@@ -139,10 +139,6 @@ class Pieces:
         )
 
 
-def render(scenes: list[Scene], world: World) -> Tensor:
-    return to_pixels([draw_scene(scene, world)[0] for scene in scenes])
-
-
 @torch.no_grad()
 def measure(judge: Judge, world: World, count: int = 2000) -> dict[str, float]:
     """Accuracy on fresh scenes. The drawing: of scenes with the subject at its usual size, upright and in its own colours, as
@@ -150,20 +146,18 @@ def measure(judge: Judge, world: World, count: int = 2000) -> dict[str, float]:
     rng, drawings = np.random.default_rng(2**31), world.drawings(held_out=None)
     scenes = [draw_factors(rng, world, drawings, extras=0.5) for _ in range(count)]
     judge.eval()
-    logits = [judge(render(scenes[i : i + 250], world)) for i in range(0, count, 250)]
-    verdicts = Verdicts(world, {name: torch.cat([part[name] for part in logits]) for name in logits[0]})
+    verdicts = verdicts_of(judge, [draw_scene(scene, world)[0] for scene in scenes])
     judge.train()
-    among = [1 if s.companion is None else 2 for s in scenes]
     plain = [
         i
         for i, s in enumerate(scenes)
         if not (s.tint or s.size or s.orientation or s.companion or s.count > 1)
     ]
     rest = sorted(set(range(count)) - set(plain))
-    shown = [verdicts.shows(i, s.subject, among[i]) for i, s in enumerate(scenes)]
-    kept = [verdicts.shows_class(i, s.subject.word, among[i]) for i, s in enumerate(scenes)]
+    shown = [verdicts.shows(i, s.subject) for i, s in enumerate(scenes)]
+    kept = [verdicts.shows_class(i, s.subject.word) for i, s in enumerate(scenes)]
     beside = [
-        verdicts.shows_class(i, s.companion.word, 2) for i, s in enumerate(scenes) if s.companion is not None
+        verdicts.shows_beside(i, s.companion.word) for i, s in enumerate(scenes) if s.companion is not None
     ]
     found = {
         "drawing": np.mean([shown[i] for i in plain]),
@@ -195,7 +189,6 @@ def main():
         seen = wear(scaled(pixels), ids)
         with autocast(options.device):
             logits = judge(seen)
-            logits["drawing"] = logits["drawing"].logsumexp(1)
             losses = {
                 n: WEIGHTS_OF.get(n, 0.4) * F.cross_entropy(logits[n], w)
                 for n, w in zip(names, wanted, strict=True)
