@@ -302,7 +302,9 @@ def features_of(encoder: MultimodalEncoder, rows: int, references: int) -> torch
 
 def everything(encoded) -> dict[str, torch.Tensor]:
     words = {f"words.{i}": words for i, words in enumerate(encoded.words)}
-    return words | {name: getattr(encoded, name) for name in ("visual", "place", "visual_cls", "textual_cls")}
+    return words | {
+        name: getattr(encoded, name) for name in ("visual", "location_embedding", "visual_cls", "textual_cls")
+    }
 
 
 def alike(one: dict, other: dict) -> dict[str, bool]:
@@ -387,7 +389,13 @@ def test_bins_of_time():
     )
     assert all(torch.equal(first[name], same[name]) for name in first)
     differing = [name for name, equal in alike(first, other).items() if not equal]
-    assert differing == ["words.0", "words.1", "visual", "place", "textual_cls"]  # visual: text-refined
+    assert differing == [
+        "words.0",
+        "words.1",
+        "visual",
+        "location_embedding",
+        "textual_cls",
+    ]  # visual: text-refined
     assert encoder.bin_of(torch.tensor([0.0, 0.24, 0.25, 0.99, 1.0])).tolist() == [0, 0, 1, 3, 3]
     assert encoder.middle_of(torch.arange(4)).tolist() == [0.125, 0.375, 0.625, 0.875]
 

@@ -25,7 +25,7 @@ class KohyaLora(Adapter):
     files = (KOHYA,)
 
     def __init__(self, backbone: Backbone):
-        if backbone.denoiser_name != "unet":
+        if not backbone.kohya_prefixes:
             raise UserError(
                 "--export_kohya is for UNet models; other tools read the diffusers file of this one."
             )
@@ -34,15 +34,10 @@ class KohyaLora(Adapter):
     def save(self, folder: Path) -> dict:
         flat: dict[str, Tensor] = {}
         for name, module in adapted(self.backbone).items():
-            flat |= kohya_state(module, self._prefix(name))
+            flat |= kohya_state(module, self.backbone.kohya_prefixes[name])
         if flat:
             save_file(flat, folder / KOHYA, {"format": "pt", "ss_network_module": "networks.lora"})
         return {}
-
-    def _prefix(self, component: str) -> str:
-        single = len(self.backbone.text_encoders) == 1
-        prefixes = {"text_encoder": "lora_te" if single else "lora_te1", "text_encoder_2": "lora_te2"}
-        return prefixes.get(component, "lora_unet")
 
     @staticmethod
     def load(folder: Path, info: Mapping[str, Any], pipe: DiffusionPipeline) -> None:

@@ -14,38 +14,10 @@ from torch import Tensor, nn
 from customize.adapters.base import Adapter
 from customize.adapters.lora_files import LORA, check_lora, diffusers_state, folded_metadata
 from customize.backbones.base import Backbone
+from customize.backbones.layers import PRESETS
 from customize.config import check_ranges, option
 from customize.errors import UserError
 from customize.files import header, tensors_of
-
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-
-
-FEED_FORWARD = [
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
-    "proj_mlp",
-    "proj_out",
-]
-
-
-CONVOLUTIONS = [
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "time_emb_proj",
-    "proj_in",
-]  # of a UNet's residual and transformer blocks
-
-
-PRESETS = {
-    "attention": ATTENTION,
-    "attention+ff": ATTENTION + FEED_FORWARD,
-    "all": ATTENTION + FEED_FORWARD + CONVOLUTIONS,
-}
-
 
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -63,9 +35,14 @@ class LoraFields:
     use_dora: bool = option(False, "also learn the weights' magnitudes (DoRA)")
 
 
-def add_lora(module: ModelMixin, settings: LoraFields, targets: list[str] | None = None) -> None:
+def add_lora(
+    module: ModelMixin,
+    settings: LoraFields,
+    targets: list[str] | None = None,
+    presets: Mapping[str, list[str]] = PRESETS,
+) -> None:
     """Adds trainable float32 LoRA to the layers that `lora_layers` (or `targets`) names; it is zero at the start."""
-    preset = targets or PRESETS.get(settings.lora_layers)
+    preset = targets or presets.get(settings.lora_layers)
     wanted = preset or [name.strip() for name in settings.lora_layers.split(",")]
     layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     # a preset's `proj_out` is that of a block, never the model's own last layer
@@ -73,7 +50,7 @@ def add_lora(module: ModelMixin, settings: LoraFields, targets: list[str] | None
     missing = [t for t, names in found.items() if not names]
     if missing and (not preset or len(missing) == len(wanted)):
         raise UserError(
-            f"--lora_layers: no layer is named {', '.join(missing)}; use one of {', '.join(PRESETS)}."
+            f"--lora_layers: no layer is named {', '.join(missing)}; use one of {', '.join(presets)}."
         )
     names = sorted({n for names in found.values() for n in names})
     check_ranges(settings)
@@ -109,7 +86,7 @@ class Lora(Adapter):
 
     def __init__(self, backbone: Backbone, settings: LoraFields, text_encoders: Sequence[ModelMixin] = ()):
         self.backbone = backbone
-        add_lora(backbone.denoiser, settings)
+        add_lora(backbone.denoiser, settings, presets=backbone.lora_presets)
         for encoder in text_encoders:
             add_lora(encoder, settings, TEXT_ATTENTION)
 

@@ -8,21 +8,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from customize.backbones.layers import PRESETS
 from customize.backbones.text import ENCODER_NAMES, SUFFIXES, text_parts
 from customize.cache import TensorCache, fingerprint, key_of
 from customize.errors import UserError, shortened
-
-EMBEDDINGS = {  # a denoiser's text arguments, as its pipeline's call names them
-    "encoder_hidden_states": "prompt_embeds",
-    "text_embeds": "pooled_prompt_embeds",
-    "pooled_projections": "pooled_prompt_embeds",
-}
 
 
 @dataclass
@@ -60,12 +55,22 @@ def unsupported(why: str) -> UserError:
 
 
 class Backbone(nn.Module):
-    """The frozen components of a diffusers pipeline, registered so that they move and train as one module."""
+    """The frozen components of a diffusers pipeline, registered so that they move and train as one module.
 
-    denoiser_name = "unet"
-    takes_negative_prompt = True
-    resolution = 0  # side of the pictures that this run trains on and draws, in pixels
+    A family of base models is a subclass that declares what is peculiar to it, and one line of `BACKBONES`.
+    """
+
+    denoiser_name = "unet"  # the pipeline's name for it
     embedding_names: tuple[str, ...] = ENCODER_NAMES  # of the text encoders, in files of learned words
+    call_arguments: ClassVar[
+        dict[str, str]
+    ]  # the denoiser's text arguments, as the pipeline's call names them
+    takes_negative_prompt = True
+    lora_presets = PRESETS  # ends of the names of layers, by what --lora_layers calls them
+    kohya_prefixes: ClassVar[
+        dict[str, str]
+    ] = {}  # of the components in kohya's LoRA files; none: it has no such layout
+    resolution = 0  # side of the images that this run trains on and draws, in pixels
 
     def __init__(self, pipe: DiffusionPipeline, name: str = ""):
         super().__init__()
@@ -203,7 +208,7 @@ class Backbone(nn.Module):
         return arguments
 
     def _embedded(self, text: dict[str, Tensor], prefix: str) -> dict[str, str | Tensor]:
-        return {f"{prefix}{EMBEDDINGS[name]}": value.to(self.device) for name, value in text.items()}
+        return {f"{prefix}{self.call_arguments[name]}": value.to(self.device) for name, value in text.items()}
 
     def release_text_encoders(self) -> None:
         """Frees the memory of encoders whose prompts are all cached."""

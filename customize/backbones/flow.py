@@ -9,6 +9,7 @@ class Flow(Backbone):
     """Rectified flow: straight lines from data at 0 to noise at 1, predicting their velocity."""
 
     denoiser_name = "transformer"
+    call_arguments = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
     text_length = 256  # tokens given to T5
 
     def __init__(self, pipe, name=""):

@@ -74,11 +74,19 @@ class DDPM(Backbone):
 class SD(DDPM):
     """Stable Diffusion 1.x and 2.x."""
 
+    call_arguments = {"encoder_hidden_states": "prompt_embeds"}
+    kohya_prefixes = {"unet": "lora_unet", "text_encoder": "lora_te"}
+
     def _encode_prompt(self, prompts):
         return {"encoder_hidden_states": self.pipe.encode_prompt(prompts, self.device, 1, False)[0]}
 
 
 class SDXL(DDPM):
+    """Stable Diffusion XL."""
+
+    call_arguments = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
+    kohya_prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
     def _encode_prompt(self, prompts):
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             prompts, device=self.device, do_classifier_free_guidance=False

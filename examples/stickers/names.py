@@ -90,7 +90,9 @@ def word_loss(method: SubjectMethod, encoded, prompts: list[str], names: list[st
     adapter, backbone, count = method.adapter, method.backbone, len(prompts)
     device = backbone.device
     vectors = adapter.word_vectors(encoded, torch.ones(count, 1, device=device))[0]  # (slots, rows, 1, dim)
-    own = vectors[torch.randint(adapter.slots, (count,), device=device), torch.arange(count, device=device)]
+    own = vectors[
+        torch.randint(adapter.text_blocks, (count,), device=device), torch.arange(count, device=device)
+    ]
     with replaced_words(backbone.tokenizers, backbone.text_encoders, [WORDS[0]], [own]):
         states = backbone.encode_prompt(prompts)["encoder_hidden_states"]
     with torch.no_grad():
