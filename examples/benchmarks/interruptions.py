@@ -26,7 +26,7 @@ from customize.app.cli import main as customize
 from customize.runs.folder import checkpoint_step, foreign, latest_checkpoint, read_info
 from customize.stickers import Drawing
 from customize.stickers.bench import write_references
-from customize.trainers import loop
+from customize.trainers import loop, resume
 
 STEPS = 12
 FLAGS = f"--max_train_steps {STEPS} --checkpointing_steps 3 --validation_steps 4 --holdout 1 --rank 2 --lora_dropout 0.2"
