@@ -18,7 +18,7 @@ from customize.data.crops import to_tensor
 from customize.data.folders import Folders, read_folders
 from customize.data.references import ReferenceConfig, View, collate_references, drawn, item, moved, named
 from customize.data.rendered import Rendered
-from customize.data.sources import StreamedData
+from customize.data.sources import ReferenceSource, StreamedData
 from customize.data.streams import Streamed, read_rows, shuffled, split_rows
 from customize.data.training_data import Preparation
 from customize.errors import UserError
@@ -557,7 +557,7 @@ def read(
     method = SimpleNamespace(
         image_encoder=SimpleNamespace(pixels=made), backbone=SimpleNamespace(device=torch.device("cpu"))
     )
-    data = config.read(base, seed).prepare(method, Preparation(size, None, [], rank, world))
+    data = ReferenceSource.read(config, base, seed).prepare(method, Preparation(size, None, [], rank, world))
     return data.dataset, data.held_out
 
 

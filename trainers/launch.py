@@ -26,7 +26,7 @@ from customize.trainers.settings import ModelConfig, TrainConfig, check_settings
 
 
 def configs(method: type[Method]) -> list[type]:
-    return [ModelConfig, method.Data, TrainConfig, method.Config]
+    return [ModelConfig, method.Source.Config, TrainConfig, method.Config]
 
 
 def usage(name: str) -> str:
@@ -56,7 +56,7 @@ def run(words: list[str]) -> Path:
 def launch(name: str, model: ModelConfig, data: Any, settings: TrainConfig, options: Any) -> Path:
     """Checks what can be checked, prepares, trains, and writes the run folder with its model card.
 
-    `data` and `options` are instances of the method's `Data` and `Config`. UserError for what the user can mend.
+    `data` and `options` are instances of the method's `Source.Config` and `Config`. UserError for what the user can mend.
     """
     kind, base = find_method(name), model.pretrained_model_name_or_path
     for part in (model, data, settings, options):
@@ -65,7 +65,7 @@ def launch(name: str, model: ModelConfig, data: Any, settings: TrainConfig, opti
     kind.check_settings(model, settings, options)
     config = {k: v for part in (model, data, settings, options) for k, v in asdict(part).items()}
     with claimed_output(model, settings, config):
-        source = data.read(base, settings.seed)
+        source = kind.Source.read(data, base, settings.seed)
         accelerator = make_accelerator(settings)
         scorer = None
         if settings.validation_metric == "score":

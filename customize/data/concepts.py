@@ -5,7 +5,6 @@ from pathlib import Path
 
 from customize.config import option
 from customize.data.images import ImageFile, find_images
-from customize.data.training_data import Source
 from customize.errors import UserError, nearest, shortened
 from customize.reading import parsed_json, read_text
 
@@ -43,12 +42,6 @@ class DataConfig:
     dataloader_num_workers: int = option(
         0, "processes that load pictures; 0 loads them in the main process", least=0, most=1024
     )
-
-    def read(self, base: str, seed: int) -> Source:
-        """The images of these settings; `base` is the base model's name. UserError for missing or broken ones."""
-        from customize.data.subject_images import read_subject_images
-
-        return read_subject_images(self, seed)
 
 
 @dataclass

@@ -22,7 +22,6 @@ from customize.config import option
 from customize.data.crops import fit, mask_weight, to_tensor
 from customize.data.dataset import to_device
 from customize.data.images import nothing_counts
-from customize.data.training_data import Source
 from customize.errors import UserError, shortened
 from customize.prompts import WORDS
 
@@ -104,12 +103,6 @@ class ReferenceConfig:
         least=0,
         most=1024,
     )
-
-    def read(self, base: str, seed: int) -> Source:
-        """The subjects of these settings; `base` is the base model's name. UserError if none or several sources are named."""
-        from customize.data.sources import read_references
-
-        return read_references(self, base, seed)
 
 
 @dataclass(frozen=True)

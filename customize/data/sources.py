@@ -49,9 +49,36 @@ class ReferenceSource(Source):
     config: ReferenceConfig
     seed: int
 
+    Config = ReferenceConfig
+
     @property
     def concepts(self) -> list:
         return []
+
+    @classmethod
+    def read(cls, config, base, seed):
+        if config.train_data_dir and config.dataset_name:
+            raise UserError("Name the subjects with --train_data_dir or with --dataset_name, not with both.")
+        count = config.holdout
+        if count == 1:
+            raise UserError(
+                f"--holdout {count} leaves nothing to compare a subject with: hold out 2 or more, or 0."
+            )
+        if config.train_data_dir:
+            subjects = read_folders(config)
+            if count >= len(subjects):
+                raise UserError(
+                    f"--holdout {count} leaves no subject for training; there are {len(subjects)}."
+                )
+            return FolderSubjects(config, seed, subjects)
+        if config.dataset_name:
+            held_rows, rows = split_rows(read_rows(config), config.subject_column, count)
+            return StreamedSubjects(config, seed, rows, held_rows)
+        if not embedded.is_embedded(base):
+            raise UserError(
+                "Name the subjects to learn from: --train_data_dir (a folder for each) or --dataset_name."
+            )
+        return RenderedSubjects(config, seed)
 
 
 @dataclass
@@ -97,27 +124,3 @@ class StreamedSubjects(ReferenceSource):
         place = preparation.rank, preparation.world
         held = held_out_batches(kept, len(kept), preparation.batch_size, method.backbone.device)
         return StreamedData(Streamed(self.config, self.rows, pixels, self.seed, *place), held_out=held)
-
-
-def read_references(config: ReferenceConfig, base: str, seed: int) -> ReferenceSource:
-    """UserError if no source is named on another base model than the embedded one, or two are, or one subject is held out."""
-    if config.train_data_dir and config.dataset_name:
-        raise UserError("Name the subjects with --train_data_dir or with --dataset_name, not with both.")
-    count = config.holdout
-    if count == 1:
-        raise UserError(
-            f"--holdout {count} leaves nothing to compare a subject with: hold out 2 or more, or 0."
-        )
-    if config.train_data_dir:
-        subjects = read_folders(config)
-        if count >= len(subjects):
-            raise UserError(f"--holdout {count} leaves no subject for training; there are {len(subjects)}.")
-        return FolderSubjects(config, seed, subjects)
-    if config.dataset_name:
-        held_rows, rows = split_rows(read_rows(config), config.subject_column, count)
-        return StreamedSubjects(config, seed, rows, held_rows)
-    if not embedded.is_embedded(base):
-        raise UserError(
-            "Name the subjects to learn from: --train_data_dir (a folder for each) or --dataset_name."
-        )
-    return RenderedSubjects(config, seed)

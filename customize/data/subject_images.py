@@ -45,6 +45,15 @@ class SubjectImages(Source):
     images: list[ImageFile]
     held_out: list[ImageFile] = field(default_factory=list)
 
+    Config = DataConfig
+
+    @classmethod
+    def read(cls, config, base, seed):
+        concepts = read_concepts(config)
+        return cls(
+            config, concepts, *split_holdout(read_concept_images(concepts, config), config.holdout, seed)
+        )
+
     def check(self, backbone):
         for concept in self.concepts:
             backbone.check_length(f"class prompt '{shortened(concept.class_prompt)}'", concept.class_prompt)
@@ -63,14 +72,6 @@ class SubjectImages(Source):
                 backbone.vae.cpu()  # nothing is encoded or decoded any more
         digests = sorted(image.digest for image in self.images)
         return SubjectData(train, held_out=held_out_batches(held, backbone.device), digests=digests)
-
-
-def read_subject_images(config: DataConfig, seed: int) -> SubjectImages:
-    """The images that the settings name; `seed` decides which are held out. UserError for missing or broken ones."""
-    concepts = read_concepts(config)
-    return SubjectImages(
-        config, concepts, *split_holdout(read_concept_images(concepts, config), config.holdout, seed)
-    )
 
 
 def check_captions(method: Any, images: Iterable[ImageFile]) -> None:

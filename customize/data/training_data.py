@@ -1,12 +1,12 @@
 """The contract of training data: what the loop is fed, wherever it comes from.
 
-A Data configuration reads the user's settings into a `Source` before a model is loaded; once the method stands, the source
-prepares `TrainingData`. The loop knows nothing else.
+A `Source` reads the user's settings before a model is loaded; once the method stands, it prepares `TrainingData`. A method
+names its source; the loop knows `TrainingData` alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.utils.data import DataLoader
 
@@ -42,6 +42,16 @@ class Preparation:
 
 class Source:
     """What the user's settings name, found and checked before a model is loaded."""
+
+    Config: ClassVar[type]  # the dataclass of these settings
+
+    @classmethod
+    def read(cls, config: Any, base: str, seed: int) -> "Source":
+        """The source that the settings name; `base` is the base model's name, `seed` decides what is held out.
+
+        UserError for what is missing or broken.
+        """
+        raise NotImplementedError
 
     def check(self, backbone: Any) -> None:
         """UserError for what this base model cannot be trained on."""

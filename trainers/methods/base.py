@@ -11,7 +11,9 @@ from customize.adapters.base import Adapter
 from customize.adapters.words import LearnedWords
 from customize.backbones.base import Backbone, Condition, Step
 from customize.config import option
-from customize.data.concepts import Concept, DataConfig
+from customize.data.concepts import Concept
+from customize.data.subject_images import SubjectImages
+from customize.data.training_data import Source
 from customize.errors import UserError
 from customize.losses import contrastive_flow, denoising
 
@@ -38,7 +40,7 @@ class Method(nn.Module):
     """Subclasses add adapters in `__init__`, and override `condition` and `losses` where they differ."""
 
     Config: type[MethodConfig] = MethodConfig
-    Data: type = DataConfig  # what its pictures are described by
+    Source: type[Source] = SubjectImages  # where what it learns from is read
 
     def __init__(self, backbone: Backbone, config: MethodConfig, concepts: list[Concept]):
         super().__init__()

@@ -14,7 +14,7 @@ from customize.adapters.encoders.output import Encoded
 from customize.adapters.subject import SubjectAdapter
 from customize.adapters.subject_files import adapter_file, load_adapter, read_file
 from customize.config import option
-from customize.data.references import ReferenceConfig
+from customize.data.sources import ReferenceSource
 from customize.errors import UserError
 from customize.pipelines.load import with_subjects
 from customize.prompts import WORDS, check_words, without_words
@@ -51,7 +51,7 @@ class SubjectMethod(Method):
     """Subclasses make `adapter` in `make_adapter`."""
 
     Config = SubjectConfig
-    Data = ReferenceConfig
+    Source = ReferenceSource
     adapter: SubjectAdapter
     recomputes_text = False  # in the backward pass, to save memory
 
