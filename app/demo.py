@@ -1,4 +1,5 @@
-"""`customize demo`: four pictures of a subject, a few minutes of training, and the subject in scenes it was never seen in."""
+"""`customize demo`: four pictures of a subject, a few minutes of training, and the subject in scenes it was
+never seen in."""
 
 from pathlib import Path
 
@@ -27,9 +28,11 @@ PAGE = "demo.png"
 
 
 def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False) -> Path:
-    """Trains and draws in `output`; returns the path of the picture that shows it all. `quick` only proves that it runs.
+    """Trains and draws in `output`; returns the path of the picture that shows it all. `quick` only proves
+    that it runs.
 
-    UserError where `output` holds what is not of an earlier demo, or an earlier demo or run without `overwrite`.
+    UserError where `output` holds what is not of an earlier demo, or an earlier demo or run without
+    `overwrite`.
     """
     folder = make_folder(Path(output), "--output")
     check_output(folder, overwrite)
@@ -60,14 +63,16 @@ def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False
         for drawn in (pictures, before, after)
     ]
     print(
-        f"correlation with the subject: its own pictures {scores[0]:.2f}, before {scores[1]:.2f}, after {scores[2]:.2f}"
+        f"correlation with the subject: its own pictures {scores[0]:.2f}, before {scores[1]:.2f}, after "
+        f"{scores[2]:.2f}"
     )
     print(f'look at {page}; draw more with: customize generate {folder} "{prompts[0]}"')
     return page
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """UserError where the demo would replace what it has not written, or an earlier one without being asked to."""
+    """UserError where the demo would replace what it has not written, or an earlier one without being asked
+    to."""
     check_free(folder, overwrite, resumed=False, flag="--output")
     own = [path for path in (folder / PAGE, *(folder / "pictures").glob("*")) if path.exists()]
     if own and not overwrite:

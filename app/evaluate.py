@@ -35,7 +35,10 @@ class EvaluateConfig:
     methods: list[str] = field(
         default_factory=lambda: ["base", "real", "textual_inversion", "dreambooth"],
         metadata={
-            "help": "what is compared: methods, base (the untouched model), real (pictures), or folders of encoder runs"
+            "help": (
+                "what is compared: methods, base (the untouched model), real (pictures), or folders of "
+                "encoder runs"
+            )
         },
     )
     quick: bool = option(False, "stickers: 6 subjects, 8 prompts, 1 picture instead of 30, 25 and 4")
@@ -79,7 +82,8 @@ class EvaluateConfig:
 
 
 def evaluate(run: str, config: EvaluateConfig) -> Path:
-    """Measures the run, or the benchmark if `run` is empty; prints the table and returns the path of the report."""
+    """Measures the run, or the benchmark if `run` is empty; prints the table and returns the path of the
+    report."""
     try:
         import matplotlib  # noqa: F401  needed at the very end
 
@@ -99,7 +103,8 @@ def evaluate(run: str, config: EvaluateConfig) -> Path:
 
 
 def check(config: EvaluateConfig, kind: str) -> None:
-    """UserError for numbers that cannot be, for flags that `kind` has no use for, and for a folder that cannot be made."""
+    """UserError for numbers that cannot be, for flags that `kind` has no use for, and for a folder that
+    cannot be made."""
     check_ranges(config)
     if config.resolution is not None and config.resolution % 8:
         raise UserError(f"--resolution must be a multiple of 8, not {config.resolution}.")
@@ -135,7 +140,8 @@ def make_bench(config: EvaluateConfig) -> Any:
         raise UserError("--bench dreambench needs --pretrained_model_name_or_path, the base model.")
     if config.train_file and not Path(config.train_file).exists():
         raise UserError(
-            f"--train_file: there is no '{config.train_file}'; give a YAML file, or a folder of METHOD.yaml files."
+            f"--train_file: there is no '{config.train_file}'; give a YAML file, or a folder of "
+            "METHOD.yaml files."
         )
     return DreamBench(
         **common,
@@ -152,7 +158,8 @@ def make_bench(config: EvaluateConfig) -> Any:
 
 
 def make_run_bench(run: str, config: EvaluateConfig) -> Any:
-    """The benchmark of one finished run: StickerBench's prompts and judge on the embedded model, DreamBench's on others."""
+    """The benchmark of one finished run: StickerBench's prompts and judge on the embedded model, DreamBench's
+    on others."""
     from customize.app.bench.finished import PhotographRun, StickerRun
     from customize.runs.folder import read_info
 

@@ -34,7 +34,10 @@ class GenerateConfig:
     subject_images: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "up to four pictures of what the prompt calls <s>, for a subject encoder; '<s2>=FILE' for a second subject"
+            "help": (
+                "up to four pictures of what the prompt calls <s>, for a subject encoder; '<s2>=FILE' "
+                "for a second subject"
+            )
         },
     )
     subject_scale: float = option(
@@ -85,7 +88,8 @@ def check_request(prompts: list[str], config: GenerateConfig) -> None:
 
 
 def output_folder(run: str, output: str | None) -> Path:
-    """Where pictures go: a base model's folder is left alone, and so are those of steps, which a run replaces and removes."""
+    """Where pictures go: a base model's folder is left alone, and so are those of steps, which a run replaces
+    and removes."""
     folder = Path(run)
     if re.fullmatch(r"best|checkpoint-\d+", folder.name) and folder.parent.is_dir():
         folder = folder.parent
@@ -150,7 +154,8 @@ def draw(
         prompt,
         num_images_per_prompt=len(seeds),
         num_inference_steps=config.num_inference_steps,
-        # On the CPU, so that a seed gives the same noise on every device, and one a picture, so that each can be re-made alone.
+        # On the CPU, so that a seed gives the same noise on every device, and one a picture, so that each can
+        # be re-made alone.
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         **{name: value for name, value in optional.items() if value not in (None, "")},
         **given,

@@ -11,7 +11,8 @@ from customize.errors import UserError, nearest
 
 
 def split(words: list[str], config: type, names: list[str], more: bool = False) -> tuple[list[str], Any]:
-    """The words before the first flag, one a name (`more`: or more), and the flags as an instance of `config`."""
+    """The words before the first flag, one a name (`more`: or more), and the flags as an instance of
+    `config`."""
     first = list(takewhile(lambda word: not word.startswith("--"), words))
     if len(first) < len(names) or (len(first) > len(names) and not more):
         raise UserError(f"Write {' '.join(names) or 'nothing'} before the flags, not '{' '.join(first)}'.")

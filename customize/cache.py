@@ -16,7 +16,8 @@ from customize.files import atomic_file
 
 
 class TensorCache:
-    """Named tensors by key, in memory and in the .safetensors files of a folder if given; UserError if it cannot be made."""
+    """Named tensors by key, in memory and in the .safetensors files of a folder if given; UserError if it
+    cannot be made."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = Path(folder) if folder else None
@@ -30,7 +31,8 @@ class TensorCache:
             ) from error
 
     def get(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The CPU tensors of `key`, from `compute()` the first time; they are shared, so never change them in place."""
+        """The CPU tensors of `key`, from `compute()` the first time; they are shared, so never change
+        them in place."""
         if key not in self._memory:
             self._memory[key] = self._read(key) or self._write(key, compute())
         return dict(self._memory[key])
@@ -70,12 +72,14 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def key_of(*parts) -> str:
-    """One key for JSON-like parts (text, numbers, lists, dicts, None): different parts give different keys."""
+    """One key for JSON-like parts (text, numbers, lists, dicts, None): different parts give different
+    keys."""
     return json.dumps(parts, sort_keys=True)
 
 
 def fingerprint(module: nn.Module) -> str:
-    """sha256 hex over class, config and, per tensor, name, shape, type, the sum of its bits as integers and 8 values."""
+    """sha256 hex over class, config and, per tensor, name, shape, type, the sum of its bits as integers
+    and 8 values."""
     config = getattr(module, "config", None) or {}
     entries = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     settings = {

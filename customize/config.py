@@ -66,7 +66,8 @@ class Flag(NamedTuple):
 
 
 class WordLoader(yaml.BaseLoader):
-    """Reads every scalar but null as text, so that a file's `1e-4` and `no` mean what they mean on the command line."""
+    """Reads every scalar but null as text, so that a file's `1e-4` and `no` mean what they mean on the
+    command line."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for more than memory holds
@@ -93,7 +94,8 @@ WordLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 
 
 def parse(dataclasses: list[type], words: Sequence[str]) -> list[Any]:
-    """One instance of each dataclass from `[FILE.yaml] --flag value ...`: words beat the file, the file beats defaults."""
+    """One instance of each dataclass from `[FILE.yaml] --flag value ...`: words beat the file, the file
+    beats defaults."""
     known, words = table(dataclasses), list(words)
     values = read_file(words.pop(0), known) if words and words[0].endswith((".yaml", ".yml")) else {}
     values |= read_words(words, known)
@@ -174,7 +176,8 @@ def build(cls: type, values: dict[str, Any]) -> Any:
     for flag in flags_of(cls):
         if flag.default is MISSING and flag.name not in values:
             raise UserError(
-                f"--{flag.name} is missing: give it on the command line or as `{flag.name}:` in the YAML file."
+                f"--{flag.name} is missing: give it on the command line or as `{flag.name}:` in the YAML "
+                "file."
             )
     config = cls(**{flag.name: values[flag.name] for flag in flags_of(cls) if flag.name in values})
     check_ranges(config)
@@ -253,7 +256,8 @@ def expected(wanted: Any) -> str:
 
 
 def convert(value: Any, wanted: Any, label: str) -> Any:
-    """A word, list of words or None as the type that is wanted; `label` names the flag or key in the message."""
+    """A word, list of words or None as the type that is wanted; `label` names the flag or key in the
+    message."""
     # None comes first, or the word "none" would be good text.
     for member in sorted(members(wanted), key=lambda member: member is not NoneType):
         with suppress(ValueError, KeyError):

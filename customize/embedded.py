@@ -1,4 +1,5 @@
-"""The base model that is embedded in the toolkit, `stickers`: the one place of the core that knows its name and its files."""
+"""The base model that is embedded in the toolkit, `stickers`: the one place of the core that knows its name
+and its files."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,8 +27,9 @@ def folder_of(name: str | Path) -> str:
 def subject_score(
     references: Sequence[Image.Image],
 ) -> Callable[[list[tuple[str, Image.Image]]], dict[str, float]]:
-    """Scores drawn (prompt, image) pairs by the sticker world's judge, both 0 to 1: `identity`, how probable it finds the
-    drawing that the references show; `control`, the share of what the prompts ask for that it finds.
+    """Scores drawn (prompt, image) pairs by the sticker world's judge, both 0 to 1: `identity`, how probable
+    it finds the drawing that the references show; `control`, the share of what the prompts ask for that it
+    finds.
 
     For choosing among checkpoints only: the judge has seen held-out drawings, so nothing may learn from it.
     """

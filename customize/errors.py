@@ -10,7 +10,8 @@ from difflib import get_close_matches
 
 DISK_FULL = "The disk is full: free some space, or write elsewhere with --output (generate, demo) or --output_dir (train)."
 OUT_OF_MEMORY = (
-    "Out of memory: try --gradient_checkpointing, --train_batch_size 1 with a larger --gradient_accumulation_steps, "
+    "Out of memory: try --gradient_checkpointing, --train_batch_size 1 with a larger "
+    "--gradient_accumulation_steps, "
     "a smaller --resolution, or --mixed_precision bf16."
 )
 
@@ -36,7 +37,8 @@ def run_safely(
 ) -> int:
     """Runs `command(words)`; returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C.
 
-    Errors that the user cannot mend are raised. `out_of_memory` is the advice for the command's own flags.
+    Errors that the user cannot mend are raised. `out_of_memory` is the advice for the command's own
+    flags.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # transformers speaks at import already
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)

@@ -40,7 +40,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; UserError if it is no file or no JSON, FileNotFoundError if there is none."""
+    """The content of a JSON file; UserError if it is no file or no JSON, FileNotFoundError if there is
+    none."""
     if path.exists() and not path.is_file():  # a pipe would block for ever
         raise UserError(f"'{path}' is not a regular file; remove it.")
     try:
@@ -87,9 +88,11 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` only when all is written and flushed to disk.
+    """A new folder to write into, which takes the place of `folder` only when all is written and flushed
+    to disk.
 
-    Raises UserError when the disk is full; what stood there before is then untouched. After a kill, `recover` puts it right.
+    Raises UserError when the disk is full; what stood there before is then untouched. After a kill,
+    `recover` puts it right.
     """
     partial, old = (
         folder.with_name(NEW + folder.name),
@@ -117,8 +120,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def recover(parent: Path) -> None:
-    """Puts right what a kill left of `atomic_folder`, `atomic_file` and `remove` in `parent`: removes what was not finished,
-    and puts back what was on its way to be replaced. What other programs are writing stays."""
+    """Puts right what a kill left of `atomic_folder`, `atomic_file` and `remove` in `parent`: removes
+    what was not finished, and puts back what was on its way to be replaced. What other programs are
+    writing stays.
+    """
     for path in parent.glob(f"{OLD}*"):
         target = path.with_name(path.name.removeprefix(OLD).partition("-")[2])
         _discard(path) if target.exists() else os.replace(path, target)
@@ -156,7 +161,8 @@ def _discard(path: Path) -> None:
 
 
 def _settle(path: Path) -> None:
-    """Flushes a file to disk, with the access rights of other new files: safetensors writes for the owner alone."""
+    """Flushes a file to disk, with the access rights of other new files: safetensors writes for the owner
+    alone."""
     os.chmod(path, 0o666 & ~_UMASK)
     with open(path, "rb") as file:
         os.fsync(file.fileno())

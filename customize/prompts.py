@@ -13,7 +13,8 @@ def subject_words(prompt: str) -> str:
 
 
 def class_word(instance_prompt: str, class_prompt: str = "", initializer_token: str = "") -> str:
-    """The subject's class: that of the class prompt, or the word that a learned one started from, or the subject's last word.
+    """The subject's class: that of the class prompt, or the word that a learned one started from, or the
+    subject's last word.
 
     UserError where that would be the subject's only word, which is a rare or learned one.
     """
@@ -43,11 +44,13 @@ def check_words(prompt: str, subjects: Collection[str], has_words: bool) -> None
     for word in subjects:
         if word not in WORDS:
             raise UserError(
-                f"subject_images: '{word}' is no subject's word; those are {', '.join(WORDS)}.{nearest(word, WORDS)}"
+                f"subject_images: '{word}' is no subject's word; those are "
+                f"{', '.join(WORDS)}.{nearest(word, WORDS)}"
             )
         if has_words and word not in prompt:
             raise UserError(
-                f"the prompt '{shortened(prompt)}' does not say {word}: write it before the noun, as in 'a {word} dog'."
+                f"the prompt '{shortened(prompt)}' does not say {word}: write it before the noun, as in 'a "
+                f"{word} dog'."
             )
     if has_words:
         check_shown(prompt, subjects)

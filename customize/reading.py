@@ -24,7 +24,8 @@ def read_text(path: Path) -> str:
 
 
 def parsed_json(text: str) -> Any:
-    """ValueError also for a key that is given twice, for text that is no Unicode, and for what is nested too deeply."""
+    """ValueError also for a key that is given twice, for text that is no Unicode, and for what is nested too
+    deeply."""
     try:
         found = json.loads(text, object_pairs_hook=_once)
         json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text to a tokenizer
@@ -43,7 +44,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def inside(path: str, folders: list[str]) -> bool:
-    """Whether an absolute path lies in one of these folders by its words alone: links are not followed, as snapshots of the
-    hub consist of them."""
+    """Whether an absolute path lies in one of these folders by its words alone: links are not followed, as
+    snapshots of the hub consist of them."""
     place = os.path.normpath(path)
     return any(os.path.commonpath([place, folder]) == folder for folder in map(os.path.normpath, folders))

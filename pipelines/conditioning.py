@@ -18,8 +18,8 @@ from customize.prompts import WORDS
 
 @dataclass
 class SubjectCall:
-    """The subjects of one call: a row for each prompt, a column for each of the first `WORDS`; what depends on time is made
-    once for each time bin of the encoder."""
+    """The subjects of one call: a row for each prompt, a column for each of the first `WORDS`; what
+    depends on time is made once for each time bin of the encoder."""
 
     adapter: SubjectAdapter
     features: Tensor  # (prompts, subjects, references, tokens, features)
@@ -28,9 +28,8 @@ class SubjectCall:
     cached: bool  # whether keys and values are kept between steps
     images: int = 1  # of each prompt
     regions: Tensor | None = None  # (prompts, subjects, height, width), where the call gives masks
-    blank: Tensor | None = (
-        None  # features (1, 1, tokens, features) that the unconditional half sees, of encoders that have it
-    )
+    # features (1, 1, tokens, features) that the unconditional half sees, of encoders that have it
+    blank: Tensor | None = None
     block_texts: dict[int, Tensor] = field(default_factory=dict)  # (text_blocks, prompts, length, dim)
     pooled: dict[int, Tensor] = field(default_factory=dict)  # of XL: (prompts, dim)
     _encoded: dict[int, Encoded] = field(default_factory=dict)
@@ -73,7 +72,8 @@ class SubjectCall:
         return self.adapter.encoder(self.blank, one, torch.zeros(1, device=self.features.device)).visual
 
     def pooled_text(self, bins: int, text_embeds: Tensor, samples: int) -> Tensor | None:
-        """The pooled text of XL (samples, dim) with the subjects' words of this time in the conditional half."""
+        """The pooled text of XL (samples, dim) with the subjects' words of this time in the conditional
+        half."""
         if bins not in self.pooled:
             return None
         own = self.pooled[bins].repeat_interleave(self.images, 0)
@@ -88,7 +88,8 @@ def _with_words(tokenizer: Any, added: frozenset) -> Any:
 
 
 def with_words(tokenizer: Any) -> Any:
-    """A copy that knows the subjects' words. The pipeline's own never does: other words may be loaded into it at any time."""
+    """A copy that knows the subjects' words. The pipeline's own never does: other words may be loaded
+    into it at any time."""
     return _with_words(tokenizer, frozenset(tokenizer.get_added_vocab().items()))
 
 

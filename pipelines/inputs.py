@@ -51,13 +51,15 @@ def each_prompt(images: Any, count: int) -> list[Any]:
         )
     if len(images) != count:
         raise UserError(
-            f"subject_images has {len(images)} entries for {count} prompts: give one for each, or one for all."
+            f"subject_images has {len(images)} entries for {count} prompts: give one for each, or one for "
+            "all."
         )
     return list(images)
 
 
 def opened(image: Any, kind: str = "reference") -> Image.Image:
-    """A picture, or the file of one, upright and of 8 bits; UserError if it is neither, or too large. Nothing is fetched."""
+    """A picture, or the file of one, upright and of 8 bits; UserError if it is neither, or too large. Nothing
+    is fetched."""
     if not isinstance(image, Image.Image | str | Path):
         raise UserError(f"a {kind} must be a picture or the path of one, not {type(image).__name__}.")
     named = f"the {kind}" if isinstance(image, Image.Image) else f"the {kind} '{shortened(str(image))}'"
@@ -78,27 +80,29 @@ def opened(image: Any, kind: str = "reference") -> Image.Image:
 
 
 def check_length(prompt: str, subjects: Iterable[str], tokenizer: Any) -> None:
-    """UserError if the word of a subject lies beyond what the text encoder reads; the tokenizer knows these words."""
+    """UserError if the word of a subject lies beyond what the text encoder reads; the tokenizer knows these
+    words."""
     read = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
     for word in subjects:
         if tokenizer.convert_tokens_to_ids(word) not in read:
             most = tokenizer.model_max_length
             raise UserError(
-                f"{word} lies beyond the {most} tokens that are read of '{shortened(prompt)}': say it earlier."
+                f"{word} lies beyond the {most} tokens that are read of '{shortened(prompt)}': say it "
+                "earlier."
             )
 
 
 def side_by_side(there: Tensor, height: int, width: int) -> Tensor:
-    """Regions (rows, subjects, height, width) of columns as wide as each other, from left to right in the order of the subjects
-    that are `there` (rows, subjects)."""
+    """Regions (rows, subjects, height, width) of columns as wide as each other, from left to right in the
+    order of the subjects that are `there` (rows, subjects)."""
     column = torch.arange(width, device=there.device) * there.sum(1, keepdim=True) // width  # (rows, width)
     regions = (column[:, None] == (there.cumsum(1) - 1)[..., None]) & there[..., None]
     return regions[:, :, None].expand(-1, -1, height, -1)
 
 
 def layer_scales(scale: float | Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
-    """The scale of each layer; of several beginnings that fit a layer's name the longest counts. UserError for one that fits
-    none."""
+    """The scale of each layer; of several beginnings that fit a layer's name the longest counts. UserError
+    for one that fits none."""
     numbers = list(scale.values()) if isinstance(scale, Mapping) else [scale]
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float):

@@ -16,10 +16,11 @@ from customize.runs.folder import INFO, STAGED, read_info
 
 
 def load_pipeline(run: str | Path, dtype: torch.dtype = torch.float32, **options) -> DiffusionPipeline:
-    """A diffusers pipeline that draws what a run has learned; `run` may also be a base model (folder, hub id, `stickers`).
+    """A diffusers pipeline that draws what a run has learned; `run` may also be a base model (folder, hub id,
+    `stickers`).
 
-    `options` go to diffusers' `from_pretrained`. Raises UserError for folders that are neither, and for runs whose files are
-    missing, changed or do not fit their base model.
+    `options` go to diffusers' `from_pretrained`. Raises UserError for folders that are neither, and for runs
+    whose files are missing, changed or do not fit their base model.
     """
     folder = Path(run)
     if not (folder / INFO).exists() and not (folder / STAGED).exists():
@@ -37,7 +38,8 @@ KINDS = {StableDiffusionPipeline: SubjectSDPipeline, StableDiffusionXLPipeline: 
 
 
 def with_subjects(pipe: DiffusionPipeline) -> Any:
-    """A pipeline that also takes subjects, of the same components; UserError for kinds without cross-attention of a UNet."""
+    """A pipeline that also takes subjects, of the same components; UserError for kinds without
+    cross-attention of a UNet."""
     if isinstance(pipe, SubjectMixin):
         return pipe
     if type(pipe) not in KINDS:
@@ -64,9 +66,9 @@ def load_subject_pipeline(
 ) -> Any:
     """A pipeline that draws subjects from pictures, without tuning.
 
-    `run` is a run of custom_contrast or ip_adapter, or a base model (folder, hub id, `stickers`); with a base model, or a run
-    of a method that trains no encoder (LoRA, words), `adapter` names the encoder (run, file, released IP-Adapter), by default
-    that of the embedded stickers.
+    `run` is a run of custom_contrast or ip_adapter, or a base model (folder, hub id, `stickers`); with a base
+    model, or a run of a method that trains no encoder (LoRA, words), `adapter` names the encoder (run, file,
+    released IP-Adapter), by default that of the embedded stickers.
     """
     pipe = with_subjects(load_pipeline(run, dtype, **options))
     folder = Path(run)

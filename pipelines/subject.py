@@ -1,7 +1,8 @@
-"""Pipelines that take pictures of subjects: stock Stable Diffusion and SDXL, and in their call `subject_images`.
+"""Pipelines that take pictures of subjects: stock Stable Diffusion and SDXL, and in their call
+`subject_images`.
 
-pipe = load_subject_pipeline("stickers")
-pipe("a <s> fox on the beach", subject_images=["a.png", "b.png"]).images[0]
+pipe = load_subject_pipeline("stickers") pipe("a <s> fox on the beach", subject_images=["a.png",
+"b.png"]).images[0]
 """
 
 import inspect
@@ -58,20 +59,24 @@ Stock: Any = object  # a stock pipeline: the mixin is only ever used beside one
 
 
 class SubjectMixin(Stock):
-    """Adds subjects to a text-to-image pipeline; without an adapter, or without `subject_images`, it is the stock one."""
+    """Adds subjects to a text-to-image pipeline; without an adapter, or without `subject_images`, it is
+    the stock one."""
 
     adapter: Any = None  # a SubjectAdapter, once one is loaded
     _subjects: SubjectCall | None = None
 
     def load_subject_adapter(self, name: str | Path, image_encoder: str | ImageEncoder = "") -> None:
-        """Loads a subject encoder: a run folder, a file of ours or of a released IP-Adapter, or `stickers`.
+        """Loads a subject encoder: a run folder, a file of ours or of a released IP-Adapter, or
+        `stickers`.
 
-        `image_encoder` (folder, hub id, OWNER/NAME/FOLDER or a image_encoder) is read from the run, or else must be given. Raises
-        UserError if there is no encoder, it was made for another base model, or the pipeline is offloaded already.
+        `image_encoder` (folder, hub id, OWNER/NAME/FOLDER or a image_encoder) is read from the run, or
+        else must be given. Raises UserError if there is no encoder, it was made for another base model,
+        or the pipeline is offloaded already.
         """
         if any(hasattr(part, "_hf_hook") for part in self.components.values()):
             raise UserError(
-                "load the subject encoder before offloading: its image encoder must be offloaded with the others."
+                "load the subject encoder before offloading: its image encoder must be offloaded with the "
+                "others."
             )
         file = embedded.SUBJECT_ENCODER if embedded.is_embedded(name) else adapter_file(str(name))
         if (file.parent / INFO).exists():
@@ -104,7 +109,8 @@ class SubjectMixin(Stock):
         self.unet.set_attn_processor(AttnProcessor2_0())
 
     def encode_references(self, images: Reference | Sequence[Reference]) -> Tensor:
-        """Pictures of one subject to features (references, tokens, features), which `subject_images` takes instead of them.
+        """Pictures of one subject to features (references, tokens, features), which `subject_images`
+        takes instead of them.
 
         UserError for none, more than four, or something that is not a picture."""
         if self.adapter is None:
@@ -137,11 +143,12 @@ class SubjectMixin(Stock):
     ):
         """The stock pipeline's call, and of subjects:
 
-        `subject_images`: one picture or a list of up to four (PIL or path) of the subject that the prompt calls `<s>`; a
-        dictionary of these by word (`<s>`, `<s2>`, `<s3>`, `<s4>`) for several subjects; or a list of lists or dictionaries,
-        one for each prompt. `subject_scale` weights the visual branch, for all layers or by the beginning of their names
-        ("down", "mid", "up", "up_blocks.1"). `subject_masks`: white where a subject may be, by word; or "side by side", from
-        left to right in the order of their words. `subject_cache` keeps keys and values between steps. UserError for
+        `subject_images`: one picture or a list of up to four (PIL or path) of the subject that the prompt
+        calls `<s>`; a dictionary of these by word (`<s>`, `<s2>`, `<s3>`, `<s4>`) for several subjects;
+        or a list of lists or dictionaries, one for each prompt. `subject_scale` weights the visual
+        branch, for all layers or by the beginning of their names ("down", "mid", "up", "up_blocks.1").
+        `subject_masks`: white where a subject may be, by word; or "side by side", from left to right in
+        the order of their words. `subject_cache` keeps keys and values between steps. UserError for
         references that do not fit the prompt.
         """
         kwargs = by_name(super().__call__, args, kwargs)
@@ -202,7 +209,8 @@ class SubjectMixin(Stock):
         return features.to(some.device, some.dtype)
 
     def _refuse_words(self, kwargs: dict, names: Sequence[str]) -> None:
-        """UserError if one of these texts of the call says a subject's word, where there is no subject to be meant."""
+        """UserError if one of these texts of the call says a subject's word, where there is no subject to
+        be meant."""
         if self.adapter is not None and self.adapter.has_words:
             for name in names:
                 why = (
@@ -214,8 +222,8 @@ class SubjectMixin(Stock):
                     check_shown(text, why=why)
 
     def _regions(self, masks: Any, there: Tensor, kwargs: dict) -> Tensor | None:
-        """Where each subject may be, (rows, subjects, height, width) at latent size: masks by word, the same in every row, or
-        columns for those that are `there` (rows, subjects)."""
+        """Where each subject may be, (rows, subjects, height, width) at latent size: masks by word, the
+        same in every row, or columns for those that are `there` (rows, subjects)."""
         if masks is None:
             return None
         sides = [
@@ -285,7 +293,8 @@ class SubjectMixin(Stock):
         return inputs, named
 
     def encode_prompt(self, *args, **kwargs):
-        """The stock method's results; with subjects, S+ is in the prompts, and the text of every time and slot is kept."""
+        """The stock method's results; with subjects, S+ is in the prompts, and the text of every time and
+        slot is kept."""
         call = self._subjects
         if call is None or not self.adapter.has_words:
             return super().encode_prompt(*args, **kwargs)
@@ -310,7 +319,8 @@ class SubjectMixin(Stock):
             return super().encode_prompt(*args, **kwargs)
 
     def _encode_text(self, prompts: list[str], bound: dict) -> dict[str, Tensor]:
-        """The denoiser's text states of prompts, under the options of the call; of XL also the pooled ones."""
+        """The denoiser's text states of prompts, under the options of the call; of XL also the pooled
+        ones."""
         options = {name: bound[name] for name in ("clip_skip", "lora_scale") if name in bound}
         if bound.get("prompt_2"):
             second = [bound["prompt_2"]] if isinstance(bound["prompt_2"], str) else bound["prompt_2"]
@@ -325,7 +335,8 @@ class SubjectMixin(Stock):
         return {"encoder_hidden_states": states} | ({"text_embeds": pooled[0]} if pooled else {})
 
     def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
-        """Refused with a warning while an adapter is loaded: diffusers would replace its processors, and so the subject."""
+        """Refused with a warning while an adapter is loaded: diffusers would replace its processors, and
+        so the subject."""
         if self.adapter is None:
             super().enable_attention_slicing(slice_size)
         else:

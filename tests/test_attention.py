@@ -1,4 +1,5 @@
-"""The attention processors: without subjects the stock UNet, with them the visual branch, its gates and the texts by hand."""
+"""The attention processors: without subjects the stock UNet, with them the visual branch, its gates and
+the texts by hand."""
 
 from collections import Counter
 from dataclasses import replace
@@ -139,7 +140,8 @@ ADAPTERS = {
 @pytest.mark.parametrize("base", UNETS)
 @torch.no_grad()
 def test_an_untrained_adapter_changes_nothing_bit_for_bit(base, kind):
-    """Two subjects in the conditional half of the batch; the text of each slot may be given, here the same again."""
+    """Two subjects in the conditional half of the batch; the text of each slot may be given, here the
+    same again."""
     pipe = tiny(base)
     expected = step(pipe.unet)
     adapter = ADAPTERS[kind](pipe)
@@ -157,7 +159,8 @@ def test_an_untrained_adapter_changes_nothing_bit_for_bit(base, kind):
 
 
 def attention_by_hand(query, key, value, heads: int, keep: list[bool]) -> torch.Tensor:
-    """One row: softmax(q k / sqrt(d)) v, for every head and pixel on its own, over the tokens that are kept."""
+    """One row: softmax(q k / sqrt(d)) v, for every head and pixel on its own, over the tokens that are
+    kept."""
     out = torch.zeros(len(query), value.shape[1])
     d = query.shape[1] // heads
     tokens = [j for j in range(len(key)) if keep[j]]
@@ -296,7 +299,8 @@ def test_the_gate_is_exactly_one_at_zero_and_monotone():
 )
 @torch.no_grad()
 def test_regions_fit_every_layer_of_any_shape_of_picture(sides):
-    """A UNet halves its sides three times, rounding up; a layer's region is the mean over what its pixel covers."""
+    """A UNet halves its sides three times, rounding up; a layer's region is the mean over what its pixel
+    covers."""
     regions = torch.rand(1, 2, *sides)
     height, width = sides
     for _ in range(4):
@@ -321,7 +325,8 @@ def test_scale_zero_skips_the_branch():
 
 @torch.no_grad()
 def test_scales_are_of_the_layer_that_they_name():
-    """A doubled scale in one layer is a doubled value matrix in it; zero in the others is as if they had none."""
+    """A doubled scale in one layer is a doubled value matrix in it; zero in the others is as if they had
+    none."""
     unet, branches = with_branches(tiny("sd15").unet)
     names = text_layers(unet)
     found = step(
@@ -498,7 +503,8 @@ def test_the_backend_of_the_unet_reaches_the_dispatcher(dispatcher, monkeypatch)
 
 
 def memory_efficient_attention(query, key, value, bias=None, p=0.0, scale=None):
-    """What xformers computes, and its demands: (batch, tokens, heads, dim), and a bias of full shape and equal type."""
+    """What xformers computes, and its demands: (batch, tokens, heads, dim), and a bias of full shape and
+    equal type."""
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
     if bias is not None:
         assert bias.shape == scores.shape

@@ -259,7 +259,8 @@ def test_gradients_flow_through_live_prompts(base):
 
 @pytest.mark.parametrize("base", BASES)
 def test_pictures_from_cached_prompts_equal_those_from_words(base):
-    """As validation draws them after the text encoders were released, guidance and negative prompt included."""
+    """As validation draws them after the text encoders were released, guidance and negative prompt
+    included."""
     backbone = backbone_of(base)
     method = Method(backbone, MethodConfig(), [])
     backbone.pipe.set_progress_bar_config(disable=True)

@@ -1,4 +1,5 @@
-"""Bad input ends in one sentence that names its remedy: it never blocks, fills the memory, fetches anything or is ignored."""
+"""Bad input ends in one sentence that names its remedy: it never blocks, fills the memory, fetches anything
+or is ignored."""
 
 import io
 import itertools

@@ -1,4 +1,5 @@
-"""The benchmarks: their data, what they refuse, going on where they stopped, and numbers that move the right way."""
+"""The benchmarks: their data, what they refuse, going on where they stopped, and numbers that move the right
+way."""
 
 import json
 from pathlib import Path

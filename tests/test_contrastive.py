@@ -1,4 +1,5 @@
-"""The contrasts between subjects: both losses by loops, on two processes, and as CustomContrast uses them."""
+"""The contrasts between subjects: both losses by loops, on two processes, and as CustomContrast uses
+them."""
 
 import itertools
 import math
@@ -227,7 +228,8 @@ def test_no_gradient_reaches_the_similarity(form, views):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_another_picture_of_the_subject_is_no_negative(form):
-    """One row; its columns are its own second view, two of other subjects, and another picture of its subject."""
+    """One row; its columns are its own second view, two of other subjects, and another picture of its
+    subject."""
     anchors, positives, similarity = (
         noise(1, 1, 5),
         noise(1, 4, 5, seed=1),
@@ -260,8 +262,8 @@ def test_a_batch_of_one_subject_costs_nothing_and_has_finite_gradients(form):
 
 
 def learned_order(form, subjects=24, dim=64, starts=3):
-    """Embeddings trained freely by one form: Spearman's correlation of their cosines with how alike negatives look, the mean of
-    several random starts, which are trained beside each other as layers."""
+    """Embeddings trained freely by one form: Spearman's correlation of their cosines with how alike
+    negatives look, the mean of several random starts, which are trained beside each other as layers."""
     looks = noise(subjects, 8)
     looks[:, 0] += 1.5
     similarity, same = cosines(looks, looks), torch.eye(subjects, dtype=torch.bool)
@@ -280,7 +282,8 @@ def learned_order(form, subjects=24, dim=64, starts=3):
     [("ratio", 0.5, 1), ("weight", 0.5, 1), ("soft", 0.7, 1), ("product", -1, -0.25), ("plain", -0.15, 0.15)],
 )
 def test_what_each_form_does_to_look_alikes(form, low, high):
-    """`ratio`, `weight` and `soft` leave look-alikes near each other, `product` drives them apart, `plain` does not mind."""
+    """`ratio`, `weight` and `soft` leave look-alikes near each other, `product` drives them apart,
+    `plain` does not mind."""
     assert low < learned_order(form) < high
 
 
@@ -338,7 +341,8 @@ for name in ("cross", "appearance"):
     gradients = torch.autograd.grad(loss, parameters)
     for gradient in gradients:
         dist.all_reduce(gradient)
-    found[name] = {"loss": loss.detach(), "gradients": [gradient / dist.get_world_size() for gradient in gradients]}
+    gradients = [gradient / dist.get_world_size() for gradient in gradients]
+    found[name] = {"loss": loss.detach(), "gradients": gradients}
 torch.save(found, f"{folder}/{rank}.pt")
 dist.barrier()
 time.sleep(0.5)  # gloo's threads let go of the last tensors before the group goes
@@ -447,7 +451,8 @@ def step_of(method, batch):
 
 
 def compared(method, batch):
-    """What the contrasts compare, from the modules themselves: S+ and CLS of each view alone, the second one's embedding."""
+    """What the contrasts compare, from the modules themselves: S+ and CLS of each view alone, the second
+    one's embedding."""
     encoder, views = method.adapter.encoder, []
     for i in range(2):
         with torch.no_grad():
@@ -492,7 +497,8 @@ def values(terms):
 
 
 def test_the_terms_of_the_method_by_loops(tower):
-    """The first view's two CLS states, S+ of both views at every slot, and the tower's embedding of the second view."""
+    """The first view's two CLS states, S+ of both views at every slot, and the tower's embedding of the
+    second view."""
     method = make(tower, cscl_weight=0.3, macl_weight=0.2, macl_form="weight", macl_temperature=0.2)
     batch = batch_of([4, 2, 4, 9])
     found = method.contrast(step_of(method, batch))
@@ -579,7 +585,8 @@ def test_contrasts_without_words_are_refused(tower):
         make(tower, words=False)
     visual = make(tower, words=False, cscl_weight=0, macl_weight=0)
     assert set(visual(batch_of([0, 1]))) == {"denoise"}
-    assert "spearman" not in visual.diagnose([batch_of([0, 1])], tower / "samples", 1)  # nothing to compare
+    # nothing to compare
+    assert "spearman" not in visual.diagnose([batch_of([0, 1])], tower / "samples", 1)
 
 
 def test_a_diagnosis_names_its_numbers_and_writes_its_picture(tower, tmp_path):

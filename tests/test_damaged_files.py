@@ -1,4 +1,5 @@
-"""Files that can be read but are wrong: each ends in one sentence, and none is drawn with or trained from."""
+"""Files that can be read but are wrong: each ends in one sentence, and none is drawn with or trained
+from."""
 
 import json
 import math
@@ -584,7 +585,8 @@ def test_a_word_that_the_pipeline_knows():
 
 
 def test_the_words_of_encoders_of_equal_width_are_told_apart():
-    """Flux reads CLIP and T5, SDXL two CLIPs: by their widths alone a word of one could pass for the other's."""
+    """Flux reads CLIP and T5, SDXL two CLIPs: by their widths alone a word of one could pass for the
+    other's."""
     with pytest.raises(UserError, match="does not fit this base model"):
         load_words(tiny("flux"), "<dog>", word("sdxl"))
 

@@ -327,7 +327,8 @@ def test_buckets(resolution, factor):
 def test_nearest_bucket_is_symmetric_in_the_logarithm():
     assert nearest_bucket((200, 100), [(100, 100), (100, 180), (180, 100)]) == (100, 180)
     assert nearest_bucket((100, 200), [(100, 100), (100, 180), (180, 100)]) == (180, 100)
-    # 1.45 lies nearer to 2 in the logarithm (0.321 against 0.372) though not in the difference (0.55 against 0.45)
+    # 1.45 lies nearer to 2 in the logarithm (0.321 against 0.372) though not in the difference (0.55 against
+    # 0.45)
     assert nearest_bucket((145, 100), [(100, 100), (100, 200)]) == (100, 200)
 
 

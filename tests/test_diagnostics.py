@@ -30,8 +30,8 @@ def looped_cosines(a, b):
 
 
 def with_cosines(matrix):
-    """Two layers of one, first and second views, whose cosines are `matrix` (n, n), of small entries: unit vectors along the
-    axes, and its columns, made unit vectors by one more axis."""
+    """Two layers of one, first and second views, whose cosines are `matrix` (n, n), of small entries:
+    unit vectors along the axes, and its columns, made unit vectors by one more axis."""
     n = len(matrix)
     rest = (1 - (matrix**2).sum(0)).sqrt()
     return torch.eye(n, n + 1)[None], torch.cat([matrix.T, rest[:, None]], 1)[None]
@@ -59,7 +59,8 @@ def test_view_retrieval_by_loops():
 
 
 def test_view_retrieval_by_hand():
-    """In the first layer each view finds its own, in the second a neighbour, in the third all find the first."""
+    """In the first layer each view finds its own, in the second a neighbour, in the third all find the
+    first."""
     axes = torch.eye(4)
     positives = torch.stack([3 * axes, axes.roll(1, 0), torch.cat([torch.ones(1, 4), -axes[1:]])])
     anchors = axes.expand(3, 4, 4)

@@ -75,7 +75,8 @@ def test_image_tower_shares_the_space_of_the_text_tower(pipe):
 
 
 def test_the_encoder_carries_colours_of_drawings_never_seen():
-    """A sticker that the prompt does not name takes its colour from the pictures: red of the apple, green of the turtle."""
+    """A sticker that the prompt does not name takes its colour from the pictures: red of the apple, green of
+    the turtle."""
     assert ENCODER.stat().st_size < 25e6
     pipe = load_subject_pipeline("stickers")
     pipe.set_progress_bar_config(disable=True)

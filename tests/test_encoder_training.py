@@ -1,4 +1,5 @@
-"""Methods that train a subject encoder, on tiny base models: what moves, what stays, and that it comes back from its file."""
+"""Methods that train a subject encoder, on tiny base models: what moves, what stays, and that it comes
+back from its file."""
 
 import json
 from pathlib import Path
@@ -132,7 +133,9 @@ def test_trains_saves_and_reloads(base, case, tower, subjects, tmp_path):
     after = dict(method.named_parameters())
     assert all(name.startswith(("adapter.", "log_scale")) for name in names)
     moved = [name for name in names if not torch.equal(before[name], after[name])]
-    # a fusion whose weight is zero teaches its queries only from the second step on, some biases hardly at all
+    # a fusion whose weight is zero teaches its queries only from the second step on, some biases hardly
+    # at
+    # all
     assert len(moved) >= 0.9 * len(names)
     assert all(torch.equal(before[name], after[name]) for name in after if name not in names)
     drawn = picture(method.pipe, subjects)
@@ -151,7 +154,8 @@ def test_trains_saves_and_reloads(base, case, tower, subjects, tmp_path):
     ],
 )
 def test_bf16_trains_draws_and_saves_in_float32(base, case, tower, subjects, tmp_path, monkeypatch):
-    """As on a GPU: base model and image encoder in bf16, what is trained in float32, autocast, activations recomputed."""
+    """As on a GPU: base model and image encoder in bf16, what is trained in float32, autocast,
+    activations recomputed."""
     tiny(base).save_pretrained(tmp_path / "base")
     method, options = CASES[case]
     made, begin = [], method.__init__
@@ -197,7 +201,8 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tower, subjects, tmp_path):
     again = build("sd15", "custom_contrast", tower)
     trained(again, subjects, tmp_path / "part", 4, resume_from_checkpoint="latest", **part)
     for name, value in whole.trainable().items():
-        # the ramp of the contrasts is a share of all steps: two steps of two have ended it, two of four too
+        # the ramp of the contrasts is a share of all steps: two steps of two have ended it, two of four
+        # too
         assert torch.equal(value, again.trainable()[name]), name
 
 
@@ -334,7 +339,8 @@ def woken(method):
 
 
 def injected_by_the_pipeline(method, prompts: list[str], given: list[dict]):
-    """What a pipeline's call with the method's adapter and these features of subjects injects at time 0.6."""
+    """What a pipeline's call with the method's adapter and these features of subjects injects at time
+    0.6."""
     pipe, made, seen = method.pipe, SubjectCall.injected, {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -485,7 +491,8 @@ def test_two_subjects_are_trained_on_as_the_pipeline_draws_them(tower, subjects)
 
 @pytest.mark.parametrize("name", ["custom_contrast", "ip_adapter"])
 def test_a_subject_is_seen_only_in_the_region_that_is_told(name, tower, subjects):
-    """A region of nothing is as if there were no such subject; half a region lets the subject in there alone."""
+    """A region of nothing is as if there were no such subject; half a region lets the subject in there
+    alone."""
     method = woken(build("sd15", name, tower)).eval()
     method.adapter.starts.requires_grad_(False)
     batch = two_subjects(method, subjects)

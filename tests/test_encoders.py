@@ -1,4 +1,5 @@
-"""Subject encoders: their mathematics by hand, released IP-Adapters beside stock diffusers, their files, the image encoder."""
+"""Subject encoders: their mathematics by hand, released IP-Adapters beside stock diffusers, their files, the
+image encoder."""
 
 import json
 import math
@@ -113,7 +114,8 @@ def test_queries_stand_in_for_the_learned_ones():
 
 
 def released(base: str, plus: bool) -> dict[str, torch.Tensor]:
-    """A random adapter in the released layout: the image projection, and keys and values numbered over all attention layers."""
+    """A random adapter in the released layout: the image projection, and keys and values numbered over all
+    attention layers."""
     unet = tiny(base).unet
     dim = unet.config.cross_attention_dim
     if plus:
@@ -629,7 +631,8 @@ def test_what_a_file_says_of_itself(tmp_path):
 
 @pytest.mark.parametrize("kind", ["multimodal", "without_words", "plain", "plus"])
 def test_another_base_model_is_refused_and_the_file_named(kind, tmp_path):
-    """The tiny models' layers are alike in all but the width of their text, as those of Stable Diffusion 1.x and 2.x are."""
+    """The tiny models' layers are alike in all but the width of their text, as those of Stable Diffusion 1.x
+    and 2.x are."""
     pipe = tiny("sd15")
     if kind in ("multimodal", "without_words"):
         adapter = multimodal(pipe, eye(), "toy", words=kind == "multimodal", **SIZES)

@@ -1,4 +1,5 @@
-"""The files of examples/ fit the package: settings are known to their methods, scripts import what there is."""
+"""The files of examples/ fit the package: settings are known to their methods, scripts import what there
+is."""
 
 import runpy
 from pathlib import Path

@@ -37,7 +37,8 @@ def encoder():
 
 
 def test_linear_latents_are_those_of_the_autoencoder(encoder):
-    """The error on scenes that the matrix was not fitted to is far below the spread of the autoencoder's own posterior."""
+    """The error on scenes that the matrix was not fitted to is far below the spread of the autoencoder's
+    own posterior."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(recipe.part("vae")).eval()
@@ -177,7 +178,8 @@ def test_captions_tell_the_text_tower_where_each_thing_is_named():
 
 
 def test_the_text_tower_knows_the_looks_of_both_things():
-    """Patches of the second thing can be read from its own positions better than those of any other drawing."""
+    """Patches of the second thing can be read from its own positions better than those of any other
+    drawing."""
     looks, text = text_tower.Looks(WORLD), scenes.Text("cpu")
     rng = np.random.default_rng(0)
     chosen = [CORE[i] for i in rng.permutation(len(CORE))]
@@ -309,7 +311,8 @@ def test_a_runs_average_follows_its_weights_and_resumes(tmp_path, monkeypatch):
 
 
 def test_the_judge_sees_images_as_networks_draw_them():
-    """All are of its size and in range; a quarter went through the autoencoder, a quarter through the denoiser."""
+    """All are of its size and in range; a quarter went through the autoencoder, a quarter through the
+    denoiser."""
     rng, drawings = np.random.default_rng(0), WORLD.drawings(held_out=None)
     made = judge_recipe.scenes_of(rng, WORLD, drawings, 8)
     assert any(scene.companion for scene in judge_recipe.scenes_of(rng, WORLD, drawings, 60))
@@ -335,7 +338,8 @@ def test_what_the_judge_is_to_find_in_two_drawings_is_half_of_each():
 
 
 def test_the_text_towers_losses_by_loops():
-    """Looks from each noun on, the second thing's from its own noun and at its own patches; both nouns count nine times."""
+    """Looks from each noun on, the second thing's from its own noun and at its own patches; both nouns
+    count nine times."""
     tokenizer = scenes.Text("cpu").tokenizer
     torch.manual_seed(0)
     teacher = text_tower.Teacher(text_tower.build(tokenizer)).eval()

@@ -617,7 +617,8 @@ def test_early_stopping_and_the_best(pictures, tmp_path, monkeypatch):
 
 
 def test_the_best_by_score(pictures, tmp_path, quick_pictures):
-    """Likeness x obedience of .1, .3, .2, .25 at steps 2, 4, 6, 8, whatever the loss says; all is written down."""
+    """Likeness x obedience of .1, .3, .2, .25 at steps 2, 4, 6, 8, whatever the loss says; all is written
+    down."""
     identities, seen = iter([0.2, 0.6, 0.4, 0.5]), []
 
     def scorer(drawn):

@@ -225,7 +225,8 @@ def test_kohyas_file_holds_true_alphas_and_the_trained_change(base, tmp_path):
 
 
 def test_kohyas_file_of_dora_gives_the_trained_weight(tmp_path):
-    """W' = dora_scale (W + delta) / |W + delta|, the norm taken over each output's row (Liu et al., 2024, eq. 5)."""
+    """W' = dora_scale (W + delta) / |W + delta|, the norm taken over each output's row (Liu et al., 2024, eq.
+    5)."""
     backbone = adapted("sd15", use_dora=True)
     saved(backbone, tmp_path, kohya=True)
     state = load_file(tmp_path / "lora_kohya.safetensors")

@@ -1,4 +1,5 @@
-"""Every method on every tiny base model: what moves, what stays, and that stock diffusers reads what is saved."""
+"""Every method on every tiny base model: what moves, what stays, and that stock diffusers reads what is
+saved."""
 
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def test_trains_saves_and_reloads(base, case, pictures, tmp_path):
         pipe = stock_pipeline(base, tmp_path / "run")
     error = float(np.abs(picture - draw(pipe, prompt)).max())
     RESULTS.append(
-        f"{base:5s} {case:28s} trained {len(names):3d} moved {len(moved):3d} frozen identical {frozen} reload error {error:.0e}"
+        f"{base:5s} {case:28s} trained {len(names):3d} moved {len(moved):3d} frozen identical {frozen} "
+        f"reload error {error:.0e}"
     )
 
     assert names

@@ -1,4 +1,5 @@
-"""The scores by loops over rows, their directions on real pictures, and the encoders by hand on tiny models."""
+"""The scores by loops over rows, their directions on real pictures, and the encoders by hand on tiny
+models."""
 
 import math
 import re
@@ -212,9 +213,11 @@ def test_the_interval_is_the_same_at_every_call():
 
 
 class Gallery:
-    """Six subjects, each in five scenes to be judged and in five others as its real pictures, as unit vectors.
+    """Six subjects, each in five scenes to be judged and in five others as its real pictures, as unit
+    vectors.
 
-    `scenes[s]` holds the scenes of subject `s`, `views[s]` the same subject and background drawn in another pose.
+    `scenes[s]` holds the scenes of subject `s`, `views[s]` the same subject and background drawn in
+    another pose.
     """
 
     def __init__(self):
@@ -290,7 +293,8 @@ def test_other_subjects_drift_further_than_other_poses(gallery):
 
 
 def test_copies_of_the_training_pictures_are_told_from_new_views(gallery):
-    """Asked for the scenes of `views`: one model gives its training pictures back, the other draws the subject there."""
+    """Asked for the scenes of `views`: one model gives its training pictures back, the other draws the
+    subject there."""
     copied = mean(copy_rate(gallery.references[s], gallery.references[s], gallery.views[s]) for s in range(6))
     drawn = mean(copy_rate(gallery.pictures[s], gallery.references[s], gallery.views[s]) for s in range(6))
     assert copied > 0.1
@@ -487,7 +491,8 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def pixels_by_hand(picture, resized, box, statistics) -> torch.Tensor:
-    """One picture as (1, 3, height, width): resized, cropped to `box` (left, top, right, bottom), standardised."""
+    """One picture as (1, 3, height, width): resized, cropped to `box` (left, top, right, bottom),
+    standardised."""
     left, top, right, bottom = box
     values = (
         np.asarray(picture.resize(resized, Image.Resampling.BICUBIC), np.float32)[top:bottom, left:right]
@@ -501,7 +506,9 @@ def unit(features: torch.Tensor) -> torch.Tensor:
     return features / features.square().sum(-1, keepdim=True).sqrt()
 
 
-# width, height -> the size after resizing, and the crop, for a shorter side of 32 and of 37 = 32 * 256 / 224 and of 256
+# width, height -> the size after resizing, and the crop, for a shorter side of 32 and of 37 = 32 * 256 /
+# 224
+# and of 256
 CLIP_CROPS = {(40, 32): ((40, 32), (4, 0, 36, 32)), (50, 80): ((32, 51), (0, 9, 32, 41))}
 VIT_CROPS = {(40, 32): ((46, 37), (7, 2, 39, 34)), (50, 80): ((37, 59), (2, 13, 34, 45))}
 DINOV2_CROPS = {(40, 32): ((320, 256), (48, 16, 272, 240)), (50, 80): ((256, 410), (16, 93, 240, 317))}
@@ -642,7 +649,8 @@ def test_the_embedded_worlds_clip_is_named(gallery):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_cropped_takes_the_middle_by_hand(turned):
-    """A ramp of 20 a pixel, 12 x 6, doubled: pixel j has 10 j - 5, and the middle four columns of 24 begin at 10."""
+    """A ramp of 20 a pixel, 12 x 6, doubled: pixel j has 10 j - 5, and the middle four columns of 24
+    begin at 10."""
     ramp = np.tile(20 * np.arange(12, dtype=np.uint8), (6, 1))
     expected = np.tile([95, 105, 115, 125], (4, 1))
     found = np.asarray(cropped(Image.fromarray(ramp.T if turned else ramp), 12, 4))

@@ -1,4 +1,5 @@
-"""Nothing of the user's is lost: what a run may replace and remove in its output folder, and what keeps two runs apart."""
+"""Nothing of the user's is lost: what a run may replace and remove in its output folder, and what keeps
+two runs apart."""
 
 import errno
 import json
@@ -551,7 +552,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("moment", range(7))
 def test_a_kill_on_the_way_into_place_is_made_good(moment, train, tmp_path, monkeypatch):
-    """At whichever of its moves the writing stops, the folder is then the earlier run or the new one, whole."""
+    """At whichever of its moves the writing stops, the folder is then the earlier run or the new one,
+    whole."""
     folder = train(train_text_encoder=True, full_finetune=True, rank=None)
     replace, calls = os.replace, []
 

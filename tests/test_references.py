@@ -1,4 +1,5 @@
-"""What encoders learn from: rendered scenes, folders of subjects and streamed rows, each as two references and a target."""
+"""What encoders learn from: rendered scenes, folders of subjects and streamed rows, each as two
+references and a target."""
 
 import io
 import itertools
@@ -328,7 +329,8 @@ def test_a_second_subject_has_its_word_and_references_of_its_own(scenes):
 
 
 def test_halves_are_those_in_which_the_subjects_stand(monkeypatch):
-    """The region of the first subject holds most of its own mask, and the second's the rest of the picture."""
+    """The region of the first subject holds most of its own mask, and the second's the rest of the
+    picture."""
     masks, draw = [], sources.draw_scene
 
     def remembered(*scene, **options):
@@ -350,7 +352,8 @@ def test_halves_are_those_in_which_the_subjects_stand(monkeypatch):
 
 
 def test_both_subjects_count_as_much():
-    """The loss weight of a scene of two subjects is that of its whole where either is, and less elsewhere."""
+    """The loss weight of a scene of two subjects is that of its whole where either is, and less
+    elsewhere."""
     entry = rendered(resolution=128, second_subject_rate=1.0, region_rate=1.0, unmasked_weight=0.25)[0]
     for half in entry["regions"]:
         inside = entry["mask"][0][half == 1]
@@ -824,7 +827,8 @@ def test_a_dataset_of_unreadable_pictures_ends(hf, tmp_path):
 
 
 def test_only_what_is_shown_is_decoded(hf, tmp_path, monkeypatch):
-    """Of five items after the first hundred: their targets and references, not what came before, nor other processes'."""
+    """Of five items after the first hundred: their targets and references, not what came before, nor
+    other processes'."""
     decode, seen = streams.decoded, []
     monkeypatch.setattr(streams, "decoded", lambda *given: seen.append(given[1]) or decode(*given))
     config = parquet(write_rows(hf, tmp_path / "rows", views=6), shuffle_buffer=4)
@@ -853,8 +857,8 @@ def test_a_row_caption_without_the_subjects_word_is_refused(hf, tmp_path):
 
 
 def uneven(hf, folder):
-    """Seven subjects: the second has a mask too few, the third no pictures, the fourth a caption without its word, the fifth
-    one that is none."""
+    """Seven subjects: the second has a mask too few, the third no pictures, the fourth a caption without
+    its word, the fifth one that is none."""
     folder.mkdir()
     half = Image.new("L", (8, 8), 255)
     rows = {

@@ -121,7 +121,8 @@ def test_the_summary_is_the_table_with_intervals_and_published_rows():
 
 def test_the_table_shows_means_intervals_and_the_best_method(tmp_path):
     scores = rows(section(page_of(results_of(tmp_path), tmp_path), "Scores"))
-    # two subjects resampled: the lower and the upper value each make a quarter of the means, so they are the interval
+    # two subjects resampled: the lower and the upper value each make a quarter of the means, so they are the
+    # interval
     assert scores["a"] == [
         "40 %<small>20 to 60</small>",
         "<b>80 %</b><small>70 to 90</small>",

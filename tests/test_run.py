@@ -699,7 +699,8 @@ def test_push_uploads_nothing_that_a_user_put_into_the_folder(finished, uploads)
 
 
 def test_what_is_uploaded_names_no_place_on_this_machine(start, bases, pictures, tmp_path, uploads):
-    """The base model, the pictures, the caches and the outputs all lie in folders whose names are in no uploaded byte."""
+    """The base model, the pictures, the caches and the outputs all lie in folders whose names are in no
+    uploaded byte."""
     options = {
         "full_finetune": True,
         "rank": None,

@@ -1,4 +1,5 @@
-"""The sticker world: every word of a caption is answered by something drawn, and held-out drawings stay held out."""
+"""The sticker world: every word of a caption is answered by something drawn, and held-out drawings stay held
+out."""
 
 from dataclasses import replace
 
@@ -107,7 +108,8 @@ def test_mask_covers_the_companion_where_that_is_asked_for():
 
 
 def test_held_out_lists():
-    """60 drawings whose class another studio still teaches, 30 classes that nobody teaches; none is offered by default."""
+    """60 drawings whose class another studio still teaches, 30 classes that nobody teaches; none is offered
+    by default."""
     held_out = WORLD.drawings(held_out=True)
     unknown = {d.word for d in held_out if WORLD.is_unknown(d.word)}
     known = [d for d in held_out if not WORLD.is_unknown(d.word)]

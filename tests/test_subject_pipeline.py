@@ -1,4 +1,5 @@
-"""Drawing with subjects: what a call of the pipelines may be given, and how it composes with what else a pipeline can do."""
+"""Drawing with subjects: what a call of the pipelines may be given, and how it composes with what else a
+pipeline can do."""
 
 import re
 import warnings
@@ -51,7 +52,8 @@ def own_words(tokenizer) -> PreTrainedTokenizerFast:
 
 
 def stock(base: str):
-    """A tiny pipeline whose text encoders know their tokenizer's words and no more, as those of real models do."""
+    """A tiny pipeline whose text encoders know their tokenizer's words and no more, as those of real models
+    do."""
     pipe = tiny(base)
     for suffix in ("", "_2") if base == "sdxl" else ("",):
         setattr(pipe, f"tokenizer{suffix}", own_words(getattr(pipe, f"tokenizer{suffix}")))
@@ -432,7 +434,8 @@ def test_columns_are_as_wide_as_each_other():
 
 
 def first_output(pipe, height: int, width: int, **options) -> torch.Tensor:
-    """What the first layer with subjects gives at the first step for the conditional picture, (latent pixels, channels)."""
+    """What the first layer with subjects gives at the first step for the conditional picture, (latent pixels,
+    channels)."""
     kept = []
     handle = pipe.unet.get_submodule(FIRST).register_forward_hook(
         lambda layer, inputs, output: kept.append(output[-1])

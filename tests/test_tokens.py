@@ -17,7 +17,8 @@ ALL = [(base, i) for base in BASES for i in range({"sd15": 1, "sdxl": 2, "sd3": 
 
 
 def tight(base: str):
-    """A backbone whose encoders know the tokenizer's words and no more, so that new ids lie beyond their tables."""
+    """A backbone whose encoders know the tokenizer's words and no more, so that new ids lie beyond their
+    tables."""
     pipe = tiny(base)
     for suffix in ("", "_2", "_3"):
         if encoder := getattr(pipe, f"text_encoder{suffix}", None):
@@ -67,7 +68,8 @@ def test_a_word_equals_a_row_of_the_embedding_table(base, index):
 
 @pytest.mark.parametrize(("base", "index"), ALL)
 def test_several_words_of_several_vectors(base, index):
-    """The pipeline's own expansion: <toy> stands for <toy> <toy>_1, and each word keeps its own vectors in order."""
+    """The pipeline's own expansion: <toy> stands for <toy> <toy>_1, and each word keeps its own vectors in
+    order."""
     backbone, tokens = learned(base, {"<toy>": "dog", "<cat>": "cat"}, 2)
     prompt = backbone.pipe.maybe_convert_prompt("a <cat> in <toy>", backbone.tokenizers[index])
     assert prompt == "a <cat> <cat>_1 in <toy> <toy>_1"
@@ -179,7 +181,8 @@ def test_pieces():
 
 
 def test_text_is_pooled_at_its_end_though_a_word_has_a_higher_id():
-    """Encoders whose configuration calls the end 2, as XL's second one does, pool at the highest id by themselves."""
+    """Encoders whose configuration calls the end 2, as XL's second one does, pool at the highest id by
+    themselves."""
     sizes = {
         "vocab_size": 8,
         "hidden_size": 8,

@@ -1,4 +1,5 @@
-"""`accelerate launch -m customize.trainers METHOD [FILE.yaml] [--flag value ...]`: the trainer that `customize train` runs."""
+"""`accelerate launch -m customize.trainers METHOD [FILE.yaml] [--flag value ...]`: the trainer that
+`customize train` runs."""
 
 import sys
 

@@ -8,15 +8,14 @@ from contextlib import contextmanager, suppress
 STOPPING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
-TOGETHER = (
-    2.0  # seconds in which several signals are one: a launcher passes on what the terminal has sent already
-)
+# seconds in which several signals are one: a launcher passes on what the terminal has sent already
+TOGETHER = 2.0
 
 
 @contextmanager
 def interruption():
-    """Gives a function that says whether the run was asked to stop, by Ctrl-C (SIGINT), a scheduler (SIGTERM) or a closing
-    terminal (SIGHUP): the step is finished and saved first; a second signal stops at once."""
+    """Gives a function that says whether the run was asked to stop, by Ctrl-C (SIGINT), a scheduler (SIGTERM)
+    or a closing terminal (SIGHUP): the step is finished and saved first; a second signal stops at once."""
     pressed: list[float] = []
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
 
@@ -44,7 +43,8 @@ def interruption():
 
 
 class Unfailing:
-    """A stream whose words go nowhere once nobody listens: a closed terminal, or a `tee` that Ctrl-C has ended."""
+    """A stream whose words go nowhere once nobody listens: a closed terminal, or a `tee` that Ctrl-C has
+    ended."""
 
     def __init__(self, stream):
         self.stream = stream

@@ -56,7 +56,8 @@ def run(words: list[str]) -> Path:
 def launch(name: str, model: ModelConfig, data: Any, settings: TrainConfig, options: Any) -> Path:
     """Checks what can be checked, prepares, trains, and writes the run folder with its model card.
 
-    `data` and `options` are instances of the method's `Source.Config` and `Config`. UserError for what the user can mend.
+    `data` and `options` are instances of the method's `Source.Config` and `Config`. UserError for what the
+    user can mend.
     """
     kind, base = find_method(name), model.pretrained_model_name_or_path
     for part in (model, data, settings, options):

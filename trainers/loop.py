@@ -29,8 +29,9 @@ def train(
 ) -> int:
     """Minimises the sum of `method(batch)` and writes the run folder; returns the last step.
 
-    `scorer` rates the validation images if best/ is to go by them. Stops early by `early_stopping_patience`, at Ctrl-C after saving, and with a
-    UserError when the loss is no longer finite.
+    `scorer` rates the validation images if best/ is to go by them. Stops early by
+    `early_stopping_patience`, at Ctrl-C after saving, and with a UserError when the loss is no longer
+    finite.
     """
     session = begin(method, config, accelerator, data.held_out, scorer, info or {})
     schedule, ema, best = (session.train_state[name] for name in ("schedule", "ema", "best"))
@@ -70,7 +71,7 @@ def train(
                 what = f"validation {config.validation_metric}"
                 say(
                     bar,
-                    f"no better {what} for {best.since} validations: the best is in {session.output / 'best'}",
+                    f"no better {what} for {best.since} validations: see {session.output / 'best'}",
                 )
                 break
     if not done:
@@ -83,7 +84,8 @@ def end(accelerator: Accelerator) -> None:
     """Ends the run on every process."""
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()
-        # gloo's threads need the interpreter to let go of the last gathered tensors; the process group's destructor waits for
+        # gloo's threads need the interpreter to let go of the last gathered tensors; the process group's
+        # destructor waits for
         # them and does not yield it (a deadlock in about one run of ten): let them go first
         time.sleep(0.5)
     accelerator.end_training()

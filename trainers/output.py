@@ -31,8 +31,9 @@ from customize.trainers.settings import ModelConfig, TrainConfig
 
 @contextmanager
 def claimed_output(model: ModelConfig, settings: TrainConfig, config: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, the output folder is this run's alone: it can be written, holds nothing that is not a run's, and no earlier run
-    that was not given up. `config` holds all settings. UserError otherwise, on the first process.
+    """Inside, the output folder is this run's alone: it can be written, holds nothing that is not a run's,
+    and no earlier run that was not given up. `config` holds all settings. UserError otherwise, on the first
+    process.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
         yield
@@ -58,13 +59,15 @@ def resumes_here(settings: TrainConfig) -> bool:
 
 
 def check_progress(settings: TrainConfig) -> None:
-    """UserError if resuming would leave less than the output folder holds: a result or a checkpoint of a later step."""
+    """UserError if resuming would leave less than the output folder holds: a result or a checkpoint of a
+    later step."""
     output = Path(settings.output_dir)
     another = "choose another --output_dir, or replace what is there with --overwrite_output_dir."
     done = read_info(output).get("step", 0) if (output / INFO).exists() else 0
     if done > settings.max_train_steps:
         raise UserError(
-            f"'{output}' was trained for {done} steps, more than --max_train_steps {settings.max_train_steps}; {another}"
+            f"'{output}' was trained for {done} steps, more than --max_train_steps "
+            f"{settings.max_train_steps}; {another}"
         )
     later = [path for path in later_results(settings) if checkpoint_step(path) is not None]
     if later:
@@ -74,7 +77,8 @@ def check_progress(settings: TrainConfig) -> None:
 
 
 def later_results(settings: TrainConfig) -> list[Path]:
-    """What the output folder holds of steps after the checkpoint that is resumed: checkpoints, samples, and the best step."""
+    """What the output folder holds of steps after the checkpoint that is resumed: checkpoints, samples, and
+    the best step."""
     output, start = (
         Path(settings.output_dir),
         checkpoint_step(Path(settings.resume_from_checkpoint).resolve()),
@@ -115,11 +119,13 @@ def resumed_folder(config: TrainConfig) -> Path | None:
         return Path(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
     if (folder := latest_checkpoint(Path(config.output_dir))) is None:
         raise UserError(
-            f"--resume_from_checkpoint latest: '{config.output_dir}' holds no checkpoint; leave the flag out to start anew."
+            f"--resume_from_checkpoint latest: '{config.output_dir}' holds no checkpoint; leave the flag "
+            "out to start anew."
         )
     return folder
 
 
 def drop_old_checkpoints(output: Path, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints that can be resumed, and those into which somebody has put something."""
+    """Removes all but the last `keep` checkpoints that can be resumed, and those into which somebody has put
+    something."""
     remove(folder for folder in checkpoints(output)[:-keep] if only_a_run(folder))

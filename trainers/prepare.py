@@ -34,7 +34,8 @@ def load_backbone(model: ModelConfig, data: Any, accelerator: Accelerator) -> Ba
 
 
 def decode_whole(vae) -> None:
-    """Pictures drawn under autocast are still decoded in the autoencoder's own precision: XL's overflows in float16."""
+    """Pictures drawn under autocast are still decoded in the autoencoder's own precision: XL's overflows in
+    float16."""
     decode = vae.decode
 
     def decoded(latents: torch.Tensor, *args, **options):
@@ -54,8 +55,8 @@ def class_images(
     seed: int,
     batch_size: int = 4,
 ) -> list[ImageFile]:
-    """The concept's prior pictures. What `folder` lacks of `count` is drawn by the base model from the class prompt,
-    so call this before any adapter is added. Pictures that are there already are used as they are."""
+    """The concept's prior pictures. What `folder` lacks of `count` is drawn by the base model from the class
+    prompt, so call this before any adapter is added. Pictures that are there already are used as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     read = partial(
         find_images,

@@ -28,7 +28,8 @@ METHODS: dict[str, Entry] = {
     ),
     "custom_contrast": Entry(
         "customize.trainers.methods.custom_contrast:CustomContrast",
-        "an encoder of pictures, no tuning per subject, taught by contrast between subjects (Chen et al., 2025)",
+        "an encoder of pictures, no tuning per subject, taught by contrast between subjects (Chen et "
+        "al., 2025)",
     ),
     "ip_adapter": Entry(
         "customize.trainers.methods.ip_adapter:IPAdapter",

@@ -19,7 +19,8 @@ from customize.tensor_checks import check_finite, is_finite
 
 
 def _flatten(prefix: str, value, tensors: dict[str, Tensor]):
-    """Moves the tensors of a nested state into `tensors`; returns what is left, with their names in their places."""
+    """Moves the tensors of a nested state into `tensors`; returns what is left, with their names in their
+    places."""
     if isinstance(value, Tensor):
         tensors[prefix] = value.detach().cpu().contiguous().clone()
         return {"tensor": prefix}
@@ -40,8 +41,8 @@ def _restore(node, tensors: dict[str, Tensor]):
 
 
 def save_state(folder: Path, accelerator, step: int, trained: dict[str, Tensor], **parts) -> None:
-    """Writes `resume.safetensors`. `parts` have `state_dict()`, or are None. Called on every process: each has its own
-    generators, the first one writes."""
+    """Writes `resume.safetensors`. `parts` have `state_dict()`, or are None. Called on every process: each
+    has its own generators, the first one writes."""
     generators = gather_object([{name: value.tolist() for name, value in random_state().items()}])
     if not accelerator.is_main_process:
         return
@@ -61,7 +62,8 @@ def save_state(folder: Path, accelerator, step: int, trained: dict[str, Tensor],
 
 
 def load_state(folder: Path, accelerator, trained: dict[str, Tensor], **parts) -> int:
-    """Puts the state back into the tensors and parts given, and into this process's generators; returns the step.
+    """Puts the state back into the tensors and parts given, and into this process's generators; returns the
+    step.
 
     UserError if there is none, if it is damaged or not finite, or if it ran with other settings.
     """
@@ -78,11 +80,13 @@ def load_state(folder: Path, accelerator, trained: dict[str, Tensor], **parts) -
     present = {name: part for name, part in parts.items() if part is not None}
     if not same or present.keys() != state.keys() & parts.keys():
         raise UserError(
-            f"--resume_from_checkpoint: '{folder}' ran with other settings; resume with those it was started with."
+            f"--resume_from_checkpoint: '{folder}' ran with other settings; resume with those it was "
+            "started with."
         )
     if len(state["random"]) != accelerator.num_processes:
         raise UserError(
-            f"--resume_from_checkpoint: '{folder}' ran on {len(state['random'])} processes; resume on as many."
+            f"--resume_from_checkpoint: '{folder}' ran on {len(state['random'])} processes; resume on as "
+            "many."
         )
     with _damaged(path):
         for name, part in present.items():
@@ -124,7 +128,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_part(name: str, part: Any, state: dict) -> None:
-    """ValueError unless a part's state is of the form of its present one: not every part looks when it is loaded."""
+    """ValueError unless a part's state is of the form of its present one: not every part looks when it is
+    loaded."""
     if not hasattr(part, "param_groups"):
         _check_alike(name, part.state_dict(), state)
         return
@@ -161,7 +166,8 @@ def _kind(value: Any) -> type:
 
 
 def good_checkpoint(run: Path) -> Path | None:
-    """The checkpoint-N folder with the highest N among those that can be read and whose values are finite, or None."""
+    """The checkpoint-N folder with the highest N among those that can be read and whose values are finite, or
+    None."""
     return next((folder for folder in reversed(checkpoints(run)) if _is_good(folder)), None)
 
 

@@ -1,4 +1,5 @@
-"""Choosing among a run's steps by what matters: likeness x obedience of validation pictures, rather than a loss."""
+"""Choosing among a run's steps by what matters: likeness x obedience of validation pictures, rather than a
+loss."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,8 +19,8 @@ Scorer = Callable[
 def encoder_scorer(
     references: Sequence[Image.Image], concept: Concept, initializer: str, clip, dino
 ) -> Scorer:
-    """Of any other model: DINO's mean cosine with the references, and CLIP's with the prompts, class word in the subject's
-    place (see `customize.metrics`)."""
+    """Of any other model: DINO's mean cosine with the references, and CLIP's with the prompts, class word in
+    the subject's place (see `customize.metrics`)."""
     from customize.metrics import prompt_score, subject_score
 
     real, words = dino(references), subject_words(concept.instance_prompt)
@@ -41,14 +42,16 @@ def make_scorer(
 ) -> Scorer:
     """The scorer of a run: the sticker world's judge on the embedded base model, CLIP and DINO on others.
 
-    UserError for several concepts, which would need a score each, and where the metrics' libraries are missing.
+    UserError for several concepts, which would need a score each, and where the metrics' libraries are
+    missing.
     """
     if len(concepts) != 1:
         raise UserError("--validation_metric score is for one concept; use loss with several.")
     words = subject_words(concepts[0].instance_prompt)
     if not words or any(words not in prompt for prompt in settings.validation_prompt):
         raise UserError(
-            f"--validation_prompt: the score needs '{words or 'an --instance_prompt'}' in every validation prompt."
+            f"--validation_prompt: the score needs '{words or 'an --instance_prompt'}' in every validation "
+            "prompt."
         )
     references = [read_image_file(picture)[0] for picture in pictures]
     if embedded.is_embedded(base):

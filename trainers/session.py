@@ -53,7 +53,8 @@ class Session:
     scorer: Scorer | None
     trained: dict[str, torch.nn.Parameter]
     wrapped: torch.nn.Module  # the method as accelerate calls it
-    train_state: dict  # optimizer, schedule, ema, scaler and best: what resuming restores besides `trained`
+    # optimizer, schedule, ema, scaler and best: what resuming restores besides `trained`
+    train_state: dict
     exports: list[Adapter]  # files for other tools
     step: int = 0
 
@@ -175,4 +176,5 @@ def resume(session: Session) -> int:
 def not_finite(step: int, output: Path) -> str:
     kept = good_checkpoint(output)
     good = f"'{kept}' is the last good checkpoint" if kept else "no checkpoint was written yet"
-    return f"the loss is not finite at step {step}; {good}. Lower --learning_rate, or use --mixed_precision bf16 instead of fp16."
+    remedy = "Lower --learning_rate, or use --mixed_precision bf16 instead of fp16."
+    return f"the loss is not finite at step {step}; {good}. {remedy}"

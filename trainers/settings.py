@@ -83,7 +83,8 @@ class TrainConfig:
     validation_steps: int = option(100, "steps between validations", least=1)
     validation_metric: Literal["loss", "score"] = option(
         "loss",
-        "what best/ goes by: the loss on --holdout pictures, or likeness x obedience of the --validation_prompt pictures",
+        "what best/ goes by: the loss on --holdout pictures, or likeness x obedience of the "
+        "--validation_prompt pictures",
     )
     validation_clip: str = option(
         "openai/clip-vit-base-patch32", "CLIP for the score (not on stickers): hub id or folder"
@@ -151,5 +152,6 @@ def check_settings(model: ModelConfig, data: Any, settings: TrainConfig) -> None
         )
     if settings.early_stopping_patience and settings.validation_metric == "loss" and not data.holdout:
         raise UserError(
-            "--early_stopping_patience needs --holdout N, pictures kept from training for the validation loss."
+            "--early_stopping_patience needs --holdout N, pictures kept from training for the validation "
+            "loss."
         )

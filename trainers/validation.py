@@ -1,4 +1,5 @@
-"""Looking at a method while it trains: a loss that can be compared between steps, pictures, and which step was the best."""
+"""Looking at a method while it trains: a loss that can be compared between steps, pictures, and which step
+was the best."""
 
 import json
 import math
@@ -17,7 +18,8 @@ from customize.trainers.session import Session
 
 
 def validate(session: Session, bar: tqdm) -> None:
-    """Logs the validation loss, draws and rates the validation prompts, and writes best/ if it is the best step so far."""
+    """Logs the validation loss, draws and rates the validation prompts, and writes best/ if it is the best
+    step so far."""
     config, accelerator, best, step = (
         session.config,
         session.accelerator,
@@ -55,8 +57,8 @@ def say(bar: tqdm, text: str) -> None:
 
 
 def diagnosis(session: Session) -> dict[str, float]:
-    """What the method says of itself, in evaluation mode and without touching training's generators; left out where there was
-    too little to compare (NaN)."""
+    """What the method says of itself, in evaluation mode and without touching training's generators; left out
+    where there was too little to compare (NaN)."""
     method = session.method
     method.eval()
     with fixed_randomness(session.config.seed):
@@ -66,7 +68,8 @@ def diagnosis(session: Session) -> dict[str, float]:
 
 
 def draw_validation(session: Session) -> dict[str, float]:
-    """Draws the validation prompts on the first process, writes their sheet, and gives every process their score, if any."""
+    """Draws the validation prompts on the first process, writes their sheet, and gives every process their
+    score, if any."""
     config = session.config
     found: list[dict[str, float]] = [{}]
     if session.accelerator.is_main_process:
@@ -88,7 +91,8 @@ def draw_validation(session: Session) -> dict[str, float]:
 
 @torch.no_grad()
 def validation_loss(method: Method, batches: list[dict], seed: int = 0, repeats: int = 8) -> float:
-    """The mean denoising loss on held-out pictures, each with the same `repeats` times and noises at every call."""
+    """The mean denoising loss on held-out pictures, each with the same `repeats` times and noises at every
+    call."""
     was_training = method.training
     method.eval()
     with fixed_randomness(seed):

@@ -25,7 +25,8 @@ def folder_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """One subject of a benchmark: `prompts` have `{}` in its place, `source` is its drawing or its folder of photographs."""
+    """One subject of a benchmark: `prompts` have `{}` in its place, `source` is its drawing or its folder of
+    photographs."""
 
     name: str
     word: str
@@ -36,8 +37,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Taken:
-    """A subject's pictures to be scored: as many of each of `prompts`, the references, and those of the class word alone by the
-    method (`prior`) and by the base model (`before`); all but the references may be empty."""
+    """A subject's pictures to be scored: as many of each of `prompts`, the references, and those of the class
+    word alone by the method (`prior`) and by the base model (`before`); all but the references may be empty.
+    """
 
     subject: Subject
     pictures: list[Image.Image]
@@ -74,7 +76,8 @@ class Bench:
         raise NotImplementedError
 
     def drawing(self) -> dict[str, str]:
-        """All that decides the pictures, but for the methods' own settings: pictures made otherwise are never mixed in."""
+        """All that decides the pictures, but for the methods' own settings: pictures made otherwise are never
+        mixed in."""
         raise NotImplementedError
 
     def teaching(self, name: str) -> str:
@@ -101,7 +104,8 @@ class Bench:
         raise NotImplementedError
 
     def real(self, subject: Subject, folder: Path) -> list[Image.Image]:
-        """Real pictures for the prompts, written to `folder` as the shots are named; none where there are none."""
+        """Real pictures for the prompts, written to `folder` as the shots are named; none where there are
+        none."""
         return []
 
     def score(self, taken: Taken) -> tuple[dict, dict, list[dict]]:

@@ -1,4 +1,5 @@
-"""Pictures made once: an interrupted evaluation goes on where it stopped, and makes the same pictures as one that was not."""
+"""Pictures made once: an interrupted evaluation goes on where it stopped, and makes the same pictures as one
+that was not."""
 
 import gc
 import json
@@ -61,7 +62,8 @@ class Sampling:
 def draw_missing(
     load: Callable, shots: Sequence[ImageRequest], folder: Path, sampling: Sampling
 ) -> list[Image.Image]:
-    """The pictures of `shots`, from `folder` where they are there already. `load()` gives the pipeline, if any is missing.
+    """The pictures of `shots`, from `folder` where they are there already. `load()` gives the pipeline, if
+    any is missing.
 
     A batch is drawn whole or not at all, so that resuming changes no picture.
     """
@@ -94,8 +96,8 @@ def write_images(pictures: Sequence[Image.Image], folder: Path) -> list[Image.Im
 
 @contextmanager
 def measured(path: Path):
-    """Writes to `path` the wall time of what is inside, in seconds, and the most memory that was in use, in MB: the
-    accelerator's, or else the process's (resident)."""
+    """Writes to `path` the wall time of what is inside, in seconds, and the most memory that was in use, in
+    MB: the accelerator's, or else the process's (resident)."""
     cuda = torch.cuda.is_available()
     gc.collect()  # what an earlier run left behind is not this one's
     if cuda:
@@ -139,7 +141,8 @@ def trained(folder: Path, train: Callable[[Path], object]) -> Path:
 
 
 def cost_of(folder: Path) -> dict[str, float]:
-    """What training in `folder` took, the size of what it left, and what a picture took in the last batch that was drawn."""
+    """What training in `folder` took, the size of what it left, and what a picture took in the last batch
+    that was drawn."""
     cost: dict[str, float] = {}
     if (folder / "training.json").exists():
         spent = json.loads((folder / "training.json").read_text())
@@ -167,6 +170,7 @@ def same_protocol(folder: Path, protocol: dict[str, str]) -> None:
     if differing := [name for name in protocol if earlier.get(name) != protocol[name]]:
         name = differing[0]
         raise UserError(
-            f"'{folder}' holds an evaluation with another protocol ({name}: {earlier.get(name)}, now {protocol[name]}); "
+            f"'{folder}' holds an evaluation with another protocol ({name}: {earlier.get(name)}, now "
+            f"{protocol[name]}); "
             "choose another --output."
         )

@@ -1,4 +1,5 @@
-"""DreamBench: likeness and obedience on photographs, by the field's measures (Ruiz et al., 2023, arXiv 2208.12242)."""
+"""DreamBench: likeness and obedience on photographs, by the field's measures (Ruiz et al., 2023, arXiv
+2208.12242)."""
 
 import ast
 import hashlib
@@ -51,8 +52,9 @@ TOKEN, WORD = "sks", "<subject>"  # what stands before the class word: a rare wo
 def read_dreambench(folder: Path) -> list[Subject]:
     """The subjects of a dataset folder: a folder of pictures each, and `prompts_and_classes.txt`.
 
-    Subjects that the file lists and the folder lacks are left out with a warning. UserError for a missing or malformed file,
-    lists of prompts that differ in length, a folder that the file does not list, and one without readable pictures.
+    Subjects that the file lists and the folder lacks are left out with a warning. UserError for a missing or
+    malformed file, lists of prompts that differ in length, a folder that the file does not list, and one
+    without readable pictures.
     """
     path = folder / FILE
     if not path.is_file():
@@ -63,11 +65,13 @@ def read_dreambench(folder: Path) -> list[Subject]:
     lists = [_prompts(block) for block in re.findall(r"prompt_list\s*=\s*\[(.*?)\n\s*\]", text, re.DOTALL)]
     if not classes or len(lists) != 2:
         raise UserError(
-            f"'{path}' is malformed: it must list classes ('name,class') and two prompt lists; download it again."
+            f"'{path}' is malformed: it must list classes ('name,class') and two prompt lists; download it "
+            "again."
         )
     if len(lists[0]) != len(lists[1]):
         raise UserError(
-            f"'{path}' has {len(lists[0])} prompts for objects but {len(lists[1])} for live subjects; mend it."
+            f"'{path}' has {len(lists[0])} prompts for objects but {len(lists[1])} for live subjects; mend "
+            "it."
         )
     found = {
         place.name: place
@@ -76,7 +80,8 @@ def read_dreambench(folder: Path) -> list[Subject]:
     }
     if strangers := found.keys() - classes.keys():
         raise UserError(
-            f"'{path}' names no class for the folder '{min(strangers)}'; add the line '{min(strangers)},CLASS'."
+            f"'{path}' names no class for the folder '{min(strangers)}'; add the line "
+            f"'{min(strangers)},CLASS'."
         )
     if absent := classes.keys() - found.keys():
         warnings.warn(
@@ -103,10 +108,10 @@ def _prompts(block: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBench(Bench):
-    """The protocol on the dataset in `data`. `train` is a YAML file of training settings for every method, or a folder with one
-    METHOD.yaml for each (none: the methods' defaults); `encoders` by name: clip (pictures and prompts), and perhaps dino and
-    dinov2. `references`: teach with and compare with all pictures of a subject, or its first one. `limits`: at most so many
-    subjects and prompts."""
+    """The protocol on the dataset in `data`. `train` is a YAML file of training settings for every method, or
+    a folder with one METHOD.yaml for each (none: the methods' defaults); `encoders` by name: clip (pictures
+    and prompts), and perhaps dino and dinov2. `references`: teach with and compare with all pictures of a
+    subject, or its first one. `limits`: at most so many subjects and prompts."""
 
     data: Path
     encoders: dict[str, MetricEncoder]
@@ -130,7 +135,8 @@ class DreamBench(Bench):
         return [str(self.train / f"{name}.yaml" if self.train.is_dir() else self.train)]
 
     def settings(self, name: str) -> dict[str, Any]:
-        """Training settings that differ from the method's defaults; UserError for those that the benchmark decides."""
+        """Training settings that differ from the method's defaults; UserError for those that the benchmark
+        decides."""
         given = parse(configs(find_method(name)), self.flags(name))
         changed = {
             f.name: v for part in given for f in fields(part) if (v := getattr(part, f.name)) != default(f)
@@ -190,12 +196,21 @@ class DreamBench(Bench):
         every = "every real one of the subject" if self.references == "all" else "the one reference"
         return {
             **{name: encoder.stamp for name, encoder in self.encoders.items()},
-            "pairing": f"every picture with {every}; CLIP-T: every picture with its own prompt, class word for subject",
+            "pairing": (
+                f"every picture with {every}; CLIP-T: every picture with its own prompt, class word "
+                "for subject"
+            ),
             "nearest, diversity": f"by {self.main}",
             "real row": "every real picture of a subject with every other one",
             "scale": "cosines from -1 to 1, not multiplied",
-            "averages": "over pictures within a subject, then over subjects; intervals are 95 % bootstrap over subjects",
-            "note": "the pictures that teach are also compared with, as in the paper: read 'nearest' beside the real row",
+            "averages": (
+                "over pictures within a subject, then over subjects; intervals are 95 % bootstrap "
+                "over subjects"
+            ),
+            "note": (
+                "the pictures that teach are also compared with, as in the paper: read 'nearest' "
+                "beside the real row"
+            ),
         }
 
     def label(self, name):

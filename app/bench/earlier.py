@@ -1,4 +1,5 @@
-"""An evaluation that its folder holds already: it goes on, or is replaced where that was asked for, but nothing else is."""
+"""An evaluation that its folder holds already: it goes on, or is replaced where that was asked for, but
+nothing else is."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ NOTES = (PROTOCOL, "drawing.json", "training.json")
 
 
 def check_folder(folder: Path, methods: Sequence[str], overwrite: bool) -> None:
-    """UserError if evaluating `methods` would write over what no evaluation wrote; removes an earlier one if `overwrite`."""
+    """UserError if evaluating `methods` would write over what no evaluation wrote; removes an earlier one if
+    `overwrite`."""
     parts = [folder / folder_of(name) for name in methods]
     strange = (
         []
@@ -33,7 +35,8 @@ def check_folder(folder: Path, methods: Sequence[str], overwrite: bool) -> None:
     if strange:
         found = strange[0].relative_to(folder)
         raise UserError(
-            f"--output: '{folder}' holds '{found}', which no evaluation wrote; move it away, or choose another."
+            f"--output: '{folder}' holds '{found}', which no evaluation wrote; move it away, or choose "
+            "another."
         )
     if overwrite and is_protocol(folder):
         remove([*earlier, *(folder / name for name in PAGES), folder / PROTOCOL])

@@ -57,7 +57,8 @@ class FinishedRun:
             raise UserError(f"'{self.run_path}' learned several concepts; evaluate knows runs of one.")
         if not Path(folder).is_dir():
             raise UserError(
-                f"the pictures that '{self.run_path}' learned from are no longer in '{folder}'; put them back."
+                f"the pictures that '{self.run_path}' learned from are no longer in '{folder}'; put them "
+                "back."
             )
         return find_images(folder, "any")
 
@@ -75,7 +76,8 @@ class FinishedRun:
         words = subject_words(self.settings["instance_prompt"])
         if not words:
             raise UserError(
-                f"'{self.run_path}' has no --instance_prompt, so it is not known what prompts call the subject."
+                f"'{self.run_path}' has no --instance_prompt, so it is not known what prompts call the "
+                "subject."
             )
         return words
 
@@ -113,7 +115,8 @@ class FinishedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class StickerRun(FinishedRun, StickerBench):
-    """A run on the embedded model. `drawing_name`: what it learned ("flat fox"); empty: what the judge sees in its pictures."""
+    """A run on the embedded model. `drawing_name`: what it learned ("flat fox"); empty: what the judge sees
+    in its pictures."""
 
     drawing_name: str = ""
     methods: Sequence[str] = METHODS
@@ -134,7 +137,8 @@ class StickerRun(FinishedRun, StickerBench):
         known = {str(drawing): drawing for drawing in World().drawings(held_out=None)}
         if self.drawing_name and self.drawing_name not in known:
             raise UserError(
-                f"--subject: there is no drawing '{self.drawing_name}'; write 'STUDIO CLASS', such as 'flat fox'."
+                f"--subject: there is no drawing '{self.drawing_name}'; write 'STUDIO CLASS', such as "
+                "'flat fox'."
             )
         drawing = known[self.drawing_name] if self.drawing_name else most_seen(self.pictures)
         name = str(drawing).replace(" ", "-")

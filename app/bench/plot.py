@@ -85,7 +85,8 @@ def scatter(results: dict) -> bytes | None:
 
 
 def _place_labels(axes, points: list[tuple[dict, list[float], list[float]]]) -> None:
-    """Every label goes near its point to where it covers least of the markers, the bars and the labels before it."""
+    """Every label goes near its point to where it covers least of the markers, the bars and the labels before
+    it."""
     from matplotlib.text import Text
 
     def covered(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Published DreamBench numbers. They are not one protocol: reference choice, pictures a prompt and re-runs differ by paper."""
+"""Published DreamBench numbers. They are not one protocol: reference choice, pictures a prompt and re-runs
+differ by paper."""
 
 PAPER = "30 subjects, 25 prompts, 4 pictures, against all real pictures"
 ROWS = [

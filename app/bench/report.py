@@ -1,4 +1,5 @@
-"""What a benchmark hands out: `results.json`, `results.csv` and `report.html`, one page that needs no other file."""
+"""What a benchmark hands out: `results.json`, `results.csv` and `report.html`, one page that needs no
+other file."""
 
 import base64
 import csv
@@ -80,8 +81,8 @@ dt { font-weight: 600 } dd { margin: 0 }
 
 
 def write_report(results: dict, folder: Path) -> Path:
-    """Writes the numbers (JSON and CSV) and the page into `folder`, to which the pictures' paths are relative; returns the
-    page."""
+    """Writes the numbers (JSON and CSV) and the page into `folder`, to which the pictures' paths are
+    relative; returns the page."""
     results = json.loads(
         json.dumps(results), parse_constant=lambda _: None
     )  # NaN is no JSON, and means missing
@@ -138,7 +139,8 @@ def score_tables(results: dict) -> str:
     for subject in (s for method in results["methods"] for s in method["subjects"]):
         groups.setdefault(subject["group"], set()).add(subject["name"])
     parts = [
-        f"<details><summary>{escape(group)} ({len(names)} of {len(set().union(*groups.values()))} subjects)</summary>"
+        f"<details><summary>{escape(group)} ({len(names)} of {len(set().union(*groups.values()))} "
+        "subjects)</summary>"
         f"{score_table(results, group)}</details>"
         for group, names in groups.items()
     ]
@@ -146,7 +148,8 @@ def score_tables(results: dict) -> str:
 
 
 def score_table(results: dict, group: str | None = None) -> str:
-    """Mean and interval of every method and metric over the subjects (of one group); the best method is bold."""
+    """Mean and interval of every method and metric over the subjects (of one group); the best method is
+    bold."""
     metrics, methods = results["metrics"], results["methods"]
     best = {name: _best(methods, name, metric, group) for name, metric in metrics.items()}
 
@@ -175,7 +178,8 @@ def shown(value: float | None, style: str = "number") -> str:
 
 
 def means_table(methods: list[dict], part: str, style: str) -> str:
-    """Means of the factors or of the costs; a percentage has a bar, so that a factor compares down its column."""
+    """Means of the factors or of the costs; a percentage has a bar, so that a factor compares down its
+    column."""
 
     def cell(method: dict, name: str) -> str:
         if not (values := numbers(method, part, name)):
@@ -319,7 +323,8 @@ def _table(heads: dict[str, str], rows: list[dict], cell: Callable[[dict, str], 
 
 
 def _best(methods: list[dict], name: str, metric: dict, group: str | None) -> str | None:
-    """The best mean as it is printed: methods that print the same are equally bold, and a method alone is not."""
+    """The best mean as it is printed: methods that print the same are equally bold, and a method alone is
+    not."""
     values = [numbers(method, "scores", name, group) for method in methods if method["kind"] == "method"]
     means = [fmean(some) for some in values if some]
     if len(means) < 2 or not metric["better"]:

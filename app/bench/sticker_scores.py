@@ -1,4 +1,5 @@
-"""StickerBench's measures: the world's truth, its judge and its CLIP, for one subject's pictures by one method."""
+"""StickerBench's measures: the world's truth, its judge and its CLIP, for one subject's pictures by one
+method."""
 
 from collections.abc import Sequence
 
@@ -19,7 +20,9 @@ from customize.stickers.bench import SEEN, parse_prompt, true_scene
 from customize.stickers.judge import Verdicts, judge, trusted
 from customize.stickers.measure import SCALES, Fit, best_fit
 
-# what makes a drawing hard to know again, for judge and correlation: prompts with it count for text control alone
+# what makes a drawing hard to know again, for judge and correlation: prompts with it count for text
+# control
+# alone
 RESHAPED = {"tint", "size", "orientation", "count", "companion"}
 
 
@@ -87,7 +90,8 @@ METRICS = {
 
 
 def score(taken: Taken, clip: ClipEncoder, seed: int = 0) -> tuple[dict, dict, list[dict]]:
-    """Scores by metric, text control by factor, and each picture's scores; None where a measure has nothing to go on."""
+    """Scores by metric, text control by factor, and each picture's scores; None where a measure has
+    nothing to go on."""
     drawing, verdicts, every = (
         taken.subject.source,
         judge(taken.pictures),
@@ -143,7 +147,8 @@ def by_clip(taken: Taken, clip: ClipEncoder, fits: list[Fit | None], seed: int) 
 
 
 def masked_score(taken: Taken, clip: ClipEncoder, fits: list[Fit | None]) -> float | None:
-    """CLIP-I of the subject alone: where the drawing fits best in a picture, and its masks in the references."""
+    """CLIP-I of the subject alone: where the drawing fits best in a picture, and its masks in the
+    references."""
     sprite, side = World().sprite(taken.subject.source), taken.pictures[0].width
     crops = [
         subject_only(p, fit.mask(sprite, side)) for p, fit in zip(taken.pictures, fits, strict=True) if fit

@@ -1,4 +1,5 @@
-"""StickerBench: how well a method teaches held-out drawings to the embedded base model, measured against the truth."""
+"""StickerBench: how well a method teaches held-out drawings to the embedded base model, measured against
+the truth."""
 
 import hashlib
 from collections.abc import Sequence
@@ -34,8 +35,9 @@ LORA = "--rank 16 --lora_layers all --learning_rate 1e-3"
 
 
 class Recipe(NamedTuple):
-    """A method at the embedded model's scale: `words` stand for the subject in prompts; `{}` is its class word. Methods with a
-    subject `encoder` (`stickers`, or the folder of a run) are not trained for each subject."""
+    """A method at the embedded model's scale: `words` stand for the subject in prompts; `{}` is its class
+    word. Methods with a subject `encoder` (`stickers`, or the folder of a run) are not trained for each
+    subject."""
 
     label: str
     method: str
@@ -67,7 +69,8 @@ RECIPES = {
         "Pivotal tuning",
         "pivotal_tuning",
         "<subject> {}",
-        f"{LORA} --placeholder_token <subject> --initializer_token {{}} --num_vectors 2 --token_learning_rate 1e-2",
+        f"{LORA} --placeholder_token <subject> --initializer_token {{}} --num_vectors 2 "
+        "--token_learning_rate 1e-2",
     ),
     "custom_contrast": Recipe("CustomContrast encoder", "", "<s> {}", "", "stickers"),
 }
@@ -87,13 +90,15 @@ def find_recipe(name: str) -> Recipe:
     if holds(name, "subject"):
         return Recipe(Path(name).name.replace("-", " ").replace("_", " "), "", "<s> {}", "", name)
     raise UserError(
-        f"--methods: StickerBench has no recipe '{name}', nor is it a run of an encoder: {', '.join(RECIPES)}."
+        f"--methods: StickerBench has no recipe '{name}', nor is it a run of an encoder: "
+        f"{', '.join(RECIPES)}."
         f"{nearest(name, RECIPES)}"
     )
 
 
 def encoder_of(name: str) -> str:
-    """The encoder that a method draws with; none for methods that are trained for each subject, and for finished runs."""
+    """The encoder that a method draws with; none for methods that are trained for each subject, and for
+    finished runs."""
     return "" if name == "run" else find_recipe(name).encoder
 
 
@@ -116,7 +121,8 @@ def encoder_pipeline(encoder: str, device: str):
 
 @dataclass(frozen=True, kw_only=True)
 class StickerBench(Bench):
-    """`methods` of `RECIPES` on 30 subjects, 25 prompts, 4 pictures each, or on the `quick` subset: 6, 8 and 1."""
+    """`methods` of `RECIPES` on 30 subjects, 25 prompts, 4 pictures each, or on the `quick` subset: 6, 8
+    and 1."""
 
     sampling: Sampling = Sampling(num_inference_steps=25, guidance_scale=4.0, batch_size=16)
     quick: bool = False
@@ -149,7 +155,8 @@ class StickerBench(Bench):
 
     @property
     def drawings(self) -> list[Drawing]:
-        """Twenty held-out drawings of known classes and ten of unknown ones; `quick`: the first six of them."""
+        """Twenty held-out drawings of known classes and ten of unknown ones; `quick`: the first six of
+        them."""
         if self.group == "all":
             return bench_subjects(self.quick)
         chosen = drawings_of(self.group)
@@ -162,8 +169,12 @@ class StickerBench(Bench):
         return {
             "bench": "StickerBench" + (", quick subset" if self.quick else ""),
             "base model": f"stickers, denoiser sha256 {model.hexdigest()[:12]}",
-            "subjects": f"{len(self.subjects)} held-out drawings{of_group}, four captioned reference pictures each",
-            "prompts": f"{len(prompts)}, sha256 {hashlib.sha256(chr(10).join(prompts).encode()).hexdigest()[:12]}",
+            "subjects": (
+                f"{len(self.subjects)} held-out drawings{of_group}, four captioned reference pictures each"
+            ),
+            "prompts": (
+                f"{len(prompts)}, sha256 {hashlib.sha256(chr(10).join(prompts).encode()).hexdigest()[:12]}"
+            ),
             "pictures": f"{self.repeats} for each prompt, seeds from {self.seed}",
             "sampling": str(self.sampling),
         }
@@ -172,7 +183,8 @@ class StickerBench(Bench):
         recipe = find_recipe(name)
         if recipe.encoder:
             file = ENCODER if recipe.encoder == "stickers" else adapter_file(recipe.encoder)
-            return f"encoder sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}, no training for a subject"
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+            return f"encoder sha256 {digest}, no training for a subject"
         return (
             f"{recipe.method}, {self.steps} steps, {COMMON} {recipe.flags}" if recipe.method else recipe.label
         )
@@ -181,9 +193,14 @@ class StickerBench(Bench):
         return {
             "encoder": self.clip.stamp,
             "judge's own accuracy": ", ".join(f"{k} {v:.1%}" for k, v in accuracy().items() if k != "scenes"),
-            "not quoted": f"what the judge gets right in less than {TRUSTED:.0%}; identity of changed drawings",
-            "pairing": "CLIP-I: every picture with every reference; CLIP-T: every picture with its own prompt",
-            "averages": "over pictures within a subject, then over subjects; intervals are 95 % bootstrap over subjects",
+            "not quoted": (
+                f"what the judge gets right in less than {TRUSTED:.0%}; identity of changed drawings"
+            ),
+            "pairing": "CLIP-I: every image with every reference; CLIP-T: every image with its own prompt",
+            "averages": (
+                "over pictures within a subject, then over subjects; intervals are 95 % bootstrap "
+                "over subjects"
+            ),
         }
 
     def label(self, name):
@@ -194,7 +211,8 @@ class StickerBench(Bench):
 
     def training(self, name, subject):
         recipe = find_recipe(name)
-        return f"{recipe.method} {COMMON} --max_train_steps {self.steps} {recipe.flags.format(subject.word)}".split()
+        flags = recipe.flags.format(subject.word)
+        return f"{recipe.method} {COMMON} --max_train_steps {self.steps} {flags}".split()
 
     def pipeline(self, name, subject):
         if not (encoder := encoder_of(name)):

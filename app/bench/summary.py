@@ -8,7 +8,8 @@ from customize.metrics.scores import confidence_interval
 
 
 def summary(results: dict) -> str:
-    """Markdown: a row a method with means and 95 % intervals over subjects, then published rows with their protocols."""
+    """Markdown: a row a method with means and 95 % intervals over subjects, then published rows with their
+    protocols."""
     metrics, published = results["metrics"], results.get("published", [])
     heads = [metric["title"] for metric in metrics.values()]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]

@@ -1,8 +1,9 @@
 """Attention processors: where subjects enter the cross-attention of a UNet.
 
-`CrossAttention` serves every attention layer of a UNet: the model's own text branch, and beside it a visual branch with keys
-and values of its own for the subjects (the dual cross-attention of IP-Adapter, arXiv 2308.06721, eq. 5), where an adapter gave
-the layer one. All of it goes through diffusers' `dispatch_attention_fn`, so `unet.set_attention_backend(...)` counts.
+`CrossAttention` serves every attention layer of a UNet: the model's own text branch, and beside it a
+visual branch with keys and values of its own for the subjects (the dual cross-attention of IP-Adapter,
+arXiv 2308.06721, eq. 5), where an adapter gave the layer one. All of it goes through diffusers'
+`dispatch_attention_fn`, so `unet.set_attention_backend(...)` counts.
 """
 
 from dataclasses import dataclass, field, fields
@@ -29,12 +30,10 @@ class SubjectTokens:
     visual: Tensor  # (samples, subjects, tokens, dim)
     weight: Tensor  # (samples, subjects): 0 where a sample lacks the subject
     mask: Tensor | None = None  # (samples, subjects, tokens): False where a token is padding
-    location_embedding: Tensor | None = (
-        None  # (samples, subjects, dim): time and subject, for the location maps
-    )
-    regions: Tensor | None = (
-        None  # (samples, subjects, height, width) in [0, 1]: where a subject may be, at latent size
-    )
+    # (samples, subjects, dim): time and subject, for the location maps
+    location_embedding: Tensor | None = None
+    # (samples, subjects, height, width) in [0, 1]: where a subject may be, at latent size
+    regions: Tensor | None = None
 
     def repeat(self, count: int) -> "SubjectTokens":
         """Each sample `count` times in a row."""
@@ -45,7 +44,8 @@ class SubjectTokens:
         return SubjectTokens(**repeated)
 
     def with_unconditional(self, blank: Tensor) -> "SubjectTokens":
-        """For both halves of guidance: before these samples as many that see the tokens `blank` (1, tokens, dim) instead."""
+        """For both halves of guidance: before these samples as many that see the tokens `blank` (1,
+        tokens, dim) instead."""
         samples, subjects, tokens, _ = self.visual.shape
         own = blank.repeat(1, -(-tokens // blank.shape[1]), 1)[:, :tokens].expand(samples, subjects, -1, -1)
         mask = self.mask
@@ -61,13 +61,12 @@ class SubjectTokens:
 
 @dataclass
 class Injected:
-    """Subject conditioning for the attention processors; under classifier-free guidance it applies to the conditional half,
-    which is the end of the batch."""
+    """Subject conditioning for the attention processors; under classifier-free guidance it applies to the
+    conditional half, which is the end of the batch."""
 
     tokens: SubjectTokens
-    block_texts: Tensor | None = (
-        None  # (text_blocks, samples, length, dim): the text as each block of layers reads it
-    )
+    # (text_blocks, samples, length, dim): the text as each block of layers reads it
+    block_texts: Tensor | None = None
     scales: dict[str, float] = field(
         default_factory=dict
     )  # of the visual branch by layer; 1 for layers without one
@@ -75,8 +74,8 @@ class Injected:
 
 
 class Location(nn.Module):
-    """A spatial map of where a subject belongs: hidden states (batch, pixels, channels) and the embedding (batch, dim)
-    of time and subject, to logits (batch, pixels, 1), which are 0 before training."""
+    """A spatial map of where a subject belongs: hidden states (batch, pixels, channels) and the embedding
+    (batch, dim) of time and subject, to logits (batch, pixels, 1), which are 0 before training."""
 
     def __init__(self, channels: int, dim: int, hidden: int = 64):
         super().__init__()
@@ -99,7 +98,8 @@ def gate(logits: Tensor) -> Tensor:
 
 
 class SubjectBranch(nn.Module):
-    """One layer's keys and values of the subject tokens, named as released IP-Adapters name them, and its location map."""
+    """One layer's keys and values of the subject tokens, named as released IP-Adapters name them, and its
+    location map."""
 
     def __init__(self, dim: int, attn, location_dim: int = 0):
         super().__init__()
@@ -112,9 +112,11 @@ class SubjectBranch(nn.Module):
 
 
 class CrossAttention:
-    """Not an `nn.Module`, so that the denoiser's state dict stays stock: the branch belongs to the adapter.
+    """Not an `nn.Module`, so that the denoiser's state dict stays stock: the branch belongs to the
+    adapter.
 
-    Attention layers of a UNet's transformers have no spatial norm, group norm or residual of their own; none is handled.
+    Attention layers of a UNet's transformers have no spatial norm, group norm or residual of their own;
+    none is handled.
     """
 
     _attention_backend = None
@@ -150,7 +152,8 @@ class CrossAttention:
         return attn.to_out[1](attn.to_out[0](out))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention over tensors (batch, tokens, heads, dim); a mask (batch, keys) is False where keys are padding."""
+        """Attention over tensors (batch, tokens, heads, dim); a mask (batch, keys) is False where keys
+        are padding."""
         if mask is not None and mask.ndim == 2 and self._attention_backend != AttentionBackendName.XFORMERS:
             mask = mask[
                 :, None, None
@@ -158,8 +161,8 @@ class CrossAttention:
         return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
 
     def add_subjects(self, attn, text: Tensor, hidden: Tensor, query: Tensor, subjects: Injected) -> Tensor:
-        """Adds to the text branch's output (batch, pixels, channels) the visual branch's: the sum over subjects of
-        weight x location x region x attention."""
+        """Adds to the text branch's output (batch, pixels, channels) the visual branch's: the sum over
+        subjects of weight x location x region x attention."""
         tokens = subjects.tokens
         samples, count = tokens.weight.shape
         scale = subjects.scales.get(self.name, 1.0)
@@ -195,8 +198,9 @@ class CrossAttention:
         return torch.cat([text[: len(text) - samples], kept + added])
 
     def text_gates(self, maps: Tensor, present: Tensor) -> Tensor:
-        """What the text branch is multiplied by (samples, pixels, 1): `same` keeps text where any of the subjects that are `present`
-        (samples, subjects, 1, 1) is, `complement` where none is; 1 without a subject."""
+        """What the text branch is multiplied by (samples, pixels, 1): `same` keeps text where any of the
+        subjects that are `present` (samples, subjects, 1, 1) is, `complement` where none is; 1 without a
+        subject."""
         if self.text_gate == "complement":
             return torch.where(present, gate(-maps), 1.0).prod(1)
         return torch.where(present.any(1), torch.where(present, gate(maps), 0.0).amax(1), 1.0)
@@ -204,7 +208,8 @@ class CrossAttention:
     def keys_values(
         self, attn, subjects: Injected, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values (samples * subjects, tokens, heads, dim), from the cache if they were made before."""
+        """Keys and values (samples * subjects, tokens, heads, dim), from the cache if they were made
+        before."""
         if subjects.cache is not None and self.name in subjects.cache:
             return subjects.cache[self.name]
         visual = subjects.tokens.visual.flatten(0, 1).to(self.branch.to_k_ip.weight.dtype)
@@ -220,7 +225,8 @@ class CrossAttention:
 
 
 def at_size(regions: Tensor, pixels: int) -> Tensor:
-    """Regions (samples, subjects, height, width) as (samples, subjects, pixels, 1) for a layer of so many pixels."""
+    """Regions (samples, subjects, height, width) as (samples, subjects, pixels, 1) for a layer of so many
+    pixels."""
     height, width = regions.shape[-2:]
     while height * width > pixels:  # a UNet halves its sides, rounding up
         height, width = (height + 1) // 2, (width + 1) // 2
@@ -228,8 +234,8 @@ def at_size(regions: Tensor, pixels: int) -> Tensor:
 
 
 def text_layers(denoiser: UNet2DConditionModel) -> dict[str, str]:
-    """The layers where image meets text, in the order in which they run: their names, by the number that released IP-Adapters
-    give them (1, 3, 5, ... over all attention layers: down, up, middle)."""
+    """The layers where image meets text, in the order in which they run: their names, by the number that
+    released IP-Adapters give them (1, 3, 5, ... over all attention layers: down, up, middle)."""
     if not isinstance(denoiser, UNet2DConditionModel):
         raise TypeError(
             "subjects are injected into the cross-attention of UNets (Stable Diffusion 1.x, 2.x, XL) only"
@@ -241,16 +247,16 @@ def text_layers(denoiser: UNet2DConditionModel) -> dict[str, str]:
 
 
 def stacks(denoiser: UNet2DConditionModel) -> list[str]:
-    """The stacks of transformer layers, in the order in which they run: the layers of one share a text, as XL has 70 layers in
-    11 stacks, and one word for each layer would cost a text encoding each."""
+    """The stacks of transformer layers, in the order in which they run: the layers of one share a text,
+    as XL has 70 layers in 11 stacks, and one word for each layer would cost a text encoding each."""
     return list(
         dict.fromkeys(name.partition(".transformer_blocks")[0] for name in text_layers(denoiser).values())
     )
 
 
 def make_branches(denoiser: UNet2DConditionModel, dim: int, location_dim: int = 0) -> nn.ModuleDict:
-    """A new branch for each text layer, by its released number, for subject tokens of `dim` numbers; with `location_dim`, the
-    width of `SubjectTokens.location_embedding`, each has a location map."""
+    """A new branch for each text layer, by its released number, for subject tokens of `dim` numbers; with
+    `location_dim`, the width of `SubjectTokens.location_embedding`, each has a location map."""
     layers = text_layers(denoiser)
     return nn.ModuleDict(
         {
@@ -273,19 +279,22 @@ def install(denoiser: UNet2DConditionModel, branches: nn.ModuleDict, text_gate: 
 
 
 def is_installed(denoiser: UNet2DConditionModel, branches: nn.ModuleDict) -> bool:
-    """Whether these branches are those that the denoiser's text layers have; UserError if their processors are not ours."""
+    """Whether these branches are those that the denoiser's text layers have; UserError if their
+    processors are not ours."""
     found = [denoiser.attn_processors[f"{name}.processor"] for name in text_layers(denoiser).values()]
     if foreign := [
         type(processor).__name__ for processor in found if not isinstance(processor, CrossAttention)
     ]:
         raise UserError(
-            f"the denoiser has {foreign[0]} instead of a subject encoder's processors: load the encoder again."
+            f"the denoiser has {foreign[0]} instead of a subject encoder's processors: load the encoder "
+            "again."
         )
     return all(processor.branch is branch for processor, branch in zip(found, branches.values(), strict=True))
 
 
 def use_xformers(denoiser) -> None:
-    """xformers' attention: by diffusers' switch, or as the backend of our processors, which that switch would replace."""
+    """xformers' attention: by diffusers' switch, or as the backend of our processors, which that switch
+    would replace."""
     if any(isinstance(processor, CrossAttention) for processor in denoiser.attn_processors.values()):
         denoiser.set_attention_backend("xformers")
     else:

@@ -1,4 +1,5 @@
-"""The contract of an adapter: a kind of thing that is trained, saved into a run folder and loaded into a pipeline."""
+"""The contract of an adapter: a kind of thing that is trained, saved into a run folder and loaded into a
+pipeline."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,8 @@ from diffusers import DiffusionPipeline
 
 
 class Adapter:
-    """One file of `customize/adapters/` holds one kind; `ADAPTERS` lists them, in the order in which they are loaded."""
+    """One file of `customize/adapters/` holds one kind; `ADAPTERS` lists them, in the order in which they are
+    loaded."""
 
     files: ClassVar[tuple[str, ...]]  # names, or patterns, of what it writes into a run folder
 

@@ -18,7 +18,8 @@ from customize.tensor_checks import load_whole, misfit
 
 
 class Components(Adapter):
-    """The denoiser and, if they are named, text encoders, trained in float32; each is saved as a diffusers folder."""
+    """The denoiser and, if they are named, text encoders, trained in float32; each is saved as a diffusers
+    folder."""
 
     files = COMPONENTS
 
@@ -48,14 +49,16 @@ class Components(Adapter):
 
 
 def _forget_place(path: Path) -> None:
-    """Takes the folder that a component was loaded from out of its configuration: it names the user's machine."""
+    """Takes the folder that a component was loaded from out of its configuration: it names the user's
+    machine."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def trained_component(folder: Path, base: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A component that was trained as a whole; UserError if it is not whole, or not of the shape of the base model's."""
+    """A component that was trained as a whole; UserError if it is not whole, or not of the shape of the base
+    model's."""
     try:
         part = load_whole(type(base), folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:

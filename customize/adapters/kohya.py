@@ -45,7 +45,8 @@ class KohyaLora(Adapter):
 
 
 def kohya_state(module: ModelMixin, prefix: str) -> dict[str, Tensor]:
-    """The layout of kohya's sd-scripts with true alphas: `PREFIX_path_with_underscores.lora_down.weight`, `.alpha`, ...
+    """The layout of kohya's sd-scripts with true alphas: `PREFIX_path_with_underscores.lora_down.weight`,
+    `.alpha`, ...
 
     `prefix` is lora_unet, lora_te (Stable Diffusion), lora_te1 or lora_te2 (XL).
     """

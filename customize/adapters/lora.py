@@ -1,4 +1,5 @@
-"""LoRA (low-rank adapters, Hu et al., 2021, arXiv 2106.09685) of the denoiser and the text encoders, through peft."""
+"""LoRA (low-rank adapters, Hu et al., 2021, arXiv 2106.09685) of the denoiser and the text encoders,
+through peft."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ def add_lora(
     targets: list[str] | None = None,
     presets: Mapping[str, list[str]] = PRESETS,
 ) -> None:
-    """Adds trainable float32 LoRA to the layers that `lora_layers` (or `targets`) names; it is zero at the start."""
+    """Adds trainable float32 LoRA to the layers that `lora_layers` (or `targets`) names; it is zero at
+    the start."""
     preset = targets or presets.get(settings.lora_layers)
     wanted = preset or [name.strip() for name in settings.lora_layers.split(",")]
     layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
@@ -80,7 +82,8 @@ def has_lora(module: ModelMixin) -> bool:
 
 
 class Lora(Adapter):
-    """LoRA of the denoiser and, if they are named, of text encoders; saved as one file of diffusers' layout."""
+    """LoRA of the denoiser and, if they are named, of text encoders; saved as one file of diffusers'
+    layout."""
 
     files = (LORA,)
 

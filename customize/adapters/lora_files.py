@@ -1,4 +1,5 @@
-"""LoRA files in diffusers' layout: the tensors and header to write, and a check against the base model before loading."""
+"""LoRA files in diffusers' layout: the tensors and header to write, and a check against the base model
+before loading."""
 
 import json
 import math
@@ -14,7 +15,8 @@ from customize.backbones.text import COMPONENTS
 from customize.errors import UserError
 from customize.tensor_checks import check_finite
 
-ENDINGS = {  # of a LoRA file's keys, in diffusers' older layout (UNets) and in peft's: which tensor of a layer it is
+# of a LoRA file's keys, in diffusers' older layout (UNets) and in peft's: which tensor of a layer it is
+ENDINGS = {
     ".lora.down.weight": ("older", "down"),
     ".lora.up.weight": ("older", "up"),
     ".lora_linear_layer.down.weight": ("older", "down"),
@@ -37,7 +39,8 @@ def lora_scale(module: ModelMixin) -> float:
 def folded_state(module: ModelMixin) -> dict[str, Tensor]:
     """The LoRA tensors in peft's names, float32 on the CPU, with alpha / rank multiplied into `lora_B`.
 
-    Readers that know no alpha (ComfyUI ignores the header) then apply the right scale, as alpha equals rank.
+    Readers that know no alpha (ComfyUI ignores the header) then apply the right scale, as alpha equals
+    rank.
     """
     scale, state = lora_scale(module), get_peft_model_state_dict(module)
     scaled = {name: value * scale if ".lora_B." in name else value for name, value in state.items()}
@@ -52,27 +55,31 @@ def folded_metadata(module: ModelMixin) -> dict:
 
 
 def diffusers_state(module: ModelMixin, name: str, older_names: bool) -> dict[str, Tensor]:
-    """`folded_state` in the names that diffusers' loader expects for the component `name`; of UNet models in its older ones."""
+    """`folded_state` in the names that diffusers' loader expects for the component `name`; of UNet models
+    in its older ones."""
     state = folded_state(module)
     if name.startswith("text_encoder"):
         state = {with_text_model(key): value for key, value in state.items()}
     if not older_names:
         return state
-    # diffusers renames attention layers alone, and its loader then misreads a file with both kinds of names
+    # diffusers renames attention layers alone, and its loader then misreads a file with both kinds of
+    # names
     renamed = convert_state_dict_to_diffusers(state).items()
     return {key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): v for key, v in renamed}
 
 
 def with_text_model(path: str) -> str:
-    """CLIP's canonical key: transformers 5.6 dropped `text_model.`, which every reader of LoRA files expects."""
+    """CLIP's canonical key: transformers 5.6 dropped `text_model.`, which every reader of LoRA files
+    expects."""
     return path if path.startswith("text_model.") else f"text_model.{path}"
 
 
 def check_lora(
     pipe: DiffusionPipeline, state: dict[str, Tensor], where: str, header: dict[str, str] | None = None
 ) -> None:
-    """UserError unless each layer that a LoRA file of ours names is in the pipeline, with both matrices, of its widths, and all
-    values are finite. With the file's `header`, also unless the layers are those that it lists."""
+    """UserError unless each layer that a LoRA file of ours names is in the pipeline, with both matrices,
+    of its widths, and all values are finite. With the file's `header`, also unless the layers are those
+    that it lists."""
     about = _described(header, where) if header and METADATA in header else None
     if reason := _misfit(pipe, state, about):
         raise UserError(

@@ -1,7 +1,8 @@
-"""The subject adapter: an encoder of reference pictures and the attention branches that its tokens enter by.
+"""The subject adapter: an encoder of reference pictures and the attention branches that its tokens enter
+by.
 
-Saved as one file: `subject.safetensors` with the configuration in its header, or, for encoders of IP-Adapter's kind, the
-released IP-Adapter layout, which stock diffusers reads.
+Saved as one file: `subject.safetensors` with the configuration in its header, or, for encoders of
+IP-Adapter's kind, the released IP-Adapter layout, which stock diffusers reads.
 """
 
 import json
@@ -41,9 +42,11 @@ Encode = Callable[[list[str]], dict[str, Tensor]]
 
 
 class SubjectAdapter(nn.Module, Adapter):
-    """`encoder` is a `MultimodalEncoder` or an `ImagePrompt`; a branch is made for each text layer of `denoiser`.
+    """`encoder` is a `MultimodalEncoder` or an `ImagePrompt`; a branch is made for each text layer of
+    `denoiser`.
 
-    `starts` are the embeddings (dim,) that S+ starts from, one for each text encoder, if the encoder gives words.
+    `starts` are the embeddings (dim,) that S+ starts from, one for each text encoder, if the encoder
+    gives words.
     """
 
     files = (FILE, RELEASED)
@@ -73,7 +76,8 @@ class SubjectAdapter(nn.Module, Adapter):
         return self.encoder.config.slots
 
     def word_vectors(self, encoded: Encoded, weight: Tensor) -> list[Tensor]:
-        """S+ for each text encoder, (text_blocks, rows, subjects, dim); a subject of weight 0 is its start."""
+        """S+ for each text encoder, (text_blocks, rows, subjects, dim); a subject of weight 0 is its
+        start."""
         rows, subjects = weight.shape
         here = (weight != 0).view(rows, subjects, 1, 1)
         offsets = [words.unflatten(0, (rows, subjects)) * here for words in encoded.words]
@@ -87,7 +91,8 @@ class SubjectAdapter(nn.Module, Adapter):
         prompts: list[str],
         vectors: list[Tensor],
     ) -> dict[str, Tensor]:
-        """The denoiser's text arguments with S+ of each slot in the prompts, (text_blocks, rows, ...): one batch for all slots."""
+        """The denoiser's text arguments with S+ of each slot in the prompts, (text_blocks, rows, ...):
+        one batch for all slots."""
         subjects = vectors[0].shape[2]
         with replaced_words(
             tokenizers, text_encoders, list(WORDS[:subjects]), [v.flatten(0, 1) for v in vectors]
@@ -152,10 +157,11 @@ def add_subject_words(tokenizers: Sequence) -> None:
 def multimodal(
     pipe: DiffusionPipeline, image_encoder: ImageEncoder, start: str, text_gate: TextGate = "none", **sizes
 ) -> SubjectAdapter:
-    """CustomContrast's adapter for a pipeline and an image encoder, untrained; `sizes` are fields of `MultimodalConfig`.
+    """CustomContrast's adapter for a pipeline and an image encoder, untrained; `sizes` are fields of
+    `MultimodalConfig`.
 
-    `start` is the word that S+ starts from; its tokenizers learn the subjects' words, for training. UserError if `start` is
-    empty for a tokenizer.
+    `start` is the word that S+ starts from; its tokenizers learn the subjects' words, for training.
+    UserError if `start` is empty for a tokenizer.
     """
     tokenizers, encoders = text_parts(pipe)
     tables = [encoder.get_input_embeddings().weight for encoder in encoders]
@@ -183,7 +189,8 @@ def multimodal(
 def image_prompt(
     pipe: DiffusionPipeline, image_encoder: ImageEncoder, plus: bool = True, **sizes
 ) -> SubjectAdapter:
-    """IP-Adapter's adapter, untrained; `sizes` (dim, depth, heads, queries) are those of the Plus resampler."""
+    """IP-Adapter's adapter, untrained; `sizes` (dim, depth, heads, queries) are those of the Plus
+    resampler."""
     output = pipe.unet.config.cross_attention_dim
     embed = image_encoder.vision.config.projection_dim
     made = (

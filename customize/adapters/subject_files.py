@@ -20,8 +20,9 @@ from customize.tensor_checks import check_finite, misfit
 
 
 def load_adapter(path: Path, pipe: DiffusionPipeline, image_encoder: ImageEncoder) -> SubjectAdapter:
-    """The adapter of a file, installed in a pipeline's denoiser: ours, or a released IP-Adapter (safetensors, or a .bin file,
-    which is read without unpickling code). UserError if it was made for another base model or image encoder, or is damaged."""
+    """The adapter of a file, installed in a pipeline's denoiser: ours, or a released IP-Adapter (safetensors,
+    or a .bin file, which is read without unpickling code). UserError if it was made for another base model or
+    image encoder, or is damaged."""
     state, about = read_file(path)
     if about is None:
         return load_released(state, pipe, path, image_encoder)
@@ -105,13 +106,15 @@ def _of_another_kind(path: Path, reason: object) -> UserError:
 
 def other_base(path: Path) -> UserError:
     return UserError(
-        f"'{path}' was trained for another base model: its cross-attention layers differ; load that base model."
+        f"'{path}' was trained for another base model: its cross-attention layers differ; load that base "
+        "model."
     )
 
 
 def other_image_encoder(path: Path) -> UserError:
     return UserError(
-        f"'{path}' reads another image encoder than this one: name the one it was trained with (image_encoder)."
+        f"'{path}' reads another image encoder than this one: name the one it was trained with "
+        "(image_encoder)."
     )
 
 
@@ -154,5 +157,6 @@ def adapter_file(name: str) -> Path:
         if found.is_file():
             return found
     raise UserError(
-        f"there is no subject encoder at '{name}': give a run folder of custom_contrast or ip_adapter, or a file."
+        f"there is no subject encoder at '{name}': give a run folder of custom_contrast or ip_adapter, "
+        "or a file."
     )

@@ -31,7 +31,8 @@ def add_words(tokenizer, words: list[str]) -> None:
         if word in tokenizer.get_vocab() or (len(tokens) == 1 and tokens != [tokenizer.unk_token]):
             another = f"<my-{word.strip('<>')}>"
             raise UserError(
-                f"--placeholder_token: '{word}' is in the tokenizer's vocabulary already; choose another, such as '{another}'."
+                f"--placeholder_token: '{word}' is in the tokenizer's vocabulary already; choose another, "
+                f"such as '{another}'."
             )
     tokenizer.add_tokens(words)
 
@@ -39,8 +40,9 @@ def add_words(tokenizer, words: list[str]) -> None:
 class LearnedWords(nn.Module, Adapter):
     """`words` maps each placeholder, such as "<dog>", to the word whose embedding it starts from.
 
-    Each text encoder gets `num_vectors` trained vectors a word, shape (words * num_vectors, dim), float32. They replace rows
-    on the fly, so the encoder's own embedding table stays as it was, bit for bit.
+    Each text encoder gets `num_vectors` trained vectors a word, shape (words * num_vectors, dim),
+    float32. They replace rows on the fly, so the encoder's own embedding table stays as it was, bit for
+    bit.
     """
 
     files = ("learned_embeds*.safetensors",)
@@ -106,20 +108,23 @@ def _start(tokenizer, word: str) -> int:
     ids = tokenizer(word, add_special_tokens=False).input_ids
     if not ids:
         raise UserError(
-            f"--initializer_token: '{word}' is empty for the tokenizer; give a word such as the subject's class."
+            f"--initializer_token: '{word}' is empty for the tokenizer; give a word such as the subject's "
+            "class."
         )
     return ids[-1]
 
 
 def load_words(pipe: DiffusionPipeline, word: str, vectors: dict[str, Tensor]) -> None:
-    """Gives a pipeline a learned word; `vectors` as in `ConceptTokens.by_word`, or of the one text encoder under any name.
+    """Gives a pipeline a learned word; `vectors` as in `ConceptTokens.by_word`, or of the one text
+    encoder under any name.
 
     UserError if they are of another base model or damaged, or if the pipeline knows the word already.
     """
     tokenizers, encoders = text_parts(pipe)
     if reason := _misfit(encoders, vectors):
         raise UserError(
-            f"the learned word '{word}' does not fit this base model ({reason}); load the base model it was trained on."
+            f"the learned word '{word}' does not fit this base model ({reason}); load the base model it "
+            "was trained on."
         )
     check_finite(vectors, word)
     names = pieces(word, len(next(iter(vectors.values()))))
@@ -144,7 +149,8 @@ def _misfit(encoders: list, vectors: dict[str, Tensor]) -> str:
     """What is wrong with the vectors of a word, or nothing."""
     names = _names(encoders) if len(encoders) > 1 else list(vectors)[:1]
     if not vectors or set(names) != vectors.keys():
-        return f"it is for {', '.join(map(repr, vectors)) or 'no text encoder'}, the model has {len(encoders)} text encoders"
+        made_for = ", ".join(map(repr, vectors)) or "no text encoder"
+        return f"it is for {made_for}, the model has {len(encoders)} text encoders"
     for encoder, name in zip(encoders, names, strict=True):
         shape, width = tuple(vectors[name].shape), embedding_table(encoder).embedding_dim
         if len(shape) != 2 or not shape[0] or shape[1] != width:

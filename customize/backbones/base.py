@@ -1,7 +1,8 @@
 """A base model behind six verbs: methods and losses never ask which model it is.
 
-`encode_image`, `encode_prompt`, `draw_times`, `add_noise`, `denoise`, `clean`. Each wraps the diffusers pipeline of the model
-and calls the pipeline's own encoding code, so that training and inference cannot drift apart.
+`encode_image`, `encode_prompt`, `draw_times`, `add_noise`, `denoise`, `clean`. Each wraps the diffusers
+pipeline of the model and calls the pipeline's own encoding code, so that training and inference cannot
+drift apart.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,12 +23,12 @@ from customize.errors import UserError, shortened
 
 @dataclass
 class Condition:
-    """What the denoiser is conditioned on: its text arguments, and what its attention processors are given."""
+    """What the denoiser is conditioned on: its text arguments, and what its attention processors are
+    given."""
 
     text: dict[str, Tensor]
-    injected: Any = (
-        None  # of a subject encoder; `ip_hidden_states` is the one name that diffusers lets through
-    )
+    # of a subject encoder; `ip_hidden_states` is the one name that diffusers lets through
+    injected: Any = None
 
     @property
     def attention_arguments(self) -> dict | None:
@@ -36,7 +37,8 @@ class Condition:
 
 @dataclass
 class Step:
-    """One noising and one prediction: all that a loss may need. Latents are (batch, channels, height, width)."""
+    """One noising and one prediction: all that a loss may need. Latents are (batch, channels, height,
+    width)."""
 
     latents: Tensor
     noisy: Tensor
@@ -55,9 +57,11 @@ def unsupported(why: str) -> UserError:
 
 
 class Backbone(nn.Module):
-    """The frozen components of a diffusers pipeline, registered so that they move and train as one module.
+    """The frozen components of a diffusers pipeline, registered so that they move and train as one
+    module.
 
-    A family of base models is a subclass that declares what is peculiar to it, and one line of `BACKBONES`.
+    A family of base models is a subclass that declares what is peculiar to it, and one line of
+    `BACKBONES`.
     """
 
     denoiser_name = "unet"  # the pipeline's name for it
@@ -84,7 +88,8 @@ class Backbone(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
-        """Stays in evaluation mode, as its components were pretrained (T5 has dropout); only LoRA's own dropout follows."""
+        """Stays in evaluation mode, as its components were pretrained (T5 has dropout); only LoRA's own
+        dropout follows."""
         super().train(False)
         for name, module in self.named_modules():
             if name.endswith(("lora_dropout", "lora_dropout.default")):
@@ -135,7 +140,8 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Mean and standard deviation of the latent posterior, for pixels (batch, 3, height, width) in [-1, 1]."""
+        """Mean and standard deviation of the latent posterior, for pixels (batch, 3, height, width) in
+        [-1, 1]."""
         with torch.autocast(self.device.type, enabled=False):  # XL's autoencoder overflows in float16
             posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return {"mean": posterior.mean.float(), "std": posterior.std.float()}
@@ -154,8 +160,8 @@ class Backbone(nn.Module):
     # prompts
 
     def encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
-        """The denoiser's text arguments, batch first. Gradients flow, so that learned words and encoders can be trained;
-        prompts that `cache_prompts` has seen are read from memory."""
+        """The denoiser's text arguments, batch first. Gradients flow, so that learned words and encoders
+        can be trained; prompts that `cache_prompts` has seen are read from memory."""
         if prompts and all(prompt in self.prompts for prompt in prompts):
             found = [self.prompts[prompt] for prompt in prompts]
             return {name: torch.cat([entry[name] for entry in found]).to(self.device) for name in found[0]}
@@ -171,7 +177,8 @@ class Backbone(nn.Module):
         return [tokenizer.model_max_length for tokenizer in self.tokenizers]
 
     def check_length(self, name: str, prompt: str) -> None:
-        """UserError for a prompt that no text encoder reads to its end; `name` is what the message calls it."""
+        """UserError for a prompt that no text encoder reads to its end; `name` is what the message calls
+        it."""
         lengths = [
             len(tokenizer(self._expanded(prompt, tokenizer)).input_ids) for tokenizer in self.tokenizers
         ]
@@ -179,7 +186,8 @@ class Backbone(nn.Module):
         if all(length > limit for length, limit in zip(lengths, limits, strict=True)):
             most = limits.index(max(limits))
             raise UserError(
-                f"the {name} has {lengths[most]} tokens, more than {limits[most]}: shorten '{shortened(prompt)}'."
+                f"the {name} has {lengths[most]} tokens, more than {limits[most]}: shorten "
+                f"'{shortened(prompt)}'."
             )
 
     def _expanded(self, prompt: str, tokenizer: Any) -> str:
@@ -195,7 +203,8 @@ class Backbone(nn.Module):
             self.prompts[prompt] = cache.get(key_of(model, prompt), partial(self._encode_prompt, [prompt]))
 
     def prompt_arguments(self, prompt: str) -> dict[str, str | Tensor]:
-        """The prompt as the pipeline's call takes it: words, or the cached embeddings once the text encoders were released."""
+        """The prompt as the pipeline's call takes it: words, or the cached embeddings once the text
+        encoders were released."""
         if len(self.text_encoders):
             return {"prompt": prompt}
         arguments = self._embedded(self.prompts[prompt], "")
@@ -248,7 +257,8 @@ class Backbone(nn.Module):
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
-        """The base model as it came: LoRA of the denoiser and of the text encoders is switched off inside."""
+        """The base model as it came: LoRA of the denoiser and of the text encoders is switched off
+        inside."""
         adapted = [m for m in (self.denoiser, *self.text_encoders) if getattr(m, "peft_config", None)]
         for module in adapted:
             module.disable_adapters()

@@ -27,7 +27,8 @@ class Flow(Backbone):
         return [*super().text_lengths()[:-1], self.text_length]
 
     def draw_times(self, n):
-        """Logit-normal (Esser et al., 2024, arXiv 2403.03206, section 3.1), under the scheduler's own shift."""
+        """Logit-normal (Esser et al., 2024, arXiv 2403.03206, section 3.1), under the scheduler's own
+        shift."""
         t = torch.sigmoid(torch.randn(n, device=self.device))
         config = self.pipe.scheduler.config
         shift = 1.0 if config.get("use_dynamic_shifting") else config.shift

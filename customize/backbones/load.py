@@ -35,13 +35,14 @@ UNUSED = "safety_checker"  # it would paint pictures black, and training has no 
 def load_base(name: str | Path, dtype: torch.dtype = torch.float32, **options) -> DiffusionPipeline:
     """The diffusers pipeline of a base model: a folder, a hub id, or `stickers`, the embedded one.
 
-    Only safetensors are read. `options` go to diffusers (`revision`, `variant`). Raises UserError for a missing or
-    incomplete folder, for weights that do not all load or are not finite, for settings that diffusers cannot use, and for a
-    kind of pipeline that no backbone wraps.
+    Only safetensors are read. `options` go to diffusers (`revision`, `variant`). Raises UserError for a
+    missing or incomplete folder, for weights that do not all load or are not finite, for settings that
+    diffusers cannot use, and for a kind of pipeline that no backbone wraps.
     """
     if not isinstance(name, str | Path):
         raise UserError(
-            f"{FLAG}: a base model is named by text, not by a {type(name).__name__}; give a folder or a hub id."
+            f"{FLAG}: a base model is named by text, not by a {type(name).__name__}; give a folder or a "
+            "hub id."
         )
     folder = _folder(str(name), options)
     listed = _components(folder)
@@ -111,7 +112,8 @@ def _components(folder: Path) -> dict[str, list]:
 
 
 def _check_settings(folder: Path) -> None:
-    """UserError unless the component's settings are objects: a text in their place would be looked up on the hub."""
+    """UserError unless the component's settings are objects: a text in their place would be looked up on the
+    hub."""
     for path in filter(Path.exists, map(folder.joinpath, SETTINGS)):
         kind = _read_object(path).get("_class_name", "SchedulerMixin")
         if path.name == "scheduler_config.json" and not hasattr(diffusers, str(kind)):
@@ -150,7 +152,8 @@ def _model_kinds(listed: dict[str, list], options: dict[str, Any]) -> dict[str, 
 
 
 def _model(folder: Path, kind: type, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
-    """A component with all of its weights: diffusers and transformers leave those that a file lacks at random."""
+    """A component with all of its weights: diffusers and transformers leave those that a file lacks at
+    random."""
     variant = options.get("variant")
     named = (
         {"variant": variant}
@@ -170,7 +173,8 @@ def _check_parts(name: str, pipe: DiffusionPipeline) -> None:
             isinstance(held, SchedulerMixin) if part == "scheduler" else isinstance(held, types[part])
         ):
             raise UserError(
-                f"{FLAG}: '{name}' has a {type(held).__name__} as its {part}; give a base model of the usual kind."
+                f"{FLAG}: '{name}' has a {type(held).__name__} as its {part}; give a base model of the "
+                "usual kind."
             )
     tokenizers, encoders = text_parts(pipe)
     if not encoders or not all(hasattr(tokenizer, "model_max_length") for tokenizer in tokenizers):
@@ -178,7 +182,8 @@ def _check_parts(name: str, pipe: DiffusionPipeline) -> None:
     for part in (pipe.scheduler, pipe.vae, *tokenizers):
         if setting := _odd_setting(part):
             raise UserError(
-                f"{FLAG}: the {type(part).__name__} of '{name}' has {setting}; download its configuration anew."
+                f"{FLAG}: the {type(part).__name__} of '{name}' has {setting}; download its configuration "
+                "anew."
             )
 
 

@@ -27,7 +27,8 @@ class SD3(Flow):
 
 
 class WordsSD3Pipeline(TextualInversionLoaderMixin, StableDiffusion3Pipeline):
-    """Stable Diffusion 3 whose prompts may hold learned words, which diffusers' own pipeline of it does not support."""
+    """Stable Diffusion 3 whose prompts may hold learned words, which diffusers' own pipeline of it does not
+    support."""
 
     def encode_prompt(self, prompt, prompt_2=None, prompt_3=None, **options):
         tokenizers = self.tokenizer, self.tokenizer_2, self.tokenizer_3

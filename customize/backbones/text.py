@@ -16,7 +16,8 @@ ENCODER_NAMES = (
 
 
 def embedding_table(encoder: PreTrainedModel) -> nn.Embedding:
-    """The embedding layer that the encoder calls: T5 keeps a second one, with the same weights, outside its stack."""
+    """The embedding layer that the encoder calls: T5 keeps a second one, with the same weights, outside its
+    stack."""
     return (encoder.encoder if isinstance(encoder, T5EncoderModel) else encoder).get_input_embeddings()
 
 

@@ -1,4 +1,5 @@
-"""The order in which training sees pictures: endless batches that are a pure function of seed and position."""
+"""The order in which training sees pictures: endless batches that are a pure function of seed and
+position."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ from customize.errors import UserError
 
 @dataclass(eq=False)
 class BucketBatches(Sampler[list[Key]]):
-    """Endless batches of keys, a pure function of the arguments, so that a run resumes exactly at batch `start`.
+    """Endless batches of keys, a pure function of the arguments, so that a run resumes exactly at batch
+    `start`.
 
-    An epoch shows every instance picture once, in batches of one bucket; the last batch of a bucket is filled with that
-    bucket's pictures again. If there are prior pictures, `batch_size` of them follow in each batch, each of the same
-    concept as the instance picture it pairs with. Process `rank` of `world` takes batches rank, rank + world, ...
-    UserError if there is no instance picture, or some concepts have prior pictures and others none.
+    An epoch shows every instance picture once, in batches of one bucket; the last batch of a bucket is
+    filled with that bucket's pictures again. If there are prior pictures, `batch_size` of them follow in
+    each batch, each of the same concept as the instance picture it pairs with. Process `rank` of `world`
+    takes batches rank, rank + world, ... UserError if there is no instance picture, or some concepts have
+    prior pictures and others none.
     """
 
     dataset: SubjectDataset
@@ -37,7 +40,8 @@ class BucketBatches(Sampler[list[Key]]):
         self.priors = group(priors, lambda index: pictures[index].concept)
         if not self.instances or self.batch_size < 1:
             raise UserError(
-                "There is nothing to train on; give one or more instance pictures and a positive --train_batch_size."
+                "There is nothing to train on; give one or more instance pictures and a positive "
+                "--train_batch_size."
             )
         if priors and {pictures[index].concept for index in self.instances} - set(self.priors):
             raise UserError(
@@ -79,7 +83,8 @@ def _cycle(members: list[int], seed: tuple[int, ...]) -> Iterator[int]:
 
 
 class IndexBatches(Sampler[list[int]]):
-    """Endless batches of positions, beginning with batch `start`; process `rank` of `world` takes each `world`-th batch."""
+    """Endless batches of positions, beginning with batch `start`; process `rank` of `world` takes each
+    `world`-th batch."""
 
     def __init__(self, batch_size: int, start: int = 0, rank: int = 0, world: int = 1):
         self.batch_size, self.start, self.rank, self.world = batch_size, start, rank, world

@@ -55,7 +55,8 @@ class Concept:
 
 
 def read_concepts(config: DataConfig) -> list[Concept]:
-    """The concepts of `concepts_list`, or the one of the four single flags; UserError if neither or both are given."""
+    """The concepts of `concepts_list`, or the one of the four single flags; UserError if neither or both are
+    given."""
     path = config.concepts_list
     if bool(path) == bool(config.instance_data_dir):
         raise UserError(
@@ -80,7 +81,8 @@ def _concept(row: object, where: str) -> Concept:
         raise UserError(f"{where} must be an object with text for each of the keys {', '.join(known)}.")
     for key in row.keys() - set(known):
         raise UserError(
-            f"{where} has the unknown key '{shortened(key)}'; correct or remove it.{nearest(shortened(key), known)}"
+            f"{where} has the unknown key '{shortened(key)}'; correct or remove "
+            f"it.{nearest(shortened(key), known)}"
         )
     for key in ("instance_data_dir", "instance_prompt"):
         if key not in row:

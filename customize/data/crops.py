@@ -23,9 +23,11 @@ def check_resolution(resolution: int, factor: int) -> None:
 
 
 def buckets(resolution: int, factor: int) -> list[Bucket]:
-    """(height, width) pairs of about resolution² pixels, in multiples of `factor`, from 1:2 to 2:1, the square included.
+    """(height, width) pairs of about resolution² pixels, in multiples of `factor`, from 1:2 to 2:1, the
+    square included.
 
-    Sides go in steps of about resolution/16: finer ones would leave each picture of a small set alone in its bucket.
+    Sides go in steps of about resolution/16: finer ones would leave each picture of a small set alone in its
+    bucket.
     """
     step, found = factor * max(1, round(resolution / 16 / factor)), set()
     for short in range(resolution, math.floor(resolution / math.sqrt(2)) - 1, -step):

@@ -24,7 +24,8 @@ Key = tuple[int, Bucket, bool]  # index of the picture, bucket to crop it to, wh
 
 
 class SubjectDataset(Dataset):
-    """Pictures as tensors; indexed by a key (index, (height, width), flip), as `BucketBatches` yields them."""
+    """Pictures as tensors; indexed by a key (index, (height, width), flip), as `BucketBatches` yields
+    them."""
 
     def __init__(self, pictures: Sequence[ImageFile], config: DataConfig, factor: int):
         """`factor`: what the sides of the model's pictures must be multiples of, in pixels."""
@@ -40,7 +41,8 @@ class SubjectDataset(Dataset):
         return nearest_bucket(self.pictures[index].size, self.buckets)
 
     def __getitem__(self, key: Key) -> dict:
-        """`pixels` (3, H, W) in [-1, 1], loss weight `mask` (1, H, W) in [unmasked_weight, 1], and what the picture is."""
+        """`pixels` (3, H, W) in [-1, 1], loss weight `mask` (1, H, W) in [unmasked_weight, 1], and what
+        the picture is."""
         index, bucket, flip = key
         picture = self.pictures[index]
         image, mask = read_image_file(picture)
@@ -60,8 +62,8 @@ class SubjectDataset(Dataset):
 
 
 def collate(items: Sequence[dict]) -> dict:
-    """A batch of B items: `pixels` (B, 3, H, W) or their latents' moments `mean` and `std`, `mask` (B, 1, H, W), `index`,
-    `concept`, `is_prior` (B), `prompt` a list."""
+    """A batch of B items: `pixels` (B, 3, H, W) or their latents' moments `mean` and `std`, `mask` (B, 1,
+    H, W), `index`, `concept`, `is_prior` (B), `prompt` a list."""
     tensors = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
     batch: dict = {name: torch.stack([item[name] for item in items]) for name in tensors}
     batch |= {
@@ -82,7 +84,8 @@ def to_device(batch: dict, device: torch.device) -> dict:
 def split_holdout(
     pictures: Sequence[ImageFile], count: int, seed: int
 ) -> tuple[list[ImageFile], list[ImageFile]]:
-    """(train, held out): `count` instance pictures drawn at random, such that each concept keeps one or more for training."""
+    """(train, held out): `count` instance pictures drawn at random, such that each concept keeps one or
+    more for training."""
     rng = np.random.default_rng(seed)
     instances = [index for index in rng.permutation(len(pictures)).tolist() if not pictures[index].is_prior]
     concepts = group(instances, lambda index: pictures[index].concept)

@@ -13,7 +13,8 @@ from customize.errors import UserError, shortened
 
 
 class Folders(References):
-    """A folder of pictures for each subject; an epoch shows every subject once, in an order that the seed decides."""
+    """A folder of pictures for each subject; an epoch shows every subject once, in an order that the seed
+    decides."""
 
     def __init__(
         self,
@@ -37,7 +38,8 @@ class Folders(References):
 
 
 def read_folders(config: ReferenceConfig) -> list[tuple[str, list[ImageFile]]]:
-    """Subjects by name with their pictures; UserError for a folder without subjects, or a subject with one picture only."""
+    """Subjects by name with their pictures; UserError for a folder without subjects, or a subject with one
+    picture only."""
     root = Path(config.train_data_dir)
     if not os.path.isdir(root):
         raise UserError(f"There is no folder '{shortened(str(root))}'; correct --train_data_dir.")

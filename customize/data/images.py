@@ -26,7 +26,8 @@ Decoded = tuple[Image.Image, Image.Image | None]  # picture, mask
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A checked picture file; `size` is (width, height) upright, `digest` the sha256 of its and then its mask's bytes."""
+    """A checked picture file; `size` is (width, height) upright, `digest` the sha256 of its and then its
+    mask's bytes."""
 
     path: Path
     caption: str
@@ -58,11 +59,12 @@ def find_images(
 ) -> list[ImageFile]:
     """Every picture of `folder`, sorted by path and decoded once as a check.
 
-    A caption is the text of NAME.txt, else of metadata.jsonl (`file_name`, `text`), else `prompt`. A picture that cannot be
-    read, or whose mask or NAME.txt is no file, is skipped with a warning, or a UserError when `strict`. UserError too for a
-    folder that is missing or has no readable picture, a picture above `max_pixels`, a mask of another size than its picture, or
-    (`masked_only`, where only masks count) a black one, a picture without a caption, and a file_name outside the folder unless
-    `allow_outside_files`; it names `flag` as what to correct.
+    A caption is the text of NAME.txt, else of metadata.jsonl (`file_name`, `text`), else `prompt`. A picture
+    that cannot be read, or whose mask or NAME.txt is no file, is skipped with a warning, or a UserError when
+    `strict`. UserError too for a folder that is missing or has no readable picture, a picture above
+    `max_pixels`, a mask of another size than its picture, or (`masked_only`, where only masks count) a black
+    one, a picture without a caption, and a file_name outside the folder unless `allow_outside_files`; it
+    names `flag` as what to correct.
     """
     kind = "class" if is_prior else "instance"
     flag = flag or f"--{kind}_data_dir"
@@ -121,10 +123,12 @@ def _read_metadata(path: Path, allow_outside_files: bool) -> dict[Path, str]:
 
 
 def _listed(folder: Path, name: str, where: str, allow_outside_files: bool) -> Path:
-    """The file of a metadata row; by its words alone, as what lies inside may be a link: snapshots of the hub are."""
+    """The file of a metadata row; by its words alone, as what lies inside may be a link: snapshots of the hub
+    are."""
     if (os.path.isabs(name) or Path(name).parts[:1] == ("..",)) and not allow_outside_files:
         raise UserError(
-            f"{where} names a file outside its folder; move it inside, or allow it with --allow_outside_files."
+            f"{where} names a file outside its folder; move it inside, or allow it with "
+            "--allow_outside_files."
         )
     if not os.path.lexists(folder / name):
         raise UserError(f"{where} lists {shortened(name)}, which does not exist; add it or remove the line.")
@@ -153,7 +157,8 @@ def _check(path: Path, max_pixels: int, masked_only: bool) -> tuple[tuple[int, i
         mask = _decode_mask(file, max_pixels)
         if mask.size != picture.size:
             raise UserError(
-                f"The mask {file} is {mask.size} but its picture {picture.size} pixels; make them equal or remove it."
+                f"The mask {file} is {mask.size} but its picture {picture.size} pixels; make them equal or "
+                "remove it."
             )
         digest.update(file.read_bytes())
     if masked_only and mask and not mask.getbbox():
@@ -181,7 +186,8 @@ def _open(file: Path | BytesIO) -> Image.Image:
 
 
 def read_image(file: Path | BytesIO, max_pixels: float, upright: bool = True) -> Image.Image:
-    """The picture of an ordinary file or of its bytes, of 8 bits; `TooLarge` before it is decoded, anything else if broken."""
+    """The picture of an ordinary file or of its bytes, of 8 bits; `TooLarge` before it is decoded, anything
+    else if broken."""
     with _open(file if isinstance(file, BytesIO) else ordinary(file)) as image:
         return checked_image(image, max_pixels, upright)
 
@@ -218,7 +224,8 @@ def _decode_mask(path: Path, max_pixels: float = math.inf) -> Image.Image:
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """Pictures of more than 8 bits as gray ones of 8, which PIL would clip them to; they hold [0, 1] or 0..65535."""
+    """Pictures of more than 8 bits as gray ones of 8, which PIL would clip them to; they hold [0, 1] or
+    0..65535."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     levels = np.asarray(image).astype(np.float64) / (1 if image.mode == "F" else 65535)
@@ -237,8 +244,8 @@ def _to_rgb(image: Image.Image, background: str) -> Decoded:
 def read_image_file(picture: ImageFile) -> Decoded:
     """The upright RGB picture and its mask (L, 255 is the subject) of the same size, or None.
 
-    A mask file is taken as it is (upright already); without one, an alpha channel that is not fully opaque is the mask.
-    Transparent parts are white. UserError if a file vanished or changed size since `find_images`.
+    A mask file is taken as it is (upright already); without one, an alpha channel that is not fully opaque is
+    the mask. Transparent parts are white. UserError if a file vanished or changed size since `find_images`.
     """
     image, mask = _decode(picture.path)
     if picture.mask:

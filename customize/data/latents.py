@@ -13,8 +13,8 @@ from customize.data.dataset import Key, SubjectDataset
 
 
 class LatentDataset(Dataset):
-    """A `SubjectDataset` whose pictures were encoded: items hold the latents' `mean` and `std` in place of `pixels`, and
-    the mask at the latents' size."""
+    """A `SubjectDataset` whose pictures were encoded: items hold the latents' `mean` and `std` in place of
+    `pixels`, and the mask at the latents' size."""
 
     def __init__(self, dataset: SubjectDataset, backbone: Backbone, cache: TensorCache):
         self.pictures, self.config, self.bucket_of = dataset.pictures, dataset.config, dataset.bucket_of
@@ -48,7 +48,8 @@ class LatentDataset(Dataset):
 
 
 def all_keys(dataset: SubjectDataset) -> Iterable[Key]:
-    """Every key that `BucketBatches` can ask for: prior pictures are cropped to the buckets of their concept's instances."""
+    """Every key that `BucketBatches` can ask for: prior pictures are cropped to the buckets of their
+    concept's instances."""
     used: dict[int, set[Bucket]] = {}
     for i, picture in enumerate(dataset.pictures):
         if not picture.is_prior:

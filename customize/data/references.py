@@ -1,11 +1,13 @@
-"""What encoders learn from: many subjects, of each two reference views and one target picture with its caption.
+"""What encoders learn from: many subjects, of each two reference views and one target picture with its
+caption.
 
-Three sources: rendered sticker scenes (embedded), a folder of folders, and any Hugging Face `datasets` source. Items hold
-`pixels` (3, H, W) in [-1, 1], the target; `references` (subjects, 2, 3, h, w), normalised for the image encoder, the second of
-each subject always cut out on white where a mask is known; `prompt`, with each subject's word before its noun; and
-`identity`, the first subject's number; `shows_target`, whether the second references show the very target, as a subject has
-only two pictures; and `regions` (subjects, H, W), where each may be: 1 everywhere, if that is not told.
-Only rendered scenes have a second subject (`second_subject_rate`), and are told regions (`region_rate`).
+Three sources: rendered sticker scenes (embedded), a folder of folders, and any Hugging Face `datasets`
+source. Items hold `pixels` (3, H, W) in [-1, 1], the target; `references` (subjects, 2, 3, h, w), normalised
+for the image encoder, the second of each subject always cut out on white where a mask is known; `prompt`,
+with each subject's word before its noun; and `identity`, the first subject's number; `shows_target`, whether
+the second references show the very target, as a subject has only two pictures; and `regions` (subjects, H,
+W), where each may be: 1 everywhere, if that is not told. Only rendered scenes have a second subject
+(`second_subject_rate`), and are told regions (`region_rate`).
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +39,8 @@ class ReferenceConfig:
 
     train_data_dir: str = option(
         "",
-        "folder with one folder of pictures for each subject (NAME.txt: caption with <s>, NAME.mask.png: mask)",
+        "folder with one folder of pictures for each subject (NAME.txt: caption with <s>, "
+        "NAME.mask.png: mask)",
     )
     dataset_name: str = option(
         "", "a Hugging Face dataset: hub id, or imagefolder, parquet or webdataset with --data_files"
@@ -177,7 +180,8 @@ def named(prompt: str) -> str:
     if WORD not in prompt:
         caption = shortened(prompt)
         raise UserError(
-            f"the caption '{caption}' does not say {WORD}: write it before the subject's noun, as in 'a {WORD} dog'."
+            f"the caption '{caption}' does not say {WORD}: write it before the subject's noun, as in 'a "
+            f"{WORD} dog'."
         )
     return prompt
 
@@ -195,9 +199,10 @@ def drawn(rng: np.random.Generator, count: int) -> list[int]:
 
 
 def collate_references(items: Sequence[dict]) -> dict:
-    """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `references` (B, subjects, 2, 3, h, w), `present` (B, subjects),
-    False where a picture has fewer subjects than others, `identity` and `shows_target` (B,), `prompt` a list, and `regions`
-    (B, subjects, H, W) if any picture has several subjects: only then are they told."""
+    """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `references` (B, subjects, 2, 3, h, w), `present`
+    (B, subjects), False where a picture has fewer subjects than others, `identity` and `shows_target` (B,),
+    `prompt` a list, and `regions` (B, subjects, H, W) if any picture has several subjects: only then are they
+    told."""
     batch: dict = {name: torch.stack([entry[name] for entry in items]) for name in ("pixels", "mask")}
     several = any(len(entry["references"]) > 1 for entry in items)
     for name in ("references", "regions") if several else ("references",):
@@ -211,6 +216,7 @@ def collate_references(items: Sequence[dict]) -> dict:
 
 
 def held_out_batches(items, count: int, size: int, device: torch.device) -> list[dict]:
-    """The first `count` items on the device, in batches of about `size`, but of two or more: subjects are compared."""
+    """The first `count` items on the device, in batches of about `size`, but of two or more: subjects are
+    compared."""
     parts = np.array_split(range(count), min(-(-count // size), max(count // 2, 1))) if count else []
     return [to_device(collate_references([items[i] for i in part]), device) for part in parts]

@@ -1,4 +1,5 @@
-"""The three sources that encoders learn from: rendered scenes, folders, and datasets of the Hugging Face hub."""
+"""The three sources that encoders learn from: rendered scenes, folders, and datasets of the Hugging Face
+hub."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

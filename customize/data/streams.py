@@ -38,8 +38,9 @@ MISSED = 100  # subjects that cannot be read, one after another, end a run
 
 
 class Streamed(IterableDataset):
-    """Rows of a Hugging Face dataset, endless. Process `rank` of `world` takes each `world`-th subject: rows or files could not
-    be shared out, as the views of a subject must stay together. Pictures are decoded when they are shown, not before."""
+    """Rows of a Hugging Face dataset, endless. Process `rank` of `world` takes each `world`-th subject:
+    rows or files could not be shared out, as the views of a subject must stay together. Pictures are
+    decoded when they are shown, not before."""
 
     def __init__(
         self, config: ReferenceConfig, rows, pixels: Pixels, seed: int, rank: int = 0, world: int = 1
@@ -55,7 +56,8 @@ class Streamed(IterableDataset):
         self.skip = 0
 
     def after(self, items: int) -> "Streamed":
-        """Begins after so many subjects, whose rows are read and passed over: one item each, if none of them was skipped."""
+        """Begins after so many subjects, whose rows are read and passed over: one item each, if none of
+        them was skipped."""
         self.skip = items
         return self
 
@@ -87,7 +89,8 @@ class Streamed(IterableDataset):
         cut = None if mask is None else decoded(mask, name, self.config).convert("L").resize(shown.size)
         if not isinstance(caption or "", str):
             raise Unreadable(
-                f"--caption_column: subject '{shortened(name)}' has {shortened(repr(caption))}, which is no text."
+                f"--caption_column: subject '{shortened(name)}' has {shortened(repr(caption))}, which is "
+                "no text."
             )
         return View(shown, cut, caption or "")
 
@@ -105,7 +108,8 @@ class Streamed(IterableDataset):
                 )
 
     def listed(self) -> Iterator[tuple[str, Sequence[Row]]]:
-        """Each subject's name and views: a row's list of pictures, or the rows that follow each other with one name."""
+        """Each subject's name and views: a row's list of pictures, or the rows that follow each other
+        with one name."""
         config = self.config
         if config.subject_column:
             called = called_by(self.rows, config.subject_column)
@@ -131,7 +135,8 @@ class Streamed(IterableDataset):
             self.pass_over(Unreadable(f"--dataset_name: subject '{i}' has {counted}."))
 
     def read(self) -> Iterator[dict]:
-        """The rows; UserError where a file of the dataset turns out to be broken, or cannot be reached any more."""
+        """The rows; UserError where a file of the dataset turns out to be broken, or cannot be reached
+        any more."""
         try:
             yield from self.rows
         except Exception as error:  # as in `read_rows`
@@ -153,8 +158,10 @@ class Unreadable(UserError):
 
 
 def decoded(picture: Any, name: str, config: ReferenceConfig) -> Image.Image:
-    """The upright picture of a row's undecoded one; `Unreadable` if it is none, too large, or a file that is not the dataset's.
-    The datasets library could read it too, but would fetch whatever address a row names."""
+    """The upright picture of a row's undecoded one; `Unreadable` if it is none, too large, or a file that
+    is not the dataset's. The datasets library could read it too, but would fetch whatever address a row
+    names.
+    """
     which = f"--dataset_name: a picture of subject '{shortened(name)}'"
     try:
         return read_image(source_of(picture, config), config.max_pixels)
@@ -187,7 +194,8 @@ def source_of(picture: Any, config: ReferenceConfig) -> BytesIO | Path:
 
 
 def own_folders(config: ReferenceConfig) -> list[str]:
-    """Where the dataset lies on this machine, as it is named and with links followed; nowhere if it is the hub's."""
+    """Where the dataset lies on this machine, as it is named and with links followed; nowhere if it is
+    the hub's."""
     found = [config.dataset_name] if os.path.isdir(config.dataset_name) else []
     if config.dataset_name in FORMATS and config.data_files and "://" not in config.data_files:
         above = Path(config.data_files).parts[:-1]
@@ -196,7 +204,8 @@ def own_folders(config: ReferenceConfig) -> list[str]:
 
 
 def called_by(rows, subject: str) -> Callable[[Any], str]:
-    """What the values of the subject column stand for: an imagefolder's labels are the names of its folders."""
+    """What the values of the subject column stand for: an imagefolder's labels are the names of its
+    folders."""
     label = (getattr(rows, "features", None) or {}).get(subject)
     names = getattr(label, "names", None) or []
     return lambda value: names[value] if isinstance(value, int) and 0 <= value < len(names) else str(value)
@@ -234,7 +243,8 @@ def read_rows(config: ReferenceConfig):
         )
         rows = (rows if config.streaming else rows.to_iterable_dataset()).decode(False)
         first_row = next(iter(rows), None)
-    except Exception as error:  # the library raises errors of its own, of the hub's and of the file formats
+    # the library raises errors of its own, of the hub's and of the file formats
+    except Exception as error:
         raise not_read(config, error) from error
     if first_row is None:
         raise UserError(f"--dataset_name '{config.dataset_name}' has no rows.")
@@ -249,7 +259,8 @@ def read_rows(config: ReferenceConfig):
             raise UserError(f"--{flag}: the dataset has no column '{name}', only {', '.join(columns)}.")
     if not config.subject_column and not isinstance(first_row[config.image_column], list):
         raise UserError(
-            "--subject_column: name the column that says which subject a row shows, or give lists of pictures."
+            "--subject_column: name the column that says which subject a row shows, or give lists of "
+            "pictures."
         )
     return rows
 

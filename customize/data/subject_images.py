@@ -38,7 +38,8 @@ def loader(dataset: Dataset, workers: int, seed: int, **options: Any) -> DataLoa
 
 @dataclass
 class SubjectImages(Source):
-    """The images of all concepts; `images` also hold the class images of the prior loss, once a method has added them."""
+    """The images of all concepts; `images` also hold the class images of the prior loss, once a method has
+    added them."""
 
     config: DataConfig
     concepts: list[Concept]
@@ -89,7 +90,8 @@ def check_captions(method: Any, images: Iterable[ImageFile]) -> None:
 def cache_text(
     method: Any, images: Iterable[ImageFile], validation_prompts: Iterable[str], cache: TensorCache
 ) -> None:
-    """Encodes every prompt that training will ask for, and frees the text encoders, if training leaves them as they are."""
+    """Encodes every prompt that training will ask for, and frees the text encoders, if training leaves them
+    as they are."""
     if not method.trains_text:
         prompts = [*(image.caption for image in images), *method.prompts(), *validation_prompts, ""]
         method.backbone.cache_prompts(prompts, cache)

@@ -1,7 +1,7 @@
 """The contract of training data: what the loop is fed, wherever it comes from.
 
-A `Source` reads the user's settings before a model is loaded; once the method stands, it prepares `TrainingData`. A method
-names its source; the loop knows `TrainingData` alone.
+A `Source` reads the user's settings before a model is loaded; once the method stands, it prepares
+`TrainingData`. A method names its source; the loop knows `TrainingData` alone.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,8 @@ class TrainingData:
     )  # sha256 of the images that are trained on, as far as they are files
 
     def batches(self, start: int, size: int, seed: int, rank: int = 0, world: int = 1) -> DataLoader:
-        """Endless batches of `size` items, a pure function of the arguments, from batch `start` of process `rank` of `world`."""
+        """Endless batches of `size` items, a pure function of the arguments, from batch `start` of process
+        `rank` of `world`."""
         raise NotImplementedError
 
 
@@ -47,7 +48,8 @@ class Source:
 
     @classmethod
     def read(cls, config: Any, base: str, seed: int) -> "Source":
-        """The source that the settings name; `base` is the base model's name, `seed` decides what is held out.
+        """The source that the settings name; `base` is the base model's name, `seed` decides what is held
+        out.
 
         UserError for what is missing or broken.
         """

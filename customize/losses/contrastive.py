@@ -1,7 +1,7 @@
 """Contrast between subjects: CustomContrast's two losses (Chen et al., 2025, arXiv 2409.05606, section 3.3).
 
-Rows and columns are samples; column i is the positive of row i, and there may be more columns than rows (a queue).
-`same` (rows, columns) is True where both are of one subject: such pairs are no negatives.
+Rows and columns are samples; column i is the positive of row i, and there may be more columns than rows (a
+queue). `same` (rows, columns) is True where both are of one subject: such pairs are no negatives.
 """
 
 from typing import Literal
@@ -31,8 +31,9 @@ class _Gather(torch.autograd.Function):
 
 
 def gathered(x: Tensor) -> Tensor:
-    """The rows of all processes, which have as many each, in their order, with exact gradients: the loss of the joint batch on
-    every process, averaged as DistributedDataParallel does, has the gradient that one process would find."""
+    """The rows of all processes, which have as many each, in their order, with exact gradients: the loss of
+    the joint batch on every process, averaged as DistributedDataParallel does, has the gradient that one
+    process would find."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
     return _Gather.apply(x.contiguous())
@@ -52,8 +53,8 @@ def _without_false_negatives(logits: Tensor, same: Tensor) -> Tensor:
 def cross_modal_contrast(visual: Tensor, textual: Tensor, same: Tensor, scale: Tensor | float) -> Tensor:
     """CSCL: symmetric InfoNCE between the CLS states of the visual and the textual Q-Former, as CLIP's loss.
 
-    `visual` (n, dim), `textual` (m, dim) with m >= n; `scale` is the inverse temperature. The second direction uses the first
-    n columns, whose pairs are known.
+    `visual` (n, dim), `textual` (m, dim) with m >= n; `scale` is the inverse temperature. The second
+    direction uses the first n columns, whose pairs are known.
     """
     logits = _without_false_negatives(scale * cosines(visual, textual), same)
     n = len(visual)
@@ -62,7 +63,8 @@ def cross_modal_contrast(visual: Tensor, textual: Tensor, same: Tensor, scale: T
 
 
 def scaled(similarity: Tensor, same: Tensor) -> Tensor:
-    """Appearance similarities (n, m), stretched so that negatives run from 0 to 1; positives are 1. No gradient."""
+    """Appearance similarities (n, m), stretched so that negatives run from 0 to 1; positives are 1. No
+    gradient."""
     similarity = similarity.detach().float()
     negatives = similarity[~same]
     if not len(negatives):
@@ -79,13 +81,14 @@ def appearance_contrast(
     form: MaclForm = "ratio",
     temperature: float = 0.1,
 ) -> Tensor:
-    """MACL: InfoNCE between S+ of a subject's two views at every layer, scaled by how alike subjects really look.
+    """MACL: InfoNCE between S+ of a subject's two views at every layer, scaled by how alike subjects really
+    look.
 
-    `anchors` (layers, n, dim), `positives` (layers, m, dim), `similarity` (n, m) cosines of the real pictures, any range. How
-    the factor enters could not be read in the paper; with c the cosine of two S+, S in [0, 1] the stretched similarity:
-    `ratio` logits c / (S tau), S at least 0.2; `weight` c / tau + log w, w = (1 - S) / mean(1 - S) of the negatives; `soft`
-    plain logits against softmax(S / 0.2); `product` S c / tau, which repels look-alikes most (the opposite of the paper's
-    aim); `plain` c / tau.
+    `anchors` (layers, n, dim), `positives` (layers, m, dim), `similarity` (n, m) cosines of the real
+    pictures, any range. How the factor enters could not be read in the paper; with c the cosine of two S+, S
+    in [0, 1] the stretched similarity: `ratio` logits c / (S tau), S at least 0.2; `weight` c / tau + log w,
+    w = (1 - S) / mean(1 - S) of the negatives; `soft` plain logits against softmax(S / 0.2); `product` S c /
+    tau, which repels look-alikes most (the opposite of the paper's aim); `plain` c / tau.
     """
     cosine, appearance = cosines(anchors, positives), scaled(similarity, same)
     positive = torch.eye(*same.shape, dtype=torch.bool, device=same.device)

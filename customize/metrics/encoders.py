@@ -26,8 +26,8 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class MetricEncoder:
     """Pictures to unit vectors.
 
-    `features` maps pixels (batch, 3, height, width) to (batch, d); `prepare` maps one picture to pixels (3, height, width).
-    `stamp` names the model and the preprocessing, and goes into every result.
+    `features` maps pixels (batch, 3, height, width) to (batch, d); `prepare` maps one picture to pixels (3,
+    height, width). `stamp` names the model and the preprocessing, and goes into every result.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class ClipEncoder(MetricEncoder):
         widths = self([Image.new("RGB", (64, 64))]).shape[1], self.texts(["a"]).shape[1]
         if widths[0] != widths[1]:
             raise UserError(
-                f"'{self.stamp}' gives {widths[0]} numbers a picture but {widths[1]} a prompt; give a CLIP model."
+                f"'{self.stamp}' gives {widths[0]} numbers a picture but {widths[1]} a prompt; give a CLIP "
+                "model."
             )
 
     @torch.no_grad()
@@ -95,7 +96,8 @@ def _loaded(flag: str, name: str, load: Callable, **options):
 
 
 def load_clip(name: str, flag: str = "clip") -> ClipEncoder:
-    """CLIP from a hub id or a local folder, with its own preprocessing (PIL); `openai/clip-vit-base-patch32` is usual."""
+    """CLIP from a hub id or a local folder, with its own preprocessing (PIL); `openai/clip-vit-base-patch32`
+    is usual."""
     model = _loaded(flag, name, AutoModel.from_pretrained, use_safetensors=True, dtype=torch.float32).to(
         _device()
     )
@@ -112,7 +114,8 @@ def load_clip(name: str, flag: str = "clip") -> ClipEncoder:
         tokenizer.all_special_tokens
     ):  # without its files it loads empty: all prompts would be equal
         raise UserError(
-            f"--{flag}: '{name}' has no tokenizer; download its tokenizer.json, or vocab.json and merges.txt, too."
+            f"--{flag}: '{name}' has no tokenizer; download its tokenizer.json, or vocab.json and "
+            "merges.txt, too."
         )
 
     def texts(prompts: list[str]) -> Tensor:
@@ -146,7 +149,8 @@ def _length(config) -> int:
 
 
 def load_sticker_clip() -> ClipEncoder:
-    """The embedded world's own CLIP pair: its image encoder was fitted to the mean of its text image_encoder's states."""
+    """The embedded world's own CLIP pair: its image encoder was fitted to the mean of its text
+    image_encoder's states."""
     folder = embedded.MODEL
     vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", dtype=torch.float32)
     text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
@@ -173,10 +177,11 @@ def load_sticker_clip() -> ClipEncoder:
 
 
 def load_dino(name: str, flag: str = "dino") -> MetricEncoder:
-    """DINO (`facebook/dino-vits16`) or DINOv2 (`facebook/dinov2-base`) from a hub id or a local folder: the class token.
+    """DINO (`facebook/dino-vits16`) or DINOv2 (`facebook/dinov2-base`) from a hub id or a local folder: the
+    class token.
 
-    Preprocessing is that of the papers' evaluation: shorter side to 256 bicubic, centre crop of 224, ImageNet statistics; in
-    proportion for a model of another input size.
+    Preprocessing is that of the papers' evaluation: shorter side to 256 bicubic, centre crop of 224, ImageNet
+    statistics; in proportion for a model of another input size.
     """
     model = _loaded(flag, name, AutoModel.from_pretrained, use_safetensors=True, dtype=torch.float32).to(
         _device()
@@ -184,7 +189,8 @@ def load_dino(name: str, flag: str = "dino") -> MetricEncoder:
     kind = getattr(model.config, "model_type", "")
     if kind not in ("vit", "dinov2", "dinov2_with_registers"):
         raise UserError(
-            f"--{flag}: '{name}' is a '{kind}' model; give a DINO or DINOv2 one, such as facebook/dino-vits16."
+            f"--{flag}: '{name}' is a '{kind}' model; give a DINO or DINOv2 one, such as "
+            "facebook/dino-vits16."
         )
     size = 224 if kind != "vit" else model.config.image_size
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
@@ -197,7 +203,8 @@ def load_dino(name: str, flag: str = "dino") -> MetricEncoder:
 
 
 def cropped(picture: Image.Image, shorter: int, size: int) -> Image.Image:
-    """The picture with its shorter side at `shorter` pixels (bicubic), and of that the middle `size` x `size`."""
+    """The picture with its shorter side at `shorter` pixels (bicubic), and of that the middle `size` x
+    `size`."""
     scale = shorter / min(picture.size)
     resized = picture.resize(
         [max(round(side * scale), shorter) for side in picture.size], Image.Resampling.BICUBIC

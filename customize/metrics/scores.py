@@ -1,4 +1,5 @@
-"""The field's measures as functions of features: rows are pictures or prompts, of any length (cosines normalise them)."""
+"""The field's measures as functions of features: rows are pictures or prompts, of any length (cosines
+normalise them)."""
 
 from collections.abc import Sequence
 
@@ -10,14 +11,15 @@ from torchmetrics.functional import pairwise_cosine_similarity
 
 
 def subject_score(generated: Tensor, references: Tensor) -> float:
-    """CLIP-I, DINO and DINOv2: the mean cosine of every generated picture (n, d) with every real one (m, d), -1 to 1
-    (Ruiz et al., 2023, arXiv 2208.12242, section 4.1)."""
+    """CLIP-I, DINO and DINOv2: the mean cosine of every generated picture (n, d) with every real one (m, d),
+    -1 to 1 (Ruiz et al., 2023, arXiv 2208.12242, section 4.1)."""
     _same_width(generated, references)
     return pairwise_cosine_similarity(generated, references, zero_diagonal=False).mean().item()
 
 
 def ceiling_score(references: Tensor) -> float:
-    """What real pictures of the subject (m, d) score: the mean cosine of each with each *other* one; 1 of a single picture."""
+    """What real pictures of the subject (m, d) score: the mean cosine of each with each *other* one; 1 of a
+    single picture."""
     count = len(references)
     if count == 1:
         return 1.0
@@ -26,7 +28,8 @@ def ceiling_score(references: Tensor) -> float:
 
 
 def prompt_score(images: Tensor, texts: Tensor) -> float:
-    """CLIP-T: the mean cosine of each picture (n, d) with its own prompt (n, d), -1 to 1, neither clipped nor scaled."""
+    """CLIP-T: the mean cosine of each picture (n, d) with its own prompt (n, d), -1 to 1, neither clipped nor
+    scaled."""
     if images.shape != texts.shape:
         raise ValueError(
             f"pictures and prompts pair one to one: {tuple(images.shape)} is not {tuple(texts.shape)}"
@@ -35,17 +38,19 @@ def prompt_score(images: Tensor, texts: Tensor) -> float:
 
 
 def drift(before: Tensor, after: Tensor) -> float:
-    """How far the prior moved, 0 to 1: the mean of (1 - cosine) / 2 between what the base model (n, d) and the customized
-    one (n, d) draw from the same noise for a prompt without the subject."""
+    """How far the prior moved, 0 to 1: the mean of (1 - cosine) / 2 between what the base model (n, d) and
+    the customized one (n, d) draw from the same noise for a prompt without the subject."""
     if before.shape != after.shape:
         raise ValueError(
-            f"the pictures before and after pair one to one: {tuple(before.shape)} is not {tuple(after.shape)}"
+            f"the pictures before and after pair one to one: {tuple(before.shape)} is not "
+            f"{tuple(after.shape)}"
         )
     return ((1 - torch.cosine_similarity(before, after, dim=-1)) / 2).mean().item()
 
 
 def diversity(features: Tensor) -> float:
-    """The mean distance (1 - cosine, 0 to 2) between two pictures of one prompt, for features (prompts, pictures, d)."""
+    """The mean distance (1 - cosine, 0 to 2) between two pictures of one prompt, for features (prompts,
+    pictures, d)."""
     if features.ndim != 3 or features.shape[1] < 2:
         raise ValueError(
             f"diversity needs (prompts, two or more pictures, width), not {tuple(features.shape)}"
@@ -56,20 +61,22 @@ def diversity(features: Tensor) -> float:
 
 
 def copy_rate(generated: Tensor, training: Tensor, other_views: Tensor) -> float:
-    """How much more the pictures (n, d) resemble the training picture (m, d) nearest to them than another true view of the
-    subject in the scene that was asked for (n, d), a difference of cosines: above 0 they copy."""
+    """How much more the pictures (n, d) resemble the training picture (m, d) nearest to them than another
+    true view of the subject in the scene that was asked for (n, d), a difference of cosines: above 0 they
+    copy."""
     _same_width(generated, training)
     if generated.shape != other_views.shape:
         raise ValueError(
-            f"pictures and other views pair one to one: {tuple(generated.shape)} is not {tuple(other_views.shape)}"
+            f"pictures and other views pair one to one: {tuple(generated.shape)} is not "
+            f"{tuple(other_views.shape)}"
         )
     nearest = pairwise_cosine_similarity(generated, training, zero_diagonal=False).amax(1)
     return (nearest - torch.cosine_similarity(generated, other_views, dim=-1)).mean().item()
 
 
 def nearest_score(generated: Tensor, references: Tensor | None = None) -> float:
-    """The mean cosine of each picture (n, d) with the reference (m, d) nearest to it; without references, with the nearest
-    other picture, which says how alike real pictures are."""
+    """The mean cosine of each picture (n, d) with the reference (m, d) nearest to it; without references,
+    with the nearest other picture, which says how alike real pictures are."""
     cosines = pairwise_cosine_similarity(generated, references, zero_diagonal=False)
     if references is None:
         cosines.fill_diagonal_(-1.0 if len(generated) > 1 else 1.0)
@@ -77,9 +84,11 @@ def nearest_score(generated: Tensor, references: Tensor | None = None) -> float:
 
 
 def multi_subject_score(crops: Sequence[Tensor], references: Sequence[Tensor]) -> float:
-    """For pictures of several subjects: each picture counts as its worst subject, so that leaving one out costs all.
+    """For pictures of several subjects: each picture counts as its worst subject, so that leaving one out
+    costs all.
 
-    `crops[s]` (n, d) shows where subject `s` should be in each picture, `references[s]` (m, d) are its real pictures.
+    `crops[s]` (n, d) shows where subject `s` should be in each picture, `references[s]` (m, d) are its real
+    pictures.
     """
     if len(crops) != len(references):
         raise ValueError(f"{len(crops)} subjects were cropped but {len(references)} have references")
@@ -91,7 +100,8 @@ def multi_subject_score(crops: Sequence[Tensor], references: Sequence[Tensor]) -
 
 
 def subject_only(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """The subject on white, cropped to its mask (L, 255 where the subject is): for the masked variants of the scores.
+    """The subject on white, cropped to its mask (L, 255 where the subject is): for the masked variants of the
+    scores.
 
     A mask without a subject gives the picture as it is.
     """

@@ -1,4 +1,5 @@
-"""StickerBench's subjects, prompts and reference pictures: what DreamBench is for photographs, with known truth."""
+"""StickerBench's subjects, prompts and reference pictures: what DreamBench is for photographs, with known
+truth."""
 
 import json
 import re
@@ -33,7 +34,8 @@ def _bench() -> dict:
 
 
 def bench_subjects(quick: bool = False) -> list[Drawing]:
-    """Held-out drawings: twenty of known classes, ten of classes that pretraining never saw; `quick`: six known ones."""
+    """Held-out drawings: twenty of known classes, ten of classes that pretraining never saw; `quick`: six
+    known ones."""
     subjects = [Drawing(word, studio) for word, studio in _bench()["subjects"]]
     return subjects[: _bench()["quick"]["subjects"]] if quick else subjects
 
@@ -44,7 +46,8 @@ def bench_prompts(quick: bool = False) -> list[str]:
 
 
 def parse_prompt(prompt: str) -> dict[str, object]:
-    """The fields of `Scene` that a prompt speaks of, and the values asked for; `companion` is the class beside the subject."""
+    """The fields of `Scene` that a prompt speaks of, and the values asked for; `companion` is the class
+    beside the subject."""
     found: dict[str, object] = {}
     beside = re.search(r" next to a (\w+)", prompt)
     if beside:
@@ -67,7 +70,8 @@ def reference_scenes(subject: Drawing, seed: int = 0) -> list[Scene]:
 
 
 def write_references(folder: Path, subject: Drawing, words: str, seed: int = 0) -> list[Image.Image]:
-    """Writes the reference pictures as a user's folder of pictures, each with a caption that calls the subject `words`."""
+    """Writes the reference pictures as a user's folder of pictures, each with a caption that calls the
+    subject `words`."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
     for i, scene in enumerate(reference_scenes(subject, seed)):

@@ -1,5 +1,5 @@
-"""The judge of the sticker world: a small network that says what is in a picture. For evaluation, and for choosing
-among finished steps: it has seen the held-out drawings, so no method may learn from it."""
+"""The judge of the sticker world: a small network that says what is in a picture. For evaluation, and for
+choosing among finished steps: it has seen the held-out drawings, so no method may learn from it."""
 
 import json
 from collections import Counter
@@ -37,8 +37,9 @@ class Residual(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pixels (batch, 3, 64, 64) in [-1, 1], half of the base model's side, to logits: `drawing` (batch, drawings of the world
-    that ships) and one head for each of `FACTORS`. In an image of two drawings each gets half of the probability."""
+    """Pixels (batch, 3, 64, 64) in [-1, 1], half of the base model's side, to logits: `drawing` (batch,
+    drawings of the world that ships) and one head for each of `FACTORS`. In an image of two drawings each
+    gets half of the probability."""
 
     def __init__(self, drawings: int):
         super().__init__()
@@ -76,8 +77,8 @@ def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
 
 
 class Verdicts:
-    """What the judge says of `n` images. `sides` holds its logits of drawings for closer looks at parts of the images, which
-    tell two drawings apart."""
+    """What the judge says of `n` images. `sides` holds its logits of drawings for closer looks at parts of
+    the images, which tell two drawings apart."""
 
     def __init__(self, world: World, logits: dict[str, Tensor], sides: Sequence[Tensor] = ()):
         self.drawings, self.logits = world.drawings(held_out=None), logits
@@ -110,7 +111,8 @@ class Verdicts:
         return self.drawings[int(self.probability[i].argmax())]
 
     def obeys(self, i: int, asked: dict[str, object]) -> dict[str, float]:
-        """For each factor that a prompt speaks of (`bench.parse_prompt`) and the judge is trusted with: 1 if picture `i` shows it."""
+        """For each factor that a prompt speaks of (`bench.parse_prompt`) and the judge is trusted with: 1 if
+        picture `i` shows it."""
         found = {}
         for name, value in asked.items():
             if trusted(name):

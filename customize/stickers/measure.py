@@ -21,8 +21,8 @@ POSES = tuple(product(SCALES, ANGLES, (False, True)))  # scale, tilt, mirrored
 
 
 class Fit(NamedTuple):
-    """Where a drawing fits a picture best: the correlation there (-1 to 1), and the drawing's size (sides of the picture), tilt
-    (degrees), mirroring and upper left corner (sides of the picture)."""
+    """Where a drawing fits a picture best: the correlation there (-1 to 1), and the drawing's size (sides of
+    the picture), tilt (degrees), mirroring and upper left corner (sides of the picture)."""
 
     correlation: float
     scale: float
@@ -47,9 +47,9 @@ def masked_correlation(picture: Image.Image, sprite: np.ndarray) -> float:
 def best_fit(picture: Image.Image, sprite: np.ndarray) -> Fit:
     """The best fit of a drawing over place, scale, tilt and mirroring in a square picture.
 
-    `sprite` is RGBA uint8, (size, size, 4). Each colour's mean, weighted by the drawing's alpha, is taken out, so that the
-    pattern counts and not the overall hue. Real scenes of a drawing correlate 0.83 on average, those of another studio's
-    drawing of the same class 0.49, of any other drawing 0.38.
+    `sprite` is RGBA uint8, (size, size, 4). Each colour's mean, weighted by the drawing's alpha, is taken
+    out, so that the pattern counts and not the overall hue. Real scenes of a drawing correlate 0.83 on
+    average, those of another studio's drawing of the same class 0.49, of any other drawing 0.38.
     """
     small = picture.convert("RGB").resize((GRID, GRID), Image.Resampling.LANCZOS)
     pixels, margin = torch.from_numpy(np.asarray(small, np.float32) / 255).permute(2, 0, 1), GRID // 4
@@ -134,7 +134,8 @@ def _surroundings(picture: Image.Image) -> Tensor:
 
 
 def background_of(picture: Image.Image) -> str:
-    """The background whose scenes look most like the picture along its left and right edges (Gaussian, independent features).
+    """The background whose scenes look most like the picture along its left and right edges (Gaussian,
+    independent features).
 
     It was right for each of 600 fresh scenes of any drawing (without light, weather or frame).
     """

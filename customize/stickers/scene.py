@@ -1,7 +1,8 @@
 """Scenes of the sticker world: what can be varied, the sentence that says it, and the picture that shows it.
 
-Every word of a caption is answered by something drawn. What a caption never mentions (place, tilt, mirror, perspective,
-light direction, shadow, texture) is drawn at random: it is the part of a picture that does not belong to the subject.
+Every word of a caption is answered by something drawn. What a caption never mentions (place, tilt, mirror,
+perspective, light direction, shadow, texture) is drawn at random: it is the part of a picture that does not
+belong to the subject.
 """
 
 from dataclasses import dataclass, replace
@@ -104,7 +105,8 @@ def draw_pose(rng: np.random.Generator, spread: float = 1.0) -> Pose:
 def draw_factors(
     rng: np.random.Generator, world: World, subjects: list[Drawing], extras: float = 0.4, spread: float = 1.0
 ) -> Scene:
-    """A random scene of one of `subjects`; with probability `extras` it has a factor beyond subject and background."""
+    """A random scene of one of `subjects`; with probability `extras` it has a factor beyond subject and
+    background."""
     subject = subjects[rng.integers(len(subjects))]
     scene = Scene(
         subject,
@@ -155,8 +157,9 @@ def caption(
     setting: bool = True,
     companion: str | None = None,
 ) -> str:
-    """The sentence for a scene. `subject` replaces the noun and its style word ("<s> fox"), `companion` those of the drawing
-    beside it; `style` and `setting` say whether the studio and the background are mentioned."""
+    """The sentence for a scene. `subject` replaces the noun and its style word ("<s> fox"), `companion` those
+    of the drawing beside it; `style` and `setting` say whether the studio and the background are mentioned.
+    """
     noun = subject or (str(scene.subject) if style else scene.subject.word)
     article = COUNTS[scene.count] + "a"
     words = [prefix + article, scene.size, scene.tint, noun, scene.orientation, scene.border]
@@ -168,7 +171,8 @@ def caption(
 
 
 def draw_caption(rng: np.random.Generator, scene: Scene) -> str:
-    """A caption as people write them: the style is named half of the time, the background mostly, with a prefix or without."""
+    """A caption as people write them: the style is named half of the time, the background mostly, with a
+    prefix or without."""
     return caption(
         scene, None, PREFIXES[rng.integers(len(PREFIXES))], rng.random() < 0.6, rng.random() < 0.92
     )
@@ -177,8 +181,8 @@ def draw_caption(rng: np.random.Generator, scene: Scene) -> str:
 def draw_scene(
     scene: Scene, world: World, size: int = SIDE, mask_companion: bool = False
 ) -> tuple[Image.Image, Image.Image]:
-    """The picture (RGB) and the subject's mask (L, 255 where the subject covers the background), squares of `size` pixels;
-    with `mask_companion` it also covers the companion."""
+    """The picture (RGB) and the subject's mask (L, 255 where the subject covers the background), squares of
+    `size` pixels; with `mask_companion` it also covers the companion."""
     rng = np.random.default_rng(scene.seed)
     picture = draw_background(scene.background, rng, size)
     mask = Image.new("L", (size, size))

@@ -31,7 +31,8 @@ def _atlas(folder: Path) -> np.ndarray:
 
 
 class World:
-    """Drawings read from an atlas folder: `world.json` (classes, studios, held-out lists) and `atlas.webp` (sprites).
+    """Drawings read from an atlas folder: `world.json` (classes, studios, held-out lists) and `atlas.webp`
+    (sprites).
 
     The folder that ships with the package holds the core vocabulary and the held-out drawings.
     """
@@ -53,7 +54,8 @@ class World:
         return self.atlas[y : y + self.size, x : x + self.size]
 
     def drawings(self, core: bool | None = None, held_out: bool | None = False) -> list[Drawing]:
-        """All drawings; `core` and `held_out` keep those of the core vocabulary and those not pretrained on (None: either)."""
+        """All drawings; `core` and `held_out` keep those of the core vocabulary and those not pretrained on
+        (None: either)."""
         return [
             Drawing(word, studio)
             for word, entry in self.classes.items()

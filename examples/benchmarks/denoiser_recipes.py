@@ -1,9 +1,10 @@
-"""What makes the embedded denoiser learn faster: `python examples/benchmarks/denoiser_recipes.py [--scenes 8192]`
+"""What makes the embedded denoiser learn faster: `python examples/benchmarks/denoiser_recipes.py
+[--scenes 8192]`
 
-Each variant trains what ships on the same scenes, in the same order and from the same seed, and changes one thing; after the
-first, the learning rate falls to 0. Then the
-loss over the subject's mask at four noise levels, on the same fresh scenes and noises (so differences are paired), and the
-share of things drawn as asked.
+Each variant trains what ships on the same scenes, in the same order and from the same seed, and changes
+one thing; after the first, the learning rate falls to 0. Then the loss over the subject's mask at four
+noise levels, on the same fresh scenes and noises (so differences are paired), and the share of things
+drawn as asked.
 """
 
 import argparse
@@ -39,7 +40,8 @@ def plain(prediction: Tensor, target: Tensor, other: Tensor, alpha: Tensor) -> T
 
 
 def min_snr(prediction: Tensor, target: Tensor, other: Tensor, alpha: Tensor) -> Tensor:
-    """Min-SNR with gamma 5 for predicted velocities (arXiv 2303.09556), scaled to a mean weight of about one."""
+    """Min-SNR with gamma 5 for predicted velocities (arXiv 2303.09556), scaled to a mean weight of about
+    one."""
     snr = alpha / (1 - alpha)
     return denoising(prediction, target) * 2.5 * snr.clamp(max=5) / (snr + 1)
 

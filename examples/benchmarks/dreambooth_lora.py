@@ -1,16 +1,19 @@
-"""Compares `customize train dreambooth` with diffusers' `train_dreambooth_lora.py`: steps per second, wall time, peak memory.
+"""Compares `customize train dreambooth` with diffusers' `train_dreambooth_lora.py`: steps per second,
+wall time, peak memory.
 
     git clone https://github.com/huggingface/diffusers
-    python examples/benchmarks/dreambooth_lora.py --diffusers_script diffusers/examples/dreambooth/train_dreambooth_lora.py
+    python examples/benchmarks/dreambooth_lora.py --diffusers_script
+    diffusers/examples/dreambooth/train_dreambooth_lora.py
 
-Take the checkout at the installed version. The trainers run one after the other, each in a process of its own with the same
-model, pictures and flags, in turn (A B C A B C ...). A process is `python THIS_FILE --child ...`, which only adds a hook that
-writes its peak memory at exit.
+Take the checkout at the installed version. The trainers run one after the other, each in a process of its
+own with the same model, pictures and flags, in turn (A B C A B C ...). A process is `python THIS_FILE
+--child ...`, which only adds a hook that writes its peak memory at exit.
 
-Both trainers redraw a tqdm bar after every step, so both are timed from outside in the same way: stderr is read as it arrives,
-and a step's time is when its number first appears. Steps per second are those from step `--warmup` to the last; imports,
-loading, encoding for the caches and saving are in the wall time alone. Where torchvision is missing, diffusers' script gets
-a stand-in for the transforms that it uses under these flags, and the report says so.
+Both trainers redraw a tqdm bar after every step, so both are timed from outside in the same way: stderr
+is read as it arrives, and a step's time is when its number first appears. Steps per second are those from
+step `--warmup` to the last; imports, loading, encoding for the caches and saving are in the wall time
+alone. Where torchvision is missing, diffusers' script gets a stand-in for the transforms that it uses
+under these flags, and the report says so.
 """
 
 import argparse
@@ -40,7 +43,8 @@ Run = dict[str, Any]
 
 
 def child(memory_file: str, target: str, *words: str) -> None:
-    """Runs `target`, a script or a module, as if by `python target words`; writes the peak memory when the process ends."""
+    """Runs `target`, a script or a module, as if by `python target words`; writes the peak memory when
+    the process ends."""
     atexit.register(write_memory, Path(memory_file))
     os.environ["HF_HUB_OFFLINE"] = "1"
     sys.argv = [target, *words]
@@ -53,7 +57,8 @@ def child(memory_file: str, target: str, *words: str) -> None:
 
 
 def write_memory(path: Path) -> None:
-    """Bytes at the peak: resident (Linux only), and allocated by torch on the GPU (if there is one); and what it ran on."""
+    """Bytes at the peak: resident (Linux only), and allocated by torch on the GPU (if there is one); and
+    what it ran on."""
     import torch
 
     status = Path("/proc/self/status")
@@ -71,9 +76,11 @@ def write_memory(path: Path) -> None:
 
 
 def stand_in_for_torchvision() -> None:
-    """Puts `torchvision.transforms` into this process, as far as the script uses it; the results are torchvision's.
+    """Puts `torchvision.transforms` into this process, as far as the script uses it; the results are
+    torchvision's.
 
-    Not as a folder on PYTHONPATH: transformers would find it there and import from torchvision what the stand-in lacks.
+    Not as a folder on PYTHONPATH: transformers would find it there and import from torchvision what the
+    stand-in lacks.
     """
     import numpy as np
     import torch
@@ -217,8 +224,9 @@ def main() -> None:
         model = model or (
             MODEL if (MODEL / "model_index.json").exists() else random_model(work / "random weights", world)
         )
-        flags = f"--resolution {SIDE} --train_batch_size 4 --rank 8 --max_train_steps {options.steps} --learning_rate 1e-4"
-        flags += " --seed 0 --lr_scheduler constant --lr_warmup_steps 0 --mixed_precision no --report_to tensorboard"
+        flags = f"--resolution {SIDE} --train_batch_size 4 --rank 8 --max_train_steps {options.steps}"
+        flags += " --learning_rate 1e-4 --seed 0 --lr_scheduler constant --lr_warmup_steps 0"
+        flags += " --mixed_precision no --report_to tensorboard"
         words = [
             *flags.split(),
             "--checkpointing_steps",
@@ -236,12 +244,17 @@ def main() -> None:
         trainers = {"diffusers": [str(options.diffusers_script), *words, "--center_crop"]}
         trainers |= {"customize --no_cache_latents": [*ours, "--no_cache_latents"], "customize": ours}
         about = {
-            "machine": f"{platform.platform()}, {os.cpu_count()} cores, load average at the start {os.getloadavg()[0]:.1f}",
+            "machine": (
+                f"{platform.platform()}, {os.cpu_count()} cores, load average at the start "
+                f"{os.getloadavg()[0]:.1f}"
+            ),
             "libraries": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
             "torchvision": "a stand-in for diffusers' script"
             if find_spec("torchvision") is None
             else version("torchvision"),
-            "diffusers' script": f"SHA-256 {hashlib.sha256(options.diffusers_script.read_bytes()).hexdigest()}",
+            "diffusers' script": (
+                f"SHA-256 {hashlib.sha256(options.diffusers_script.read_bytes()).hexdigest()}"
+            ),
             "timed": f"steps {options.warmup + 1} to {options.steps}, {options.repeats} repeats in turn",
             "flags": " ".join(words).replace(folder, "TEMPORARY"),
         }

@@ -1,9 +1,11 @@
-"""Which step of a run to keep? `python examples/benchmarks/early_stopping.py [--output runs/early_stopping]`
+"""Which step of a run to keep? `python examples/benchmarks/early_stopping.py [--output
+runs/early_stopping]`
 
-DreamBooth LoRA on StickerBench's six quick subjects, validated every 50 of 300 steps. Three choices among the checkpoints of
-each run are compared on prompts and noises that no choice has seen: the last step, the lowest fixed-seed validation loss on a
-held-out picture (`--validation_metric loss`), and the best likeness x obedience on four validation prompts (`score`).
-Prints a Markdown table with 95 % bootstrap intervals over subjects. Resumable.
+DreamBooth LoRA on StickerBench's six quick subjects, validated every 50 of 300 steps. Three choices among
+the checkpoints of each run are compared on prompts and noises that no choice has seen: the last step, the
+lowest fixed-seed validation loss on a held-out picture (`--validation_metric loss`), and the best
+likeness x obedience on four validation prompts (`score`). Prints a Markdown table with 95 % bootstrap
+intervals over subjects. Resumable.
 """
 
 import argparse
@@ -27,10 +29,12 @@ SAMPLING = Sampling(num_inference_steps=25, guidance_scale=4.0, batch_size=16)
 
 
 def train(folder: Path, drawing: Drawing) -> Path:
-    """A run whose every validated step is kept as a checkpoint; the choices are read from its `validation.jsonl`."""
+    """A run whose every validated step is kept as a checkpoint; the choices are read from its
+    `validation.jsonl`."""
     words = f"sks {drawing.word}"
     write_references(folder / "pictures", drawing, words)
-    flags = f"dreambooth {COMMON} {LORA} --max_train_steps {STEPS} --validation_steps {EVERY} --checkpointing_steps {EVERY}"
+    flags = f"dreambooth {COMMON} {LORA} --max_train_steps {STEPS}"
+    flags += f" --validation_steps {EVERY} --checkpointing_steps {EVERY}"
     flags += " --checkpoints_total_limit 0 --holdout 1 --validation_metric score --overwrite_output_dir"
     prompts = [prompt.format(words) for prompt in VALIDATION]
     data = ["--instance_data_dir", str(folder / "pictures"), "--instance_prompt", f"a {words}"]

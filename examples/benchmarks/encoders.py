@@ -1,13 +1,15 @@
-"""What each part of CustomContrast brings: encoders of one budget on StickerBench, known and unknown classes apart.
+"""What each part of CustomContrast brings: encoders of one budget on StickerBench, known and unknown classes
+apart.
 
     python examples/benchmarks/encoders.py train start ip_start    (in as many processes as there are cores)
     python examples/benchmarks/encoders.py train words cscl ...
-    python examples/benchmarks/encoders.py table [words cscl dreambooth-no-prior ...] [--group known] [--quick]
+    python examples/benchmarks/encoders.py table [words cscl dreambooth-no-prior ...] [--group known]
+    [--quick]
     python examples/benchmarks/encoders.py sheet    (docs/encoder.png, of the encoder that ships)
 
-Both kinds of encoder are fitted to the drawings' names first (examples/stickers/names.py). All variants of CustomContrast
-then go on from one encoder that was trained without contrast and location (`start`), IP-Adapter from one of its own kind
-(`ip_start`), with as many pictures each.
+Both kinds of encoder are fitted to the drawings' names first (examples/stickers/names.py). All variants of
+CustomContrast then go on from one encoder that was trained without contrast and location (`start`),
+IP-Adapter from one of its own kind (`ip_start`), with as many pictures each.
 """
 
 import argparse
@@ -73,7 +75,8 @@ class MoreSubjects(StickerBench):
 
 
 def table(options) -> None:
-    """Scores by group of subjects, differences to `words` subject by subject, and what the last validation said of Z."""
+    """Scores by group of subjects, differences to `words` subject by subject, and what the last validation
+    said of Z."""
     found = [file.parent.name for file in sorted(FOLDER.glob("*/run.json"))]
     names = options.variants or [name for name in found if name not in STARTS]
     bench_of = StickerBench if options.quick else MoreSubjects
@@ -83,7 +86,8 @@ def table(options) -> None:
         bench = bench_of(folder=folder, methods=methods, repeats=1, quick=True, group=group, steps=150)
         rows = {Path(method["name"]).name: method["subjects"] for method in bench.run()["methods"]}
         print(
-            f"\n{group} classes: mean (95 % bootstrap over subjects)\n\n| | {' | '.join(SHOWN)} | seconds a picture |"
+            f"\n{group} classes: mean (95 % bootstrap over subjects)\n\n| | {' | '.join(SHOWN)} | seconds "
+            "a picture |"
         )
         print("|---" * (len(SHOWN) + 2) + "|")
         for name, subjects in rows.items():
@@ -92,7 +96,8 @@ def table(options) -> None:
             print(f"| {name} | {' | '.join(cells)} | {sum(seconds) / len(seconds):.2f} |")
         if "words" in rows:
             print(
-                f"\n{group} classes: difference to words\n\n| | identity | likeness | control |\n|---|---|---|---|"
+                f"\n{group} classes: difference to words\n\n| | identity | likeness | control "
+                "|\n|---|---|---|---|"
             )
             for name in names:
                 cells = [
@@ -117,8 +122,8 @@ def difference(ours: list[dict], theirs: list[dict], metric: str) -> str:
 
 
 def sheet(name: str, output: Path, size: int = 128) -> None:
-    """Eight held-out drawings, two of them of unknown classes: two references, what the class word alone draws, and five
-    scenes by the encoder."""
+    """Eight held-out drawings, two of them of unknown classes: two references, what the class word alone
+    draws, and five scenes by the encoder."""
     pipe = load_subject_pipeline(name)
     pipe.set_progress_bar_config(disable=True)
     subjects = [*bench_subjects()[:6], *bench_subjects()[-2:]]

@@ -1,7 +1,8 @@
-"""Where the time of pretraining the embedded model goes: `python examples/benchmarks/furnace_speed.py [--compile]`
+"""Where the time of pretraining the embedded model goes: `python examples/benchmarks/furnace_speed.py
+[--compile]`
 
-Scenes a second of each part, before (the autoencoder's encoder, float32) and now (linear latents, bfloat16 where the processor
-computes in it), in one run; and what a scene costs that the denoiser is shown six times.
+Scenes a second of each part, before (the autoencoder's encoder, float32) and now (linear latents, bfloat16
+where the processor computes in it), in one run; and what a scene costs that the denoiser is shown six times.
 """
 
 import argparse

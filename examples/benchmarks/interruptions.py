@@ -1,10 +1,12 @@
-"""Ends a training at many moments, resumes it, and compares what it learned with the run that nobody interrupted.
+"""Ends a training at many moments, resumes it, and compares what it learned with the run that nobody
+interrupted.
 
     python examples/benchmarks/interruptions.py [--kills 50] [--stops 20]
 
-SIGKILL comes while a step is computed, or at a file operation of a save; SIGTERM and SIGHUP come at both. Each run is a process
-of its own on the embedded base model. A table says how many resumed runs are identical to the last bit, and how many steps were
-lost (a kill may lose those since the last checkpoint; a stop must lose none).
+SIGKILL comes while a step is computed, or at a file operation of a save; SIGTERM and SIGHUP come at both.
+Each run is a process of its own on the embedded base model. A table says how many resumed runs are
+identical to the last bit, and how many steps were lost (a kill may lose those since the last checkpoint;
+a stop must lose none).
 """
 
 import argparse
@@ -29,7 +31,8 @@ from customize.stickers.bench import write_references
 from customize.trainers import loop, resume
 
 STEPS = 12
-FLAGS = f"--max_train_steps {STEPS} --checkpointing_steps 3 --validation_steps 4 --holdout 1 --rank 2 --lora_dropout 0.2"
+FLAGS = f"--max_train_steps {STEPS} --checkpointing_steps 3 --validation_steps 4 --holdout 1 "
+FLAGS += "--rank 2 --lora_dropout 0.2"
 
 
 def in_process(work: Callable[[], int]) -> int:
@@ -45,7 +48,8 @@ def in_process(work: Callable[[], int]) -> int:
 
 
 def trap(owner, name: str, moment: int, number: int, only_saving: bool) -> None:
-    """Sends this process the signal at call `moment` of a function; `only_saving` counts those within a save."""
+    """Sends this process the signal at call `moment` of a function; `only_saving` counts those within a
+    save."""
     original, count = getattr(owner, name), [0]
 
     def counted(*arguments, **options):
@@ -130,14 +134,16 @@ def main():
             rows = [attempt(case, folder, name) for case in cases(getattr(signal, name), count, rng)]
             ended, identical, lost, clean = zip(*rows, strict=True)
             print(
-                f"{name}: {count} moments, {sum(ended)} ended early; identical after resuming {sum(identical)} of {count}; "
+                f"{name}: {count} moments, {sum(ended)} ended early; identical after resuming "
+                f"{sum(identical)} of {count}; "
                 f"steps lost at most {max(lost)}; nothing left behind {sum(clean)} of {count}",
                 flush=True,
             )
 
 
 def attempt(case: tuple, folder: Path, name: str) -> tuple[bool, bool, int, bool]:
-    """Whether the run ended early, ended identical after resuming, steps lost, and whether its folder is clean."""
+    """Whether the run ended early, ended identical after resuming, steps lost, and whether its folder is
+    clean."""
     output, number = folder / "run", getattr(signal, name)
     shutil.rmtree(output, ignore_errors=True)
     code = in_process(lambda: interrupted(case, output, folder / "pictures"))
@@ -156,7 +162,8 @@ def attempt(case: tuple, folder: Path, name: str) -> tuple[bool, bool, int, bool
     clean = not foreign(output) and not list(output.rglob(".customize-*"))
     if not (fine and clean):
         print(
-            f"  not as it should be: {case[1]} {case[2]} {name}: exit {code}, then {again}, left {os.listdir(output)}"
+            f"  not as it should be: {case[1]} {case[2]} {name}: exit {code}, then {again}, left "
+            f"{os.listdir(output)}"
         )
     return code != 0, fine, lost, clean
 

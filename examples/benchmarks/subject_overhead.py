@@ -1,4 +1,5 @@
-"""What a subject costs at inference: a denoising step with an encoder's injection against one of the plain pipeline.
+"""What a subject costs at inference: a denoising step with an encoder's injection against one of the plain
+pipeline.
 
     python examples/benchmarks/subject_overhead.py [RUN]
 
@@ -18,7 +19,8 @@ from customize.stickers.bench import bench_subjects, reference_scenes
 
 
 def steps_of(pipe, prompt: str, steps: int, **options) -> tuple[list[float], float]:
-    """Seconds of each step but the first, and those before the second step began: encoders and first keys and values."""
+    """Seconds of each step but the first, and those before the second step began: encoders and first keys and
+    values."""
     times = [time.perf_counter()]
 
     def note(pipe, step, t, kwargs):
@@ -74,7 +76,8 @@ def main():
     for name in cases:
         step, first = statistics.median(found[name]), statistics.median(before[name])
         print(
-            f"{name:32s} {1000 * step:7.1f} ms a step, {step / base:.2f} x plain; up to the first step {1000 * first:.0f} ms"
+            f"{name:32s} {1000 * step:7.1f} ms a step, {step / base:.2f} x plain; up to the first step "
+            f"{1000 * first:.0f} ms"
         )
 
 

@@ -1,14 +1,18 @@
-"""Two subjects in one prompt: are both there, each with its own looks? `python examples/benchmarks/two_subjects.py [RUN]`
+"""Two subjects in one prompt: are both there, each with its own looks? `python
+examples/benchmarks/two_subjects.py [RUN]`
 
-Fifty pairs of held-out drawings of different classes, "a <s> A next to a <s2> B", once freely and once with each subject's
-region given (left and right half). The judge names the drawings in the left and in the right half of a picture:
+Fifty pairs of held-out drawings of different classes, "a <s> A next to a <s2> B", once freely and once with
+each subject's region given (left and right half). The judge names the drawings in the left and in the right
+half of a picture:
 
 * both: either order, each half shows one of the two subjects;
 * one: only one of them is found;
-* swapped looks: a half shows another studio's drawing of one of the two classes, by the studio of the other subject.
+* swapped looks: a half shows another studio's drawing of one of the two classes, by the studio of the other
+  subject.
 
-Two rows stand beside: real scenes of the same pairs, what the judge finds where both are there; and the base model with the
-class words alone, of which only the classes count ("swapped looks" cannot be): what text alone can place.
+Two rows stand beside: real scenes of the same pairs, what the judge finds where both are there; and the base
+model with the class words alone, of which only the classes count ("swapped looks" cannot be): what text alone
+can place.
 """
 
 import argparse

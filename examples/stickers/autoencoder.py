@@ -1,8 +1,9 @@
 """Stage 1: the autoencoder. `python examples/stickers/autoencoder.py [--minutes 60]`, resumable.
 
-Its encoder is not trained: the weights of a stock AutoencoderKL are set so that it takes the principal components of 8 x 8
-pixel patches (`set_encoder`). So latents are known before anything is trained, the denoiser can be trained at once, and the
-decoder beside it, now or in a later session. The decoder sees latents with a little noise, as a denoiser leaves it.
+Its encoder is not trained: the weights of a stock AutoencoderKL are set so that it takes the principal
+components of 8 x 8 pixel patches (`set_encoder`). So latents are known before anything is trained, the
+denoiser can be trained at once, and the decoder beside it, now or in a later session. The decoder sees
+latents with a little noise, as a denoiser leaves it.
 """
 
 from collections.abc import Callable
@@ -49,8 +50,8 @@ def patches(pixels: Tensor) -> Tensor:
 
 
 def components(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (LATENTS, 192) and mean (192,) of the linear code of patches; each number's spread is the square root of its
-    component's, so that fine detail is not lost in noise. Pixels are (n, 3, height, width)."""
+    """Rows (LATENTS, 192) and mean (192,) of the linear code of patches; each number's spread is the square
+    root of its component's, so that fine detail is not lost in noise. Pixels are (n, 3, height, width)."""
     rows = patches(pixels).flatten(0, 2)
     mean = rows.mean(0)
     centred = rows - mean
@@ -63,8 +64,9 @@ def components(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def set_encoder(model: AutoencoderKL, rows: Tensor, mean: Tensor) -> None:
-    """Writes the linear code into the encoder's convolutions: residual branches off, three space-to-depth steps, and a
-    normalisation whose statistics are those of constant channels, followed by SiLU where it is a straight line."""
+    """Writes the linear code into the encoder's convolutions: residual branches off, three space-to-depth
+    steps, and a normalisation whose statistics are those of constant channels, followed by SiLU where it is a
+    straight line."""
     encoder = model.encoder
     for block in (*encoder.down_blocks, encoder.mid_block):
         for resnet in block.resnets:
@@ -175,7 +177,8 @@ def measure(model: AutoencoderKL, pixels: Tensor) -> None:
     latents = model.encode(pixels).latent_dist.mode()
     error = (model.decode(latents).sample.clamp(-1, 1) - pixels).square().mean()
     print(
-        f"PSNR {10 * torch.log10(4 / error):.2f} dB; latent spread {latents.std():.3f}, by channel {latents.std((0, 2, 3))}"
+        f"PSNR {10 * torch.log10(4 / error):.2f} dB; latent spread {latents.std():.3f}, by channel "
+        f"{latents.std((0, 2, 3))}"
     )
 
 

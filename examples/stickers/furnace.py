@@ -1,9 +1,11 @@
-"""The fire: `python examples/stickers/furnace.py [--minutes N]` trains whatever stage of the embedded models is due.
+"""The fire: `python examples/stickers/furnace.py [--minutes N]` trains whatever stage of the embedded
+models is due.
 
-The denoiser is trained and measured in turn until its measures stop rising; then come the judge, the image tower and the
-encoder, and the round begins again. Everything resumes from its checkpoint, or from what ships. The fire takes only the
-processor time that nothing else wants, and waits passively: a program that waits busily slows everything beside it, whatever
-its priority. It ends cleanly at any signal. `measures.jsonl`, `measures.png` and a contact sheet of each age are in `.furnace`.
+The denoiser is trained and measured in turn until its measures stop rising; then come the judge, the
+image tower and the encoder, and the round begins again. Everything resumes from its checkpoint, or from
+what ships. The fire takes only the processor time that nothing else wants, and waits passively: a program
+that waits busily slows everything beside it, whatever its priority. It ends cleanly at any signal.
+`measures.jsonl`, `measures.png` and a contact sheet of each age are in `.furnace`.
 """
 
 import os
@@ -95,7 +97,8 @@ def factor_scenes(world: World, name: str, count: int) -> list[Scene]:
 
 
 def measure(pipe: StableDiffusionPipeline, world: World, count: int = 48) -> dict[str, float]:
-    """What the denoiser's running average draws: things, pairs and factors as asked; no method learns from this."""
+    """What the denoiser's running average draws: things, pairs and factors as asked; no method learns
+    from this."""
     single, pairs = single_scenes(world, count), pair_scenes(world, count // 2)
     pictures = draw(pipe, [caption(scene) for scene in single], seed=100)
     found = recognised(pictures, single, world)
@@ -187,7 +190,8 @@ def spread_for(rows: list[dict]) -> float:
 
 
 def stalled(rows: list[dict]) -> bool:
-    """Whether the last measures brought neither better likeness nor more things as asked than those before."""
+    """Whether the last measures brought neither better likeness nor more things as asked than those
+    before."""
     if len(rows) <= PATIENCE:
         return False
     best = [

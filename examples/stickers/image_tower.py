@@ -1,8 +1,9 @@
 """Stage 4: the image tower. `python examples/stickers/image_tower.py [--minutes 20]`, resumable.
 
-A small CLIP vision model is fitted to the frozen text tower (LiT, arXiv 2111.07991): its embedding of a scene is pulled to
-the mean of the text tower's states for the scene's caption, against the other captions of the batch. As the text tower knows
-looks, each picture must also let linear layers read the drawing's thumbnail code and the background from its embedding.
+A small CLIP vision model is fitted to the frozen text tower (LiT, arXiv 2111.07991): its embedding of a scene
+is pulled to the mean of the text tower's states for the scene's caption, against the other captions of the
+batch. As the text tower knows looks, each picture must also let linear layers read the drawing's thumbnail
+code and the background from its embedding.
 """
 
 import numpy as np
@@ -62,7 +63,8 @@ def processor() -> CLIPImageProcessorPil:
 
 
 class Reader:
-    """Captions to the mean of the text tower's states: the pooled one tells backgrounds and factors, but hardly the drawing."""
+    """Captions to the mean of the text tower's states: the pooled one tells backgrounds and factors, but
+    hardly the drawing."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = device
@@ -100,8 +102,8 @@ class Pieces:
 
 @torch.no_grad()
 def accuracy(vision, read: Reader, world, pictures: list, scenes: list[Scene]) -> dict[str, float]:
-    """Zero-shot accuracy on pictures of core drawings: the class and the studio that the best of all captions names when the
-    background is given, and the background when the drawing is."""
+    """Zero-shot accuracy on pictures of core drawings: the class and the studio that the best of all captions
+    names when the background is given, and the background when the drawing is."""
     drawings = world.drawings(core=True)
     features = F.normalize(vision(scaled(to_pixels(pictures))).image_embeds, dim=-1)
     texts = {

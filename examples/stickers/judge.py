@@ -1,7 +1,7 @@
 """Stage 5: the judge of StickerBench. `python examples/stickers/judge.py [--minutes 30]`, resumable.
 
-It learns from scenes of every drawing that ships, held-out ones included, and is used for evaluation only. Images are softened
-at random, because what it will judge was drawn by a network and not by the renderer.
+It learns from scenes of every drawing that ships, held-out ones included, and is used for evaluation only.
+Images are softened at random, because what it will judge was drawn by a network and not by the renderer.
 """
 
 import json
@@ -49,8 +49,9 @@ def targets(scenes: list[Scene], drawings: list) -> dict[str, torch.Tensor]:
 
 
 class Wear:
-    """What happens to images before the judge sees them, as it will judge what a network drew: an eighth goes through the
-    autoencoder with noise on the latents, an eighth is noised and denoised, and any of all may be blurred or noisy."""
+    """What happens to images before the judge sees them, as it will judge what a network drew: an eighth goes
+    through the autoencoder with noise on the latents, an eighth is noised and denoised, and any of all may be
+    blurred or noisy."""
 
     def __init__(self, device: torch.device):
         self.vae = AutoencoderKL.from_pretrained(part("vae")).eval().requires_grad_(False).to(device)
@@ -141,8 +142,9 @@ class Pieces:
 
 @torch.no_grad()
 def measure(judge: Judge, world: World, count: int = 2000) -> dict[str, float]:
-    """Accuracy on fresh scenes. The drawing: of scenes with the subject at its usual size, upright and in its own colours, as
-    one of 537, and of all other scenes; the class; every factor, over scenes half of which have one beyond the background."""
+    """Accuracy on fresh scenes. The drawing: of scenes with the subject at its usual size, upright and in its
+    own colours, as one of 537, and of all other scenes; the class; every factor, over scenes half of which
+    have one beyond the background."""
     rng, drawings = np.random.default_rng(2**31), world.drawings(held_out=None)
     scenes = [draw_factors(rng, world, drawings, extras=0.5) for _ in range(count)]
     judge.eval()

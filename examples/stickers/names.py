@@ -1,14 +1,19 @@
-"""Before an encoder: what drawings are called. `python examples/stickers/names.py custom_contrast|ip_adapter [--minutes 15]`
+"""Before an encoder: what drawings are called. `python examples/stickers/names.py custom_contrast|ip_adapter
+[--minutes 15]`
 
-The denoiser's loss alone teaches an encoder slowly on a CPU. Rendered scenes know their subjects' names, and the text tower
-knows looks by name (stage 2), so an encoder is first fitted to it, some fifty scenes a second on one core:
+The denoiser's loss alone teaches an encoder slowly on a CPU. Rendered scenes know their subjects' names, and
+the text tower knows looks by name (stage 2), so an encoder is first fitted to it, some fifty scenes a second
+on one core:
 
-* its visual tokens to the text tower's states for "a flat fox": the first, the noun's, the end's, and one for each patch;
-* S+ (custom_contrast): the states of "a <s> fox on the beach" to those of "a flat fox on the beach", at random times and slots,
+* its visual tokens to the text tower's states for "a flat fox": the first, the noun's, the end's, and one for
+  each patch;
+* S+ (custom_contrast): the states of "a <s> fox on the beach" to those of "a flat fox on the beach", at
+  random times and slots,
   and of "a <s> sticker on the beach" too, where only the picture can tell.
 
-This carries over to drawings without a name. The visual branches then start from the text's own values, as strong as suits
-the denoiser best. Writes .furnace/names-METHOD and goes on from it; so does training by `--pretrained_adapter`.
+This carries over to drawings without a name. The visual branches then start from the text's own values, as
+strong as suits the denoiser best. Writes .furnace/names-METHOD and goes on from it; so does training by
+`--pretrained_adapter`.
 """
 
 import argparse
@@ -102,7 +107,8 @@ def word_loss(method: SubjectMethod, encoded, prompts: list[str], names: list[st
 
 @torch.no_grad()
 def start_values(method: SubjectMethod, batches: list[dict]) -> None:
-    """Gives the visual branches the text's own values, at the strength of the lowest loss on held-out drawings."""
+    """Gives the visual branches the text's own values, at the strength of the lowest loss on held-out
+    drawings."""
     adapter, losses = method.adapter, {}
 
     def use(strength: float):

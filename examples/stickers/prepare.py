@@ -4,8 +4,9 @@
     npm pack emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
     python examples/stickers/prepare.py FOLDER_WITH_THE_TGZ_FILES [--full atlas_folder] [--size 64]
 
-It rewrites `customize/stickers/data/` (the core vocabulary and the held-out drawings, which the package ships) and, with
-`--full`, an atlas of all 1,015 classes for pretraining. The choice of held-out drawings depends on a fixed seed alone.
+It rewrites `customize/stickers/data/` (the core vocabulary and the held-out drawings, which the package
+ships) and, with `--full`, an atlas of all 1,015 classes for pretraining. The choice of held-out drawings
+depends on a fixed seed alone.
 """
 
 import argparse
@@ -91,7 +92,8 @@ def hold_out(classes: list[dict]) -> None:
 
 
 def write_atlas(folder: Path, classes: list[dict], drawings: dict, size: int) -> None:
-    """One lossless picture, a row for each class and a column for each studio, wrapped into 8 columns of classes."""
+    """One lossless picture, a row for each class and a column for each studio, wrapped into 8 columns of
+    classes."""
     folder.mkdir(parents=True, exist_ok=True)
     columns, studios = stickers.ATLAS_COLUMNS, list(PACKAGES)
     rows = -(-len(classes) // columns)

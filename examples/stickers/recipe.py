@@ -1,4 +1,5 @@
-"""What the pretraining stages share: resumable training state, settings of every stage, and the world they draw on."""
+"""What the pretraining stages share: resumable training state, settings of every stage, and the world
+they draw on."""
 
 import argparse
 import json
@@ -58,8 +59,8 @@ def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def until(minutes: float) -> Callable[[], float]:
-    """A function that gives the share of these minutes that has passed: all of it once SIGINT, SIGTERM or SIGHUP came, so that
-    the step is finished and saved; a second signal stops at once."""
+    """A function that gives the share of these minutes that has passed: all of it once SIGINT, SIGTERM or
+    SIGHUP came, so that the step is finished and saved; a second signal stops at once."""
     begin, asked = time.time(), []
 
     def ask(number, frame):
@@ -86,8 +87,9 @@ def shipped_images(name: str) -> int:
 class Run:
     """Trains `model` in resumable pieces: AdamW, warm-up, optional EMA, a checkpoint every so many steps.
 
-    `shipped` weights start a run that has no checkpoint, after a short warm-up, so a committed model can be continued; they are
-    those of `model`, or of the part of it that ships. Weights of other shapes are left alone: the recipe has changed since.
+    `shipped` weights start a run that has no checkpoint, after a short warm-up, so a committed model can
+    be continued; they are those of `model`, or of the part of it that ships. Weights of other shapes are
+    left alone: the recipe has changed since.
     """
 
     def __init__(
@@ -134,7 +136,8 @@ class Run:
             print(f"{name}: resumed at step {self.step}, {self.images} images", flush=True)
 
     def update(self, losses: dict[str, torch.Tensor], images: int, progress: float = 0.0) -> None:
-        """One optimizer step on the sum of `losses`; `progress` (0 to 1) is the part of the rate's final decay that passed."""
+        """One optimizer step on the sum of `losses`; `progress` (0 to 1) is the part of the rate's final
+        decay that passed."""
         sum(losses.values()).backward()
         self.since += 1
         rate = self.lr * min(1.0, self.since / self.warmup) * min(1.0, max(1.0 - progress, 0.02))
@@ -165,7 +168,8 @@ class Run:
             now = time.time()
             terms = " ".join(f"{k} {v:.4f}" for k, v in means.items())
             print(
-                f"step {self.step} images {self.images} {terms} {len(self.log) / (now - self.last):.2f} steps/s",
+                f"step {self.step} images {self.images} {terms} {len(self.log) / (now - self.last):.2f} "
+                "steps/s",
                 flush=True,
             )
             self.log, self.last = [], now
@@ -185,7 +189,8 @@ class Run:
 
 
 def worlds() -> World:
-    """The whole world if its atlas was built (`prepare.py --full .furnace/world`), else the part that ships."""
+    """The whole world if its atlas was built (`prepare.py --full .furnace/world`), else the part that
+    ships."""
     full = FURNACE / "world"
     return World(full) if full.exists() else World()
 

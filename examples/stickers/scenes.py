@@ -1,7 +1,7 @@
 """What the denoiser learns from: rendered scenes as latents and text states.
 
-The autoencoder's encoder is linear in blocks of 8 x 8 pixels, so latents are a matrix product; noise stands in for the spread
-of the encoder's posterior and for what the matrix leaves out.
+The autoencoder's encoder is linear in blocks of 8 x 8 pixels, so latents are a matrix product; noise
+stands in for the spread of the encoder's posterior and for what the matrix leaves out.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,8 @@ NOISE = 0.02  # spread of the noise on latents
 
 
 def benchmark_classes(world: World) -> list[Drawing]:
-    """What pretraining may see of the classes of which one studio's drawing is held out: customization starts from them."""
+    """What pretraining may see of the classes of which one studio's drawing is held out: customization
+    starts from them."""
     return [
         d for d in world.drawings() if world.classes[d.word]["core"] and world.classes[d.word]["held_out"]
     ]
@@ -45,7 +46,8 @@ def benchmark_classes(world: World) -> list[Drawing]:
 def draw_training_scene(
     rng: np.random.Generator, world: World, pool: list[Drawing], spread: float, extras: float = EXTRAS
 ) -> Scene:
-    """A scene of one drawing of `pool`; every fourth has a second thing, of another class, beside, above or partly over it."""
+    """A scene of one drawing of `pool`; every fourth has a second thing, of another class, beside, above
+    or partly over it."""
     if rng.random() >= PAIRS:
         return draw_factors(rng, world, pool, extras=extras, spread=spread)
     scene = draw_factors(rng, world, pool, extras=0, spread=spread)
@@ -67,7 +69,8 @@ def blocks(pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit_encoder(vae: AutoencoderKL, world: World, count: int = 32) -> tuple[Tensor, float]:
-    """The matrix from blocks to the mean of the autoencoder's posterior by least squares, and its rms error."""
+    """The matrix from blocks to the mean of the autoencoder's posterior by least squares, and its rms
+    error."""
     rng = np.random.default_rng(0)
     pixels = pixels_of(
         [draw_training_scene(rng, world, world.drawings(core=True), 1.0) for _ in range(count)], world

@@ -35,8 +35,8 @@ def _offer(queue, piece: Piece) -> None:
 class Supply:
     """The last `kept` pieces, from which batches are drawn at random; each row is shown about `shows` times.
 
-    `start()`, called once in each worker, gives a function that makes a piece from a random generator and the spread of poses.
-    `prepare` is what the reader does with a piece, on its device.
+    `start()`, called once in each worker, gives a function that makes a piece from a random generator and the
+    spread of poses. `prepare` is what the reader does with a piece, on its device.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class Supply:
         return True
 
     def batches(self, size: int, stop: Callable[[], float]) -> Iterator[Piece]:
-        """BucketBatches until `stop()` is 1. New pieces are taken as they come until all is full, then as old ones are used up."""
+        """BucketBatches until `stop()` is 1. New pieces are taken as they come until all is full, then as old
+        ones are used up."""
         used = 0
         while stop() < 1:
             while not self.taken and stop() < 1:

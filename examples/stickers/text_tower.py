@@ -1,10 +1,11 @@
 """Stage 2: tokenizer and text tower. `python examples/stickers/text_tower.py [--minutes 15]`, resumable.
 
-What hundreds of millions of pictures give CLIP's text tower, this one is told directly: what a drawing looks like. From
-the noun on, its states must let a linear layer read the drawing's thumbnail, and from the second noun on that of the second
-drawing; padding positions `FIRST_PATCH` and up each give one 4 x 4 patch of the first, `SECOND_PATCH` and up of the second, so
-that the denoiser can route patches to places; the pooled state and the padding name every other factor.
-Noise on the word vectors keeps the space around words usable for methods that learn new ones.
+What hundreds of millions of pictures give CLIP's text tower, this one is told directly: what a drawing looks
+like. From the noun on, its states must let a linear layer read the drawing's thumbnail, and from the second
+noun on that of the second drawing; padding positions `FIRST_PATCH` and up each give one 4 x 4 patch of the
+first, `SECOND_PATCH` and up of the second, so that the denoiser can route patches to places; the pooled state
+and the padding name every other factor. Noise on the word vectors keeps the space around words usable for
+methods that learn new ones.
 """
 
 from dataclasses import replace
@@ -114,7 +115,8 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 class Looks:
-    """The thumbnail of every drawing that pretraining may see, and a short code for it (its principal components)."""
+    """The thumbnail of every drawing that pretraining may see, and a short code for it (its principal
+    components)."""
 
     def __init__(self, world):
         drawings = world.drawings()
@@ -154,12 +156,13 @@ class Teacher(nn.Module):
     def forward(
         self, ids: Tensor, nouns: Tensor, looks: Tensor, patches: Tensor, factors: dict
     ) -> dict[str, Tensor]:
-        """`nouns` (batch, 2): the positions of the nouns' last tokens, 0 where there is none; `looks` (batch, 2, LOOK) and
-        `patches` (batch, 2, 16, 64) of the things that they name."""
+        """`nouns` (batch, 2): the positions of the nouns' last tokens, 0 where there is none; `looks` (batch,
+        2, LOOK) and `patches` (batch, 2, 16, 64) of the things that they name."""
         output = self.text(ids)
         states, position = output.last_hidden_state, torch.arange(LENGTH, device=ids.device)
         first, second = nouns[:, :1], nouns[:, 1:]
-        # the second noun's look from itself to the patches of the first thing, and at the patches of the second
+        # the second noun's look from itself to the patches of the first thing, and at the patches of the
+        # second
         is_second = (second > 0) & (
             ((position >= second) & (position < FIRST_PATCH)) | (position >= SECOND_PATCH)
         )
@@ -186,8 +189,8 @@ class Teacher(nn.Module):
 
 
 def draw_batch(rng, world, pools, looks: Looks, tokenizer, count: int):
-    """Captions and all that they say: token numbers (count, LENGTH), where the two nouns end and which drawings they name
-    (both (count, 2); 0 and -1 where there is none), and each factor."""
+    """Captions and all that they say: token numbers (count, LENGTH), where the two nouns end and which
+    drawings they name (both (count, 2); 0 and -1 where there is none), and each factor."""
     captions, before, drawings, factors = [], [], [], {name: [] for name in READ}
     for _ in range(count):
         pool = pools[int(rng.random() < 0.6)]
@@ -216,7 +219,8 @@ def draw_batch(rng, world, pools, looks: Looks, tokenizer, count: int):
 
 
 class Pieces:
-    """Captions and all that they say, of any drawing and of the core vocabulary; of drawings their numbers only."""
+    """Captions and all that they say, of any drawing and of the core vocabulary; of drawings their numbers
+    only."""
 
     def __init__(self):
         world = worlds()

@@ -1,4 +1,5 @@
-"""Stage 3: the denoiser. `python examples/stickers/unet.py [--minutes 600]`, resumable. The averaged weights are what counts.
+"""Stage 3: the denoiser. `python examples/stickers/unet.py [--minutes 600]`, resumable. The averaged weights
+are what counts.
 
 Where the processor computes in bfloat16 it is used for products; weights, optimizer and average stay float32.
 """
@@ -87,8 +88,9 @@ def train(
     contrast: float = 0.0,
     widen_to: float = 0.0,
 ) -> None:
-    """Until `stop()`, the share of the work that is done, is 1; the learning rate falls from the share `decay_from` on. A
-    tenth of the texts is replaced by `nothing`, the state of no text. Poses get as wide as `widen_to` in the second half."""
+    """Until `stop()`, the share of the work that is done, is 1; the learning rate falls from the share
+    `decay_from` on. A tenth of the texts is replaced by `nothing`, the state of no text. Poses get as wide as
+    `widen_to` in the second half."""
     predict, scheduler = torch.compile(run.model) if compiled else run.model, schedule()
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(nothing.device)
     narrow = scenes.spread.value

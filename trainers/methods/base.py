@@ -45,7 +45,8 @@ class Method(nn.Module):
     def __init__(self, backbone: Backbone, config: MethodConfig, concepts: list[Concept]):
         super().__init__()
         self.backbone, self.config, self.concepts = backbone, config, concepts
-        self.adapters: list[Adapter] = []  # what it trains and saves; modules among them are attributes too
+        # what it trains and saves; modules among them are attributes too
+        self.adapters: list[Adapter] = []
 
     @classmethod
     def check_settings(cls, model: Any, settings: Any, config: Any) -> None:
@@ -82,7 +83,8 @@ class Method(nn.Module):
         return {"denoise": self.errors(step).mean()}
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        """`batch` holds `prompt` and either `pixels` (batch, 3, height, width) or their latents' moments `mean` and `std`."""
+        """`batch` holds `prompt` and either `pixels` (batch, 3, height, width) or their latents' moments
+        `mean` and `std`."""
         if "mean" in batch:
             latents = self.backbone.sample_latents(batch["mean"], batch["std"])
         else:
@@ -124,11 +126,13 @@ class Method(nn.Module):
         self.backbone.denoiser.enable_gradient_checkpointing()
 
     def draw(self, prompt: str, **options):
-        """One picture by the very modules that are being trained; `options` are those of the pipeline's call."""
+        """One picture by the very modules that are being trained; `options` are those of the pipeline's
+        call."""
         return self.backbone.pipe(**self.backbone.prompt_arguments(prompt), **options).images[0]
 
     def diagnose(self, batches: list[dict], folder: Path, step: int) -> dict[str, float]:
-        """Numbers to log beside the validation loss, from held-out batches; pictures may go into `folder`."""
+        """Numbers to log beside the validation loss, from held-out batches; pictures may go into
+        `folder`."""
         return {}
 
     def prompts(self) -> list[str]:

@@ -12,7 +12,8 @@ from customize.runs.output import save_image
 
 
 def view_retrieval(anchors: Tensor, positives: Tensor, identity: Tensor) -> list[float]:
-    """For each layer of Z (layers, n, dim) the share of first views whose most similar second view is of their subject."""
+    """For each layer of Z (layers, n, dim) the share of first views whose most similar second view is of
+    their subject."""
     nearest = cosines(anchors, positives).argmax(-1)
     return [float((identity[found] == identity).float().mean()) for found in nearest]
 
@@ -25,8 +26,9 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 def appearance_correlation(
     anchors: Tensor, positives: Tensor, image_embeds: Tensor, identity: Tensor
 ) -> float:
-    """Spearman's correlation, over pairs of different subjects, of the cosine of their Z (mean over layers) with that of their
-    pictures: 1 if subjects are as unlike in S+ as they look; NaN where there are no two pairs to compare."""
+    """Spearman's correlation, over pairs of different subjects, of the cosine of their Z (mean over layers)
+    with that of their pictures: 1 if subjects are as unlike in S+ as they look; NaN where there are no two
+    pairs to compare."""
     other = (identity[:, None] != identity).cpu().numpy()
     if other.sum() < 4:  # each pair is there twice
         return float("nan")
@@ -37,8 +39,8 @@ def appearance_correlation(
 def similarity_image(
     anchors: Tensor, positives: Tensor, image_embeds: Tensor, side: int = 240
 ) -> Image.Image:
-    """Two matrices side by side, black for the lowest and white for the highest cosine of each: S+ of first against second
-    views (mean over layers), and the pictures themselves."""
+    """Two matrices side by side, black for the lowest and white for the highest cosine of each: S+ of first
+    against second views (mean over layers), and the pictures themselves."""
     page = Image.new("L", (2 * side + side // 20, side), 255)
     for i, matrix in enumerate((cosines(anchors, positives).mean(0), cosines(image_embeds, image_embeds))):
         values = matrix.float().cpu().numpy()

@@ -1,10 +1,12 @@
-"""CustomContrast: an encoder that needs no tuning, taught by contrast between subjects (Chen et al., 2025, arXiv 2409.05606).
+"""CustomContrast: an encoder that needs no tuning, taught by contrast between subjects (Chen et al., 2025,
+arXiv 2409.05606).
 
-L = L_LDM + lambda_1 L_CSCL + lambda_2 L_MACL. CSCL makes the two Q-Formers agree on who the subject is; MACL makes S+ of two
-views of a subject alike at every layer, and of two subjects as unlike as they look. There is no public code; weights,
-temperatures and all that the paper leaves open are choices of this project, named in the flags. The default weights and
-form are those that measured best on the embedded base model, where each contrast's gradient stays below a fifth of the
-diffusion loss's (`--holdout` logs it); the ratio form needs a tenth of this weight for that.
+L = L_LDM + lambda_1 L_CSCL + lambda_2 L_MACL. CSCL makes the two Q-Formers agree on who the subject is; MACL
+makes S+ of two views of a subject alike at every layer, and of two subjects as unlike as they look. There is
+no public code; weights, temperatures and all that the paper leaves open are choices of this project, named in
+the flags. The default weights and form are those that measured best on the embedded base model, where each
+contrast's gradient stays below a fifth of the diffusion loss's (`--holdout` logs it); the ratio form needs a
+tenth of this weight for that.
 """
 
 from dataclasses import dataclass
@@ -76,8 +78,8 @@ SIZES = ("dim", "depth", "heads", "visual_queries", "feature_layers", "time_bins
 
 @dataclass
 class ContrastiveCondition(Condition):
-    """A condition with what the contrasts compare: both views of each first subject encoded, and the image_encoder's embedding of the
-    cut-out one."""
+    """A condition with what the contrasts compare: both views of each first subject encoded, and the
+    image_encoder's embedding of the cut-out one."""
 
     views: tuple[Encoded, Encoded] | None = None
     image_embeds: Tensor | None = None
@@ -90,7 +92,8 @@ class CustomContrast(SubjectMethod):
         super().__init__(backbone, config, concepts)
         if config.words and not self.adapter.has_words:
             raise UserError(
-                "--pretrained_adapter: a released IP-Adapter has no S+ to go on from; train ip_adapter with it."
+                "--pretrained_adapter: a released IP-Adapter has no S+ to go on from; train ip_adapter "
+                "with it."
             )
         if not config.words and (config.cscl_weight or config.macl_weight):
             raise UserError("--no_words leaves nothing to contrast: add --cscl_weight 0 --macl_weight 0.")
@@ -120,7 +123,8 @@ class CustomContrast(SubjectMethod):
         used = 2 if both or self.contrasts else 1
         output = self.image_encoder(batch["references"][present][:, :used].flatten(0, 1))
         features, times = adapter.encoder.read(output).unflatten(0, (-1, used)), of_subjects(t, present)
-        # both at their sample's time: S+ could tell pairs by it, but hardly changes with it (cosine .997 on the embedded model)
+        # both at their sample's time: S+ could tell pairs by it, but hardly changes with it (cosine .997 on
+        # the embedded model)
         views = [self.encode(features[:, i : i + 1], times) for i in range(2 if self.contrasts else 1 - both)]
         shows_target = of_subjects(batch["shows_target"], present)
         encoded = (self.encode(features, times, shows_target) if both else views[0]).spread(present)
@@ -195,7 +199,8 @@ class CustomContrast(SubjectMethod):
         return terms
 
     def diagnose(self, batches, folder, step):
-        """Also view retrieval of Z at every slot, its rank correlation with real similarity, and the terms' gradients."""
+        """Also view retrieval of Z at every slot, its rank correlation with real similarity, and the terms'
+        gradients."""
         found = super().diagnose(batches, folder, step)
         if not self.contrasts:
             return found

@@ -1,4 +1,5 @@
-"""DreamBooth: a rare word comes to mean the subject, while its class is kept (Ruiz et al., 2023, arXiv 2208.12242)."""
+"""DreamBooth: a rare word comes to mean the subject, while its class is kept (Ruiz et al., 2023, arXiv
+2208.12242)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ class DreamBooth(Method):
             raise UserError(NO_CLASS_PROMPT)
         if self.uses_teacher_prior and self.config.full_finetune:
             raise UserError(
-                "--prior_source teacher needs LoRA, which can be switched off; with --full_finetune use images."
+                "--prior_source teacher needs LoRA, which can be switched off; with --full_finetune use "
+                "images."
             )
 
     @property
@@ -84,7 +86,8 @@ class DreamBooth(Method):
         return terms
 
     def _teacher_error(self, step: Step) -> Tensor:
-        """How far the prediction for the class prompt has moved from the base model's, at the same noisy latents."""
+        """How far the prediction for the class prompt has moved from the base model's, at the same noisy
+        latents."""
         prompts = [self.concepts[concept].class_prompt for concept in step.batch["concept"].tolist()]
         with torch.no_grad(), self.backbone.without_adapters():
             kept = self.backbone.denoise(step.noisy, step.t, Condition(self.backbone.encode_prompt(prompts)))

@@ -1,4 +1,5 @@
-"""What methods that train a subject encoder share: the image encoder, the adapter, and what is dropped for guidance."""
+"""What methods that train a subject encoder share: the image encoder, the adapter, and what is dropped for
+guidance."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Literal
@@ -81,20 +82,22 @@ class SubjectMethod(Method):
             )
         if settings.validation_metric == "score":
             raise UserError(
-                "--validation_metric score rates runs of one subject; an encoder's best step goes by --holdout's loss."
+                "--validation_metric score rates runs of one subject; an encoder's best step goes by "
+                "--holdout's loss."
             )
         if model.cache_dir or settings.export_kohya:
             flag = "--cache_dir" if model.cache_dir else "--export_kohya"
             raise UserError(
-                f"{flag} is for LoRA and learned words; an encoder sees new images at every step and is one file."
+                f"{flag} is for LoRA and learned words; an encoder sees new images at every step and is "
+                "one file."
             )
 
     def make_adapter(self) -> SubjectAdapter:
         raise NotImplementedError
 
     def start_from(self, name: str) -> SubjectAdapter:
-        """A released adapter as it is, or a new one of ours with what an earlier run trained: parts that it did not have begin
-        anew. UserError where sizes differ."""
+        """A released adapter as it is, or a new one of ours with what an earlier run trained: parts that it
+        did not have begin anew. UserError where sizes differ."""
         path = adapter_file(name)
         state, about = read_file(path)
         if about is None:
@@ -107,7 +110,8 @@ class SubjectMethod(Method):
         differing += [name for name in ("heads", "image_layers") if about["config"][name] != sizes[name]]
         if differing:
             raise UserError(
-                f"--pretrained_adapter: '{path}' has other sizes or parts ({differing[0]}); give the flags of its run."
+                f"--pretrained_adapter: '{path}' has other sizes or parts ({differing[0]}); give the flags "
+                "of its run."
             )
         adapter.load_state_dict(state, strict=False)
         return adapter
@@ -123,7 +127,8 @@ class SubjectMethod(Method):
         return 1 - u**3
 
     def diagnose(self, batches, folder, step):
-        """`gain`: by how much the loss rises when each sample is given another subject's references, at the same noise."""
+        """`gain`: by how much the loss rises when each sample is given another subject's references, at the
+        same noise."""
         found = []
         with torch.no_grad():
             for batch in batches:
@@ -172,15 +177,16 @@ class SubjectMethod(Method):
         return no_text, (u >= text) & (u < text + image + both)
 
     def encode(self, features: Tensor, t: Tensor, shows_target: Tensor | None = None) -> Encoded:
-        """Features (batch, references, tokens, features); where `shows_target` (batch,) only the first reference counts, as the
-        second is the picture to be drawn."""
+        """Features (batch, references, tokens, features); where `shows_target` (batch,) only the first
+        reference counts, as the second is the picture to be drawn."""
         used = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         if shows_target is not None:
             used[:, 1:] &= ~shows_target[:, None]
         return self.adapter.encoder(features, used, t)
 
     def regions_of(self, batch: dict) -> Tensor | None:
-        """Where each subject may be, (batch, subjects, height, width) at latent size; None where the batch does not say."""
+        """Where each subject may be, (batch, subjects, height, width) at latent size; None where the batch
+        does not say."""
         if "regions" not in batch:
             return None
         height, width = (side // self.backbone.pipe.vae_scale_factor for side in batch["regions"].shape[-2:])
@@ -200,5 +206,6 @@ class SubjectMethod(Method):
 
 
 def of_subjects(values: Tensor, present: Tensor) -> Tensor:
-    """What is said of each picture (rows,), for each of its subjects: `present` (rows, subjects) says which are there."""
+    """What is said of each picture (rows,), for each of its subjects: `present` (rows, subjects) says which
+    are there."""
     return values[:, None].expand_as(present)[present]

@@ -31,7 +31,8 @@ def new_words(backbone, config: WordFields) -> LearnedWords:
     words, starts = config.placeholder_token.split("+"), config.initializer_token.split("+")
     if not all(word.strip() for word in words + starts) or len(set(words)) != len(starts):
         raise UserError(
-            "--placeholder_token and --initializer_token must name as many (different) words each, such as '<dog>' and 'dog'."
+            "--placeholder_token and --initializer_token must name as many (different) words each, such as "
+            "'<dog>' and 'dog'."
         )
     check_ranges(config)
     return LearnedWords(backbone, dict(zip(words, starts, strict=True)), config.num_vectors)

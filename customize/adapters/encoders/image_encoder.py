@@ -20,8 +20,8 @@ OPENAI = {
 
 
 class ImageEncoder(nn.Module):
-    """`vision`, in evaluation mode and without gradients, and the preprocessing that it was trained with, except that pictures
-    of any shape are resized whole: a subject at the edge must not be cropped away."""
+    """`vision`, in evaluation mode and without gradients, and the preprocessing that it was trained with,
+    except that pictures of any shape are resized whole: a subject at the edge must not be cropped away."""
 
     def __init__(self, vision: CLIPVisionModelWithProjection, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -68,7 +68,8 @@ def opaque(picture: Image.Image) -> Image.Image:
 
 
 def load_image_encoder(name: str, dtype: torch.dtype = torch.float32) -> ImageEncoder:
-    """A image_encoder by folder or hub id (also OWNER/NAME/SUBFOLDER), or `stickers`, the embedded one; UserError if it is none."""
+    """A image_encoder by folder or hub id (also OWNER/NAME/SUBFOLDER), or `stickers`, the embedded one;
+    UserError if it is none."""
     name = str(embedded.IMAGE_ENCODER) if embedded.is_embedded(name) else name
     place, options = name, {}
     if not Path(name).exists() and name.count("/") > 1 and not name.startswith((".", "/", "~")):
@@ -87,8 +88,8 @@ def load_image_encoder(name: str, dtype: torch.dtype = torch.float32) -> ImageEn
 
 
 def statistics(place: str, options: dict) -> dict:
-    """Mean and deviation of the pixels that the image_encoder was trained on: in its folder, in one called feature_extractor beside
-    it, or OpenAI's."""
+    """Mean and deviation of the pixels that the image_encoder was trained on: in its folder, in one called
+    feature_extractor beside it, or OpenAI's."""
     beside = [str(Path(place).parent / "feature_extractor")] if Path(place).exists() else []
     for folder in (place, *beside):
         try:

@@ -1,6 +1,7 @@
 """IP-Adapter's encoders (Ye et al., 2023, arXiv 2308.06721): visual tokens only, each reference on its own.
 
-Parameters are named as in the released files: `proj` and `norm` of the plain adapter, the resampler's of the Plus one.
+Parameters are named as in the released files: `proj` and `norm` of the plain adapter, the resampler's of the
+Plus one.
 """
 
 import torch
@@ -54,12 +55,13 @@ class ImagePrompt(nn.Module):
         return last.normalized_shape[0]
 
     def read(self, output) -> Tensor:
-        """What is used of the image encoder's output: its last hidden states but one, or its pooled embedding."""
+        """What is used of the image encoder's output: its last hidden states but one, or its pooled
+        embedding."""
         return output.hidden_states[-2] if self.plus else output.image_embeds.unsqueeze(1)
 
     def blank(self, image_encoder: ImageEncoder, pixels: Tensor) -> Tensor:
-        """The features (1, tokens, features) of no picture, as the unconditional half was trained: a black one for Plus, zeros
-        for plain."""
+        """The features (1, tokens, features) of no picture, as the unconditional half was trained: a black
+        one for Plus, zeros for plain."""
         features = self.read(image_encoder(pixels[:1] * 0))
         return features if self.plus else features * 0
 
@@ -71,7 +73,8 @@ class ImagePrompt(nn.Module):
         return torch.zeros_like(bins)
 
     def forward(self, features: Tensor, present: Tensor, t: Tensor) -> Encoded:
-        """Features (batch, references, tokens, features); `present` (batch, references) is False where one is padding."""
+        """Features (batch, references, tokens, features); `present` (batch, references) is False where one is
+        padding."""
         tokens = self.image_proj(features.flatten(0, 1)).unflatten(0, present.shape)
         # attention without a mask is faster
         return Encoded(
@@ -80,8 +83,8 @@ class ImagePrompt(nn.Module):
 
 
 def from_released(state: dict[str, Tensor]) -> ImagePrompt:
-    """The encoder for the `image_proj` part of a released file, with its weights; UserError for other kinds, KeyError or
-    ValueError for a damaged one."""
+    """The encoder for the `image_proj` part of a released file, with its weights; UserError for other kinds,
+    KeyError or ValueError for a damaged one."""
     with torch.device("meta"):  # a damaged file may ask for more than memory holds
         made = (
             _projection(state)
@@ -92,7 +95,8 @@ def from_released(state: dict[str, Tensor]) -> ImagePrompt:
         )
     if made is None:
         raise UserError(
-            "this IP-Adapter is neither a plain nor a Plus one (face and full-face adapters are not supported)."
+            "this IP-Adapter is neither a plain nor a Plus one (face and full-face adapters are not "
+            "supported)."
         )
     if reason := misfit(state, made.state_dict()):
         raise ValueError(reason)

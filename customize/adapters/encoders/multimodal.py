@@ -1,8 +1,10 @@
-"""CustomContrast's multimodal feature-injection (MFI) encoder (Chen et al., 2025, arXiv 2409.05606, section 3.2).
+"""CustomContrast's multimodal feature-injection (MFI) encoder (Chen et al., 2025, arXiv 2409.05606, section
+3.2).
 
-Pictures of a subject become visual tokens, for the visual cross-attention of every layer, and S+: one pseudo-word for each
-slot of cross-attention layers, which changes with the denoising time. The paper gives the parts and their wiring; their
-sizes, the fusion's normalisation and what tells a location of its subject are choices of this project.
+Pictures of a subject become visual tokens, for the visual cross-attention of every layer, and S+: one
+pseudo-word for each slot of cross-attention layers, which changes with the denoising time. The paper gives
+the parts and their wiring; their sizes, the fusion's normalisation and what tells a location of its subject
+are choices of this project.
 """
 
 from dataclasses import dataclass, fields
@@ -58,7 +60,8 @@ class MultimodalConfig:
 
 
 def evenly(layers: int, count: int) -> list[int]:
-    """`count` layers of a image_encoder of `layers`, evenly spaced and ending with the last but one (1 is the first layer)."""
+    """`count` layers of a image_encoder of `layers`, evenly spaced and ending with the last but one (1 is the
+    first layer)."""
     last = max(layers - 1, 1)
     return sorted({max(round(last * (i + 1) / count), 1) for i in range(count)})
 
@@ -82,7 +85,8 @@ def embedding(features: int, dim: int) -> nn.Sequential:
 
 
 class TextualQFormer(nn.Module):
-    """Features (batch, tokens, image_dim) and times (batch,) to states of S+ (batch, slots, dim) and a CLS (batch, dim).
+    """Features (batch, tokens, image_dim) and times (batch,) to states of S+ (batch, slots, dim) and a CLS
+    (batch, dim).
 
     One learned query asks for all pseudo-words, told apart by time and slot; another is CLS."""
 
@@ -106,7 +110,8 @@ class TextualQFormer(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Text-refined visual tokens: v x (1 + alpha x mean_T(A) V), A = softmax(Q(text) K(v) / sqrt(d)), alpha 0 at the start."""
+    """Text-refined visual tokens: v x (1 + alpha x mean_T(A) V), A = softmax(Q(text) K(v) / sqrt(d)), alpha 0
+    at the start."""
 
     def __init__(self, dim: int, visual_dim: int):
         super().__init__()
@@ -161,7 +166,8 @@ class MultimodalEncoder(nn.Module):
         return self.config.dim if self.config.location else 0
 
     def read(self, output) -> Tensor:
-        """What is used of the image encoder's output: hidden states of several layers (pictures, tokens, layers * image_dim)."""
+        """What is used of the image encoder's output: hidden states of several layers (pictures, tokens,
+        layers * image_dim)."""
         return torch.cat([output.hidden_states[layer] for layer in self.layers], -1)
 
     def bin_of(self, t: Tensor) -> Tensor:
@@ -172,7 +178,8 @@ class MultimodalEncoder(nn.Module):
         return (bins + 0.5) / self.config.time_bins
 
     def forward(self, features: Tensor, present: Tensor, t: Tensor) -> Encoded:
-        """`present` (batch, references) is False where a reference is padding; `t` (batch,) runs from 0, data, to 1, noise."""
+        """`present` (batch, references) is False where a reference is padding; `t` (batch,) runs from 0,
+        data, to 1, noise."""
         mask = present.repeat_interleave(features.shape[2], 1)
         features = features.flatten(1, 2)
         states = self.visual(features, mask)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 @dataclass
 class Encoded:
-    """One subject a row: tokens for the visual branches and, of encoders that have them, words, CLS states and a location embedding."""
+    """One subject a row: tokens for the visual branches and, of encoders that have them, words, CLS states
+    and a location embedding."""
 
     visual: Tensor  # (batch, tokens, dim)
     mask: Tensor | None = None  # (batch, tokens): False where a token is padding
@@ -27,8 +28,8 @@ class Encoded:
         return Encoded(change(self.visual), words=[change(words) for words in self.words], **optional)
 
     def spread(self, present: Tensor) -> "Encoded":
-        """Subjects that are there, one row each, as rows * subjects: `present` (rows, subjects) says which those are. The
-        others are zeros, none of them padding, as attention needs something to attend to."""
+        """Subjects that are there, one row each, as rows * subjects: `present` (rows, subjects) says which
+        those are. The others are zeros, none of them padding, as attention needs something to attend to."""
 
         def among_others(value: Tensor) -> Tensor:
             full = value.new_full((present.numel(), *value.shape[1:]), value.dtype == torch.bool)

@@ -59,8 +59,8 @@ class Resampler(nn.Module):
         )
 
     def forward(self, features: Tensor, mask: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
-        """`mask` (batch, tokens) is False where features are padding; `queries` (batch, n, dim) stand in for the learned
-        ones."""
+        """`mask` (batch, tokens) is False where features are padding; `queries` (batch, n, dim) stand in for
+        the learned ones."""
         features = self.proj_in(features)
         queries = self.latents.expand(len(features), -1, -1) if queries is None else queries
         if mask is not None:

@@ -1,6 +1,8 @@
-"""For `DiffusionPipeline.from_pretrained(base, custom_pipeline="examples/custom_pipeline/sdxl", trust_remote_code=True)`.
+"""For `DiffusionPipeline.from_pretrained(base, custom_pipeline="examples/custom_pipeline/sdxl",
+trust_remote_code=True)`.
 
-Then `pipe.load_subject_adapter("runs/encoder")`, and `pipe("a photo of a <s> dog", subject_images=["dog.png"])`.
+Then `pipe.load_subject_adapter("runs/encoder")`, and `pipe("a photo of a <s> dog",
+subject_images=["dog.png"])`.
 """
 
 from customize.pipelines import subject
