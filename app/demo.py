@@ -1,4 +1,4 @@
-"""`customize demo`: four pictures of a subject, a few minutes of training, and the subject in scenes it was
+"""`customize demo`: four images of a subject, a few minutes of training, and the subject in scenes it was
 never seen in."""
 
 from pathlib import Path
@@ -28,7 +28,7 @@ PAGE = "demo.png"
 
 
 def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False) -> Path:
-    """Trains and draws in `output`; returns the path of the picture that shows it all. `quick` only proves
+    """Trains and draws in `output`; returns the path of the image that shows it all. `quick` only proves
     that it runs.
 
     UserError where `output` holds what is not of an earlier demo, or an earlier demo or run without
@@ -36,7 +36,7 @@ def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False
     """
     folder = make_folder(Path(output), "--output")
     check_output(folder, overwrite)
-    pictures = write_references(folder / "pictures", SUBJECT, f"{WORD} {SUBJECT.word}")
+    images = write_references(folder / "pictures", SUBJECT, f"{WORD} {SUBJECT.word}")
     prompts = [f"a {WORD} {SUBJECT.word} {BACKGROUNDS[b]}" for b in UNSEEN]
     before = draw(load_base("stickers"), prompts)
     settings = TrainConfig(
@@ -56,14 +56,13 @@ def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False
     launch("dreambooth", ModelConfig(), data, settings, DreamBoothConfig(rank=16, lora_layers="all"))
     after = draw(load_pipeline(folder), prompts)
     page = folder / PAGE
-    save_image(compose(pictures, before, after, prompts), page)
+    save_image(compose(images, before, after, prompts), page)
     sprite = World().sprite(SUBJECT)
     scores = [
-        np.mean([masked_correlation(picture, sprite) for picture in drawn])
-        for drawn in (pictures, before, after)
+        np.mean([masked_correlation(image, sprite) for image in drawn]) for drawn in (images, before, after)
     ]
     print(
-        f"correlation with the subject: its own pictures {scores[0]:.2f}, before {scores[1]:.2f}, after "
+        f"correlation with the subject: its own images {scores[0]:.2f}, before {scores[1]:.2f}, after "
         f"{scores[2]:.2f}"
     )
     print(f'look at {page}; draw more with: customize generate {folder} "{prompts[0]}"')
@@ -95,7 +94,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 def draw(
     pipe, prompts: list[str], seed: int = 0, steps: int = 25, guidance_scale: float = 4.0
 ) -> list[Image.Image]:
-    """One picture for each prompt, from the same noises at every call."""
+    """One image for each prompt, from the same noises at every call."""
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     return pipe(
@@ -104,21 +103,21 @@ def draw(
 
 
 def compose(
-    pictures: list[Image.Image], before: list[Image.Image], after: list[Image.Image], prompts: list[str]
+    images: list[Image.Image], before: list[Image.Image], after: list[Image.Image], prompts: list[str]
 ) -> Image.Image:
-    """The pictures of the subject on the left; before and after, scene by scene, on the right."""
+    """The images of the subject on the left; before and after, scene by scene, on the right."""
     side, gap, top, bold, small = 192, 12, 64, ImageFont.load_default(22), ImageFont.load_default(15)
     left = 2 * side + 4 * gap
     page = Image.new("RGB", (left + len(prompts) * (side + gap) + gap, top + 2 * (side + gap) + 40), "white")
     pen = ImageDraw.Draw(page)
 
-    def place(picture: Image.Image, x: int, y: int) -> None:
-        page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x, y))
+    def place(image: Image.Image, x: int, y: int) -> None:
+        page.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
 
-    pen.text((gap, 18), "four pictures of the subject", "black", bold)
+    pen.text((gap, 18), "four images of the subject", "black", bold)
     pen.text((left, 18), "above: before, below: after customization", "black", bold)
-    for i, picture in enumerate(pictures):
-        place(picture, gap + (i % 2) * (side + gap), top + (i // 2) * (side + gap))
+    for i, image in enumerate(images):
+        place(image, gap + (i % 2) * (side + gap), top + (i // 2) * (side + gap))
     for i, prompt in enumerate(prompts):
         x = left + i * (side + gap)
         place(before[i], x, top)

@@ -36,22 +36,22 @@ class EvaluateConfig:
         default_factory=lambda: ["base", "real", "textual_inversion", "dreambooth"],
         metadata={
             "help": (
-                "what is compared: methods, base (the untouched model), real (pictures), or folders of "
+                "what is compared: methods, base (the untouched model), real (images), or folders of "
                 "encoder runs"
             )
         },
     )
-    quick: bool = option(False, "stickers: 6 subjects, 8 prompts, 1 picture instead of 30, 25 and 4")
+    quick: bool = option(False, "stickers: 6 subjects, 8 prompts, 1 image instead of 30, 25 and 4")
     max_train_steps: int = option(200, "stickers: training steps of every method", least=1)
     group: Literal["all", "known", "unknown"] = option(
         "all",
         "stickers: subjects whose class the base model knows by other drawings, or does not know, or both",
     )
-    output: str = option("", "folder of pictures and report; empty: runs/BENCH, or RUN/evaluation")
+    output: str = option("", "folder of images and report; empty: runs/BENCH, or RUN/evaluation")
     overwrite_output_dir: bool = option(
         False, "replace an earlier evaluation in the output folder instead of going on with it"
     )
-    seed: int = option(0, "seed of training and of the first picture", least=0, most=4_000_000_000)
+    seed: int = option(0, "seed of training and of the first image", least=0, most=4_000_000_000)
     data_dir: str = option("", "dreambench: the dataset's folder, with prompts_and_classes.txt")
     pretrained_model_name_or_path: str = option("", "dreambench: base model, a diffusers folder or a hub id")
     revision: str = option("", "dreambench: revision of the model on the hub")
@@ -65,19 +65,19 @@ class EvaluateConfig:
     dino: str = option("facebook/dino-vits16", "DINO: hub id, folder, or none")
     dinov2: str = option("facebook/dinov2-base", "DINOv2: hub id, folder, or none")
     references: Literal["all", "one"] = option(
-        "all", "dreambench: teach and compare with all pictures of a subject, or the first"
+        "all", "dreambench: teach and compare with all images of a subject, or the first"
     )
-    num_images_per_prompt: int = option(4, "dreambench: pictures of each prompt", least=1)
+    num_images_per_prompt: int = option(4, "dreambench: images of each prompt", least=1)
     num_inference_steps: int = option(50, "dreambench: denoising steps", least=1)
     guidance_scale: float = option(7.5, "dreambench: how strongly prompts steer", least=0)
     resolution: int | None = option(
-        None, "dreambench: side of the pictures in pixels; none leaves it to the pipeline", least=8
+        None, "dreambench: side of the images in pixels; none leaves it to the pipeline", least=8
     )
-    batch_size: int = option(4, "dreambench: pictures drawn at once", least=1)
+    batch_size: int = option(4, "dreambench: images drawn at once", least=1)
     limit_subjects: int | None = option(None, "dreambench: only the first subjects", least=1)
     limit_prompts: int | None = option(None, "dreambench: only the first prompts", least=1)
     subject: str = option(
-        "", "a run on stickers: the drawing it learned, such as 'flat fox'; empty: what its pictures show"
+        "", "a run on stickers: the drawing it learned, such as 'flat fox'; empty: what its images show"
     )
 
 

@@ -20,29 +20,25 @@ from customize.runs.privacy import without_places
 class GenerateConfig:
     """How `customize generate` draws."""
 
-    num_images_per_prompt: int = option(
-        1, "pictures of each prompt; picture i is drawn with seed + i", least=1
-    )
-    seed: int = option(0, "seed of the first picture", least=0, most=4_000_000_000)
+    num_images_per_prompt: int = option(1, "images of each prompt; image i is drawn with seed + i", least=1)
+    seed: int = option(0, "seed of the first image", least=0, most=4_000_000_000)
     guidance_scale: float | None = option(
         None, "how strongly the prompt steers; none leaves it to the pipeline", least=0
     )
     num_inference_steps: int = option(25, "denoising steps", least=1)
-    negative_prompt: str = option("", "what should not be in the picture")
+    negative_prompt: str = option("", "what should not be in the image")
     height: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline", least=8)
     width: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline", least=8)
     subject_images: list[str] = field(
         default_factory=list,
         metadata={
             "help": (
-                "up to four pictures of what the prompt calls <s>, for a subject encoder; '<s2>=FILE' "
+                "up to four images of what the prompt calls <s>, for a subject encoder; '<s2>=FILE' "
                 "for a second subject"
             )
         },
     )
-    subject_scale: float = option(
-        1.0, "how strongly the subjects' pictures count, 0 to 1 and beyond", least=0
-    )
+    subject_scale: float = option(1.0, "how strongly the subjects' images count, 0 to 1 and beyond", least=0)
     side_by_side: bool = option(
         False, "several subjects stand side by side, from left to right in the order <s>, <s2>, ..."
     )
@@ -53,7 +49,7 @@ class GenerateConfig:
         "", "the CLIP vision model of that encoder; empty: the one that it was trained with"
     )
     output: str | None = option(
-        None, "folder of the pictures; none means RUN/generated, or ./generated if RUN is no folder"
+        None, "folder of the images; none means RUN/generated, or ./generated if RUN is no folder"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "precision of the weights")
     device: Literal["cpu", "cuda"] | None = option(None, "none means the GPU if there is one")
@@ -81,14 +77,14 @@ def generate(words: list[str]) -> None:
 
 def check_request(prompts: list[str], config: GenerateConfig) -> None:
     if not all(prompt.strip() for prompt in prompts):
-        raise UserError('"PROMPT" is empty: describe the picture.')
+        raise UserError('"PROMPT" is empty: describe the image.')
     for name in ("height", "width"):
         if (getattr(config, name) or 0) % 8:
             raise UserError(f"--{name} must be a multiple of 8, not {getattr(config, name)}.")
 
 
 def output_folder(run: str, output: str | None) -> Path:
-    """Where pictures go: a base model's folder is left alone, and so are those of steps, which a run replaces
+    """Where images go: a base model's folder is left alone, and so are those of steps, which a run replaces
     and removes."""
     folder = Path(run)
     if re.fullmatch(r"best|checkpoint-\d+", folder.name) and folder.parent.is_dir():
@@ -114,7 +110,7 @@ def load(run: str, config: GenerateConfig) -> Any:
 
 
 def subject_files(words: Sequence[str]) -> dict[str, list[str]]:
-    """The pictures of each subject: FILE is of `<s>`, '<s2>=FILE' of `<s2>`."""
+    """The images of each subject: FILE is of `<s>`, '<s2>=FILE' of `<s2>`."""
     found: dict[str, list[str]] = {}
     for word in words:
         named, file = (word.split("=", 1) if re.match(r"<\w+>=", word) else ("<s>", word))[:2]
@@ -130,12 +126,12 @@ def check_subjects(run: str, config: GenerateConfig) -> None:
         return
     for flag in ("subject_adapter", "image_encoder", "side_by_side", "subject_scale"):
         if getattr(config, flag) != getattr(GenerateConfig, flag):
-            raise UserError(f"--{flag} needs --subject_images, pictures of what the prompt calls <s>.")
+            raise UserError(f"--{flag} needs --subject_images, images of what the prompt calls <s>.")
     from customize.adapters import holds
 
     if holds(run, "subject"):
         raise UserError(
-            f"'{run}' is a subject encoder: name pictures of what the prompt calls <s> with --subject_images."
+            f"'{run}' is a subject encoder: name images of what the prompt calls <s> with --subject_images."
         )
 
 
@@ -154,7 +150,7 @@ def draw(
         prompt,
         num_images_per_prompt=len(seeds),
         num_inference_steps=config.num_inference_steps,
-        # On the CPU, so that a seed gives the same noise on every device, and one a picture, so that each can
+        # On the CPU, so that a seed gives the same noise on every device, and one an image, so that each can
         # be re-made alone.
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         **{name: value for name, value in optional.items() if value not in (None, "")},
@@ -163,7 +159,7 @@ def draw(
 
 
 def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: GenerateConfig) -> Path:
-    """Writes the picture with what re-makes it, under a name that is still free."""
+    """Writes the image with what re-makes it, under a name that is still free."""
     from customize.runs.output import save_image
 
     parameters = {"run": run, "prompt": prompt, "negative_prompt": config.negative_prompt, "seed": seed}

@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 
-DISK_FULL = "The disk is full: free some space, or write elsewhere with --output (generate, demo) or --output_dir (train)."
+DISK_FULL = (
+    "The disk is full: free some space, or write elsewhere with "
+    "--output (generate, demo) or --output_dir (train)."
+)
 OUT_OF_MEMORY = (
     "Out of memory: try --gradient_checkpointing, --train_batch_size 1 with a larger "
     "--gradient_accumulation_steps, "

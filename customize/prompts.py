@@ -29,7 +29,7 @@ def class_word(instance_prompt: str, class_prompt: str = "", initializer_token: 
 WORDS = ("<s>", "<s2>", "<s3>", "<s4>")  # of the subjects of one prompt, in their order
 
 
-MAX_REFERENCES = 4  # pictures of one subject
+MAX_REFERENCES = 4  # images of one subject
 
 
 def without_words(prompt: str) -> str:

@@ -47,7 +47,7 @@ def each_prompt(images: Any, count: int) -> list[Any]:
         return [images] * count
     if not all(own):
         raise UserError(
-            "subject_images: for a prompt each, every entry must be a list or a dictionary of pictures."
+            "subject_images: for a prompt each, every entry must be a list or a dictionary of images."
         )
     if len(images) != count:
         raise UserError(
@@ -58,13 +58,13 @@ def each_prompt(images: Any, count: int) -> list[Any]:
 
 
 def opened(image: Any, kind: str = "reference") -> Image.Image:
-    """A picture, or the file of one, upright and of 8 bits; UserError if it is neither, or too large. Nothing
+    """A image, or the file of one, upright and of 8 bits; UserError if it is neither, or too large. Nothing
     is fetched."""
     if not isinstance(image, Image.Image | str | Path):
-        raise UserError(f"a {kind} must be a picture or the path of one, not {type(image).__name__}.")
+        raise UserError(f"a {kind} must be an image or the path of one, not {type(image).__name__}.")
     named = f"the {kind}" if isinstance(image, Image.Image) else f"the {kind} '{shortened(str(image))}'"
     if isinstance(image, str) and "://" in image:
-        raise UserError(f"{named} is an address: download the picture, and give the path of its file.")
+        raise UserError(f"{named} is an address: download the image, and give the path of its file.")
     try:
         return (
             checked_image(image, MAX_PIXELS)
@@ -75,7 +75,7 @@ def opened(image: Any, kind: str = "reference") -> Image.Image:
         raise UserError(f"{named} has {error}: shrink it to at most {MAX_PIXELS}.") from error
     except Exception as error:  # PIL's decoders raise all kinds
         raise UserError(
-            f"{named} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file."
+            f"{named} cannot be read as an image ({error}); give a PNG, JPEG or WebP file."
         ) from error
 
 

@@ -64,7 +64,7 @@ def load_subject_pipeline(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Any:
-    """A pipeline that draws subjects from pictures, without tuning.
+    """A pipeline that draws subjects from images, without tuning.
 
     `run` is a run of custom_contrast or ip_adapter, or a base model (folder, hub id, `stickers`); with a base
     model, or a run of a method that trains no encoder (LoRA, words), `adapter` names the encoder (run, file,

@@ -1,4 +1,4 @@
-"""Pipelines that take pictures of subjects: stock Stable Diffusion and SDXL, and in their call
+"""Pipelines that take images of subjects: stock Stable Diffusion and SDXL, and in their call
 `subject_images`.
 
 pipe = load_subject_pipeline("stickers") pipe("a <s> fox on the beach", subject_images=["a.png",
@@ -109,21 +109,21 @@ class SubjectMixin(Stock):
         self.unet.set_attn_processor(AttnProcessor2_0())
 
     def encode_references(self, images: Reference | Sequence[Reference]) -> Tensor:
-        """Pictures of one subject to features (references, tokens, features), which `subject_images`
+        """Images of one subject to features (references, tokens, features), which `subject_images`
         takes instead of them.
 
-        UserError for none, more than four, or something that is not a picture."""
+        UserError for none, more than four, or something that is not an image."""
         if self.adapter is None:
             raise UserError(
                 "references need a subject encoder to read them: call load_subject_adapter first."
             )
         listed: Any = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
-        pictures = [opened(image) for image in listed]
-        if not 1 <= len(pictures) <= MAX_REFERENCES:
-            raise UserError(f"a subject takes 1 to {MAX_REFERENCES} reference pictures, not {len(pictures)}.")
+        images = [opened(image) for image in listed]
+        if not 1 <= len(images) <= MAX_REFERENCES:
+            raise UserError(f"a subject takes 1 to {MAX_REFERENCES} reference images, not {len(images)}.")
         image_encoder: Any = image_encoder_of(self)
         self._place_adapter()
-        pixels = image_encoder.pixels(pictures).to(self._execution_device, self.unet.dtype)
+        pixels = image_encoder.pixels(images).to(self._execution_device, self.unet.dtype)
         return self.adapter.encoder.read(image_encoder(pixels))
 
     def _place_adapter(self) -> None:
@@ -143,7 +143,7 @@ class SubjectMixin(Stock):
     ):
         """The stock pipeline's call, and of subjects:
 
-        `subject_images`: one picture or a list of up to four (PIL or path) of the subject that the prompt
+        `subject_images`: one image or a list of up to four (PIL or path) of the subject that the prompt
         calls `<s>`; a dictionary of these by word (`<s>`, `<s2>`, `<s3>`, `<s4>`) for several subjects;
         or a list of lists or dictionaries, one for each prompt. `subject_scale` weights the visual
         branch, for all layers or by the beginning of their names ("down", "mid", "up", "up_blocks.1").
@@ -190,7 +190,7 @@ class SubjectMixin(Stock):
     def _encoded(self, entry: Any) -> Subjects:
         entry = entry if isinstance(entry, Mapping) else {WORDS[0]: entry}
         if not entry:
-            raise UserError("subject_images is empty: give 1 to 4 pictures of the subject.")
+            raise UserError("subject_images is empty: give 1 to 4 images of the subject.")
         found = {
             word: own if isinstance(own, Tensor) else self.encode_references(own)
             for word, own in entry.items()

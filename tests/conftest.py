@@ -26,7 +26,7 @@ def _fresh_accelerate():
 
 
 def write_noise(folder):
-    """Four different pictures of 40 x 32 pixels."""
+    """Four different images of 40 x 32 pixels."""
     folder.mkdir()
     for i in range(4):
         noise = np.random.default_rng(i).integers(0, 255, (32, 40, 3), dtype=np.uint8)
@@ -35,5 +35,5 @@ def write_noise(folder):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     return write_noise(tmp_path / "pictures")

@@ -298,7 +298,7 @@ def test_the_gate_is_exactly_one_at_zero_and_monotone():
     "sides", [(64, 64), (96, 64), (64, 96), (64, 41), (41, 64), (72, 49), (17, 33), (56, 72), (152, 88)]
 )
 @torch.no_grad()
-def test_regions_fit_every_layer_of_any_shape_of_picture(sides):
+def test_regions_fit_every_layer_of_any_shape_of_image(sides):
     """A UNet halves its sides three times, rounding up; a layer's region is the mean over what its pixel
     covers."""
     regions = torch.rand(1, 2, *sides)

@@ -73,7 +73,7 @@ def test_clean_inverts_add_noise(base):
     assert torch.allclose(backbone.clean(noisy, t, target), latents, atol=1e-4)
 
 
-def test_pictures_drawn_under_autocast_are_decoded_in_full():
+def test_images_drawn_under_autocast_are_decoded_in_full():
     vae, latents = tiny("sdxl").vae, noise(1, 4, 8, 8)
     with torch.no_grad():
         whole = vae.decode(latents).sample
@@ -258,7 +258,7 @@ def test_gradients_flow_through_live_prompts(base):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_pictures_from_cached_prompts_equal_those_from_words(base):
+def test_images_from_cached_prompts_equal_those_from_words(base):
     """As validation draws them after the text encoders were released, guidance and negative prompt
     included."""
     backbone = backbone_of(base)

@@ -238,7 +238,7 @@ def test_concepts_that_say_two_things_or_no_text(tmp_path, row):
     )
 
 
-# picture files
+# image files
 
 
 def write(path: Path, size=(8, 8), color=(10, 20, 30), mode="RGB") -> Path:
@@ -248,13 +248,13 @@ def write(path: Path, size=(8, 8), color=(10, 20, 30), mode="RGB") -> Path:
 
 @ODD
 @pytest.mark.parametrize("name", ["b.png", "a.mask.png", "a.txt"])
-def test_pictures_masks_and_captions_that_are_no_files_are_skipped_or_refused(tmp_path, name, odd):
+def test_images_masks_and_captions_that_are_no_files_are_skipped_or_refused(tmp_path, name, odd):
     write(tmp_path / "a.png")
     write(tmp_path / "c.png")
     odd(tmp_path / name)
     with pytest.warns(UserWarning, match=rf"{name.replace('.', '[.]')}.* It is skipped"):
         found = find_images(tmp_path, "x")
-    assert [picture.path.name for picture in found] == (["a.png", "c.png"] if name == "b.png" else ["c.png"])
+    assert [image.path.name for image in found] == (["a.png", "c.png"] if name == "b.png" else ["c.png"])
     assert name in refused(find_images, tmp_path, "x", strict=True)
 
 
@@ -278,7 +278,7 @@ def test_metadata_may_not_leave_its_folder_unless_allowed(tmp_path, name):
         "names a file outside its folder; move it inside, or allow it with --allow_outside_files" in message
     )
     found = find_images(toy, "y", allow_outside_files=True)
-    assert {picture.path.resolve().name for picture in found} >= {Path(name).name}
+    assert {image.path.resolve().name for image in found} >= {Path(name).name}
     config = ReferenceConfig(train_data_dir=str(tmp_path), instance_prompt="<s>")
     assert "--allow_outside_files" in refused(read_folders, config)
 
@@ -291,7 +291,7 @@ def test_links_inside_the_folder_are_read(tmp_path):
     assert len(find_images(metadata(tmp_path / "toy", "a.png"), "x")) == 1
 
 
-def test_one_picture_is_not_listed_under_two_names(tmp_path):
+def test_one_image_is_not_listed_under_two_names(tmp_path):
     (tmp_path / "sub").mkdir()
     write(tmp_path / "a.png")
     [found] = find_images(metadata(tmp_path, "sub/../a.png"), "y")
@@ -300,7 +300,7 @@ def test_one_picture_is_not_listed_under_two_names(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0.png", "gone.png", "", "."])
-def test_names_in_metadata_that_are_no_pictures(tmp_path, name):
+def test_names_in_metadata_that_are_no_images(tmp_path, name):
     write(tmp_path / "a.png")
     refused(find_images, metadata(tmp_path, name), "y", strict=True)
 
@@ -347,7 +347,7 @@ def test_a_mask_that_the_crop_leaves_black_is_refused():
     give = {
         "rng": np.random.default_rng(0),
         "config": config,
-        "pixels": lambda pictures: torch.zeros(len(pictures), 3, 8, 8),
+        "pixels": lambda images: torch.zeros(len(images), 3, 8, 8),
     }
     assert "--unmasked_weight" in refused(item, view, [[view, view]], "a <s>", 0, **give)
 
@@ -401,11 +401,11 @@ NO_PICTURES = [
 ]
 
 
-@pytest.mark.parametrize("picture", NO_PICTURES, ids=str)
-def test_rows_that_hold_no_picture(offline, picture):
+@pytest.mark.parametrize("image", NO_PICTURES, ids=str)
+def test_rows_that_hold_no_image(offline, image):
     with pytest.raises(Unreadable):
-        decoded(picture, "7", ReferenceConfig(dataset_name="parquet", allow_outside_files=True))
-    refused(decoded, picture, "7", ReferenceConfig(dataset_name="parquet"))
+        decoded(image, "7", ReferenceConfig(dataset_name="parquet", allow_outside_files=True))
+    refused(decoded, image, "7", ReferenceConfig(dataset_name="parquet"))
 
 
 def test_local_paths_are_read_from_the_datasets_own_folder_alone(tmp_path, monkeypatch):
@@ -442,7 +442,7 @@ def test_paths_in_rows_that_are_no_files(tmp_path, odd):
 
 
 def huge() -> bytes:
-    """The header of a picture of 50,000 x 50,000 pixels, with hardly anything after it."""
+    """The header of an image of 50,000 x 50,000 pixels, with hardly anything after it."""
     file = io.BytesIO()
     Image.new("1", (50_000, 8)).save(file, "BMP")
     content = bytearray(file.getvalue())
@@ -450,13 +450,13 @@ def huge() -> bytes:
     return bytes(content)
 
 
-def test_large_pictures_of_rows_are_refused_by_their_header(monkeypatch):
-    picture = {"bytes": huge()}
+def test_large_images_of_rows_are_refused_by_their_header(monkeypatch):
+    image = {"bytes": huge()}
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it is decoded"))
-    assert "more pixels than --max_pixels" in refused(decoded, picture, "7", ReferenceConfig())
+    assert "more pixels than --max_pixels" in refused(decoded, image, "7", ReferenceConfig())
 
 
-def test_pictures_of_rows_keep_transparency_and_stand_upright():
+def test_images_of_rows_keep_transparency_and_stand_upright():
     shown = decoded(
         {"bytes": png(color=(1, 2, 3, 0), mode="RGBA"), "path": "http://localhost"}, "7", ReferenceConfig()
     )
@@ -471,9 +471,7 @@ def streamed(rows, **options) -> Streamed:
     config = ReferenceConfig(
         **{"resolution": 8, "shuffle_buffer": 0, "dataset_name": "a/b", "mask_column": "mask"} | options
     )
-    return Streamed(
-        config, rows, lambda pictures: torch.stack([to_tensor(picture) for picture in pictures]), 0
-    )
+    return Streamed(config, rows, lambda images: torch.stack([to_tensor(image) for image in images]), 0)
 
 
 def row(**more) -> dict:
@@ -514,12 +512,12 @@ def test_a_dataset_that_breaks_off_is_named():
 def test_references_that_are_no_files(tmp_path, odd):
     odd(tmp_path / "a.png")
     for given in (tmp_path / "a.png", str(tmp_path / "a.png")):
-        assert "cannot be read as a picture" in refused(opened, given)
+        assert "cannot be read as an image" in refused(opened, given)
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_references_are_never_fetched(offline, address):
-    assert "is an address: download the picture" in refused(opened, address)
+    assert "is an address: download the image" in refused(opened, address)
     refused(opened, Path(address))
 
 
@@ -536,7 +534,7 @@ def test_large_references_are_refused_by_their_header(tmp_path, monkeypatch):
         assert "50000x50000 pixels: shrink it" in refused(opened, given)
 
 
-def test_pictures_that_hold_nothing_or_are_broken(tmp_path):
+def test_images_that_hold_nothing_or_are_broken(tmp_path):
     assert "no pixels" in refused(opened, Image.new("RGB", (0, 4)))
     path = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)

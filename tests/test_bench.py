@@ -89,21 +89,21 @@ def test_every_prompt_speaks_of_a_background_and_the_true_scene_obeys():
     assert not (words[0] == words[2]).all()
 
 
-def test_reference_pictures_differ_in_pose_and_background(tmp_path):
+def test_reference_images_differ_in_pose_and_background(tmp_path):
     scenes = reference_scenes(FOX)
     assert [s.background for s in scenes] == list(SEEN)
     assert len({s.pose for s in scenes}) == 4
-    pictures = write_references(tmp_path / "new" / "folder", FOX, "sks fox")
+    images = write_references(tmp_path / "new" / "folder", FOX, "sks fox")
     assert (tmp_path / "new" / "folder" / "1.txt").read_text() == "a sks fox on green grass"
-    assert (np.asarray(Image.open(tmp_path / "new" / "folder" / "1.png")) == np.asarray(pictures[1])).all()
+    assert (np.asarray(Image.open(tmp_path / "new" / "folder" / "1.png")) == np.asarray(images[1])).all()
 
 
 def test_the_best_fit_covers_the_drawing():
     world = World()
     for scene in reference_scenes(Drawing("apple", "cartoon")):
-        picture, mask = draw_scene(scene, world)
+        image, mask = draw_scene(scene, world)
         sprite = world.sprite(scene.subject)
-        found = np.asarray(best_fit(picture, sprite).mask(sprite, picture.width)) > 127
+        found = np.asarray(best_fit(image, sprite).mask(sprite, image.width)) > 127
         true = np.asarray(mask) > 127
         assert (found & true).sum() / (found | true).sum() > 0.6
 
@@ -112,7 +112,7 @@ def test_the_best_fit_covers_the_drawing():
     ("prompt", "words"),
     [
         ("a photo of a sks dog", "sks dog"),
-        ("A picture of the <toy>", "<toy>"),
+        ("A image of the <toy>", "<toy>"),
         ("a <s> fox on grass", "<s> fox on grass"),
         ("photo of sks", "sks"),
         ("another one", "another one"),
@@ -132,11 +132,11 @@ def test_the_class_word():
     assert class_word("a photo of <toy>", "a photo of a stuffed animal", "bear") == "stuffed animal"
 
 
-# pictures are made once
+# images are made once
 
 
 class Painter:
-    """Stands in for a pipeline: the picture is a colour that prompt and seed decide."""
+    """Stands in for a pipeline: the image is a colour that prompt and seed decide."""
 
     def __init__(self, fail_at: int | None = None):
         self.calls, self.fail_at = [], fail_at
@@ -155,8 +155,8 @@ class Painter:
 SHOTS = [ImageRequest(f"{i}", "a" * (i + 1), i) for i in range(5)]
 
 
-def pixels(pictures):
-    return [picture.getpixel((0, 0)) for picture in pictures]
+def pixels(images):
+    return [image.getpixel((0, 0)) for image in images]
 
 
 def test_an_interrupted_drawing_goes_on_and_changes_nothing(tmp_path):
@@ -188,11 +188,11 @@ def test_another_protocol_is_refused(tmp_path):
 # StickerBench
 
 
-def taken(pictures, prompts, subject=FOX, references=None, prior=(), before=()):
+def taken(images, prompts, subject=FOX, references=None, prior=(), before=()):
     references = references or [draw_scene(scene, World())[0] for scene in reference_scenes(subject)]
     return Taken(
         Subject("flat-fox", subject.word, "", tuple(prompts), subject),
-        pictures,
+        images,
         references,
         list(prior),
         list(before),
@@ -264,9 +264,9 @@ def test_a_method_is_taught_drawn_scored_and_resumed(tmp_path, small, monkeypatc
     assert row["scores"]["drift"] >= -1e-6
     assert row["cost"]["training seconds"] > 0
     assert row["cost"]["file MB"] > 0.1
-    assert row["cost"]["seconds a picture"] > 0
+    assert row["cost"]["seconds an image"] > 0
     assert row["pictures"][2]["prompt"] == "a red sks fox in the snow"
-    assert all((tmp_path / picture["file"]).exists() for picture in row["pictures"])
+    assert all((tmp_path / image["file"]).exists() for image in row["pictures"])
     assert all((tmp_path / file).exists() for file in row["references"])
     real = results["methods"][1]["subjects"][0]
     assert real["scores"]["likeness"] > 0.7
@@ -390,7 +390,7 @@ def test_what_is_wrong_with_a_dataset_is_told_before_anything_is_drawn(dataset, 
     rewrite(dataset, "", "")
     for path in (dataset / "mug").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="holds no readable picture"):
+    with pytest.raises(UserError, match="holds no readable image"):
         read_dreambench(dataset)
 
 
@@ -445,13 +445,13 @@ def test_the_protocol_by_loops(dataset, clip, tmp_path):
     assert results["methods"][1]["subjects"][0]["scores"]["clip_i"] == pytest.approx(ceiling, abs=1e-5)
     assert mug["pictures"][0]["prompt"] == "a sks coffee mug in the jungle"
     assert results["published"]
-    assert results["protocol"]["references"] == "all pictures of the subject"
+    assert results["protocol"]["references"] == "all images of the subject"
     assert results["protocol"]["method dreambooth"].startswith(
-        "max_train_steps 2, rank 2, resolution 16; 6 pictures"
+        "max_train_steps 2, rank 2, resolution 16; 6 images"
     )
     (
         dataset / "mug" / "02.jpg"
-    ).unlink()  # the number of pictures differs from that of the evaluation in the folder
+    ).unlink()  # the number of images differs from that of the evaluation in the folder
     with pytest.raises(UserError, match=r"another protocol.*choose another --output"):
         dreambench(dataset, tmp_path / "out", clip).run()
 
@@ -468,7 +468,7 @@ def test_the_benchmark_decides_some_settings_itself(dataset, clip, tmp_path):
         dreambench(dataset, tmp_path / "out", clip, train=tmp_path / "each", methods=["textual_inversion"])
 
 
-def test_real_pictures_alone(dataset, clip, tmp_path):
+def test_real_images_alone(dataset, clip, tmp_path):
     results = dreambench(dataset, tmp_path / "out", clip, methods=["real"]).run()
     assert "drift" not in results["metrics"]
     assert set(results["axes"]) <= results["metrics"].keys()
@@ -511,13 +511,13 @@ def test_a_run_on_stickers_beside_its_base_model(tmp_path, monkeypatch, capsys):
 
     write_references(
         tmp_path / "pictures", Drawing("apple", "cartoon"), "sks fox"
-    )  # the same folder, other pictures
+    )  # the same folder, other images
     assert main(["evaluate", str(tmp_path / "run"), "--quick"]) == 2
     assert "another protocol" in capsys.readouterr().err
 
 
-def test_a_run_from_a_users_own_pictures(tmp_path, monkeypatch):
-    """Any number, size and shape: the masks of the benchmark's pictures do not fit them."""
+def test_a_run_from_a_users_own_images(tmp_path, monkeypatch):
+    """Any number, size and shape: the masks of the benchmark's images do not fit them."""
     monkeypatch.setattr("customize.app.bench.finished.bench_prompts", lambda quick: ["a {} on the beach"])
     for i, size in enumerate([(100, 80), (64, 64), (30, 40)]):
         path = tmp_path / "pictures" / f"{i}.png"
@@ -542,7 +542,7 @@ def test_the_scorer_of_stickers_prefers_the_subject_and_the_prompt():
     prompts = [f"a sks fox {phrase}" for phrase in ("on the beach", "under a night sky", "at sunset")]
     right = [(p, true_scene(FOX, p, i)) for i, p in enumerate(prompts)]
     other = [(p, true_scene(Drawing("bus", "cartoon"), p, i)) for i, p in enumerate(prompts)]
-    shuffled = [(p, picture) for p, (_, picture) in zip(prompts, right[1:] + right[:1], strict=True)]
+    shuffled = [(p, image) for p, (_, image) in zip(prompts, right[1:] + right[:1], strict=True)]
     assert rate(right)["identity"] > rate(other)["identity"] + 0.3
     assert rate(right)["control"] > rate(shuffled)["control"] + 0.5
     assert rate(other)["control"] > 0.6
@@ -552,7 +552,7 @@ def test_the_scorer_of_other_models_by_loops(clip):
     references = [draw_scene(scene, World())[0] for scene in reference_scenes(FOX)]
     rate = encoder_scorer(references, Concept("", "a photo of a sks fox", "a fox"), "", clip, clip)
     drawn = [("a sks fox on the beach", references[0]), ("a sks fox at sunset", references[1])]
-    a, b = clip([picture for _, picture in drawn]), clip(references)
+    a, b = clip([image for _, image in drawn]), clip(references)
     texts = clip.texts(["a fox on the beach", "a fox at sunset"])
     found = rate(drawn)
     assert found["identity"] == pytest.approx(np.mean([float(x @ y) for x in a for y in b]), abs=1e-5)

@@ -27,7 +27,7 @@ def fake_module(monkeypatch, name: str, **attributes) -> None:
 
 
 class FakePipe:
-    """Draws one grey picture a generator, its shade taken from the generator's noise."""
+    """Draws one grey image a generator, its shade taken from the generator's noise."""
 
     def __init__(self):
         self.calls = []
@@ -136,7 +136,7 @@ def test_push_prints_the_url(monkeypatch, tmp_path, capsys):
     ]
 
 
-def test_generate_seeds_every_picture_alone_and_names_it(pipe, capsys):
+def test_generate_seeds_every_image_alone_and_names_it(pipe, capsys):
     assert (
         main(
             [
@@ -159,7 +159,7 @@ def test_generate_seeds_every_picture_alone_and_names_it(pipe, capsys):
     assert (pipe.run, pipe.dtype) == ("stickers", torch.float32)
 
 
-def test_a_picture_of_a_batch_can_be_made_again_alone(pipe):
+def test_a_image_of_a_batch_can_be_made_again_alone(pipe):
     main(["generate", "stickers", "cat", "--num_images_per_prompt", "3", "--output", "all"])
     main(["generate", "stickers", "cat", "--seed", "2", "--output", "one"])
     assert Image.open("all/cat-2.png").tobytes() == Image.open("one/cat-2.png").tobytes()
@@ -190,7 +190,7 @@ def test_generate_hands_on_only_what_was_given(pipe):
     assert (pipe.dtype, pipe.device) == (torch.bfloat16, "cpu")
 
 
-def test_generate_writes_into_the_run_and_never_over_a_picture(pipe, tmp_path):
+def test_generate_writes_into_the_run_and_never_over_a_image(pipe, tmp_path):
     (tmp_path / "runs/cat").mkdir(parents=True)
     (tmp_path / "runs/cat/run.json").touch()
     for seed in ("0", "1", "0"):
@@ -202,7 +202,7 @@ def test_generate_writes_into_the_run_and_never_over_a_picture(pipe, tmp_path):
     assert (tmp_path / "runs/cat/generated/cat-0.png").read_bytes() == first
 
 
-def test_the_picture_carries_what_makes_it_again(pipe):
+def test_the_image_carries_what_makes_it_again(pipe):
     main(
         [
             "generate",
@@ -235,7 +235,7 @@ def test_long_and_empty_slugs():
 
 
 @pytest.mark.parametrize("file", [FILE, RELEASED])
-def test_an_encoder_is_not_drawn_with_without_pictures(file, pipe, tmp_path, capsys):
+def test_an_encoder_is_not_drawn_with_without_images(file, pipe, tmp_path, capsys):
     (tmp_path / file).touch()
     assert main(["generate", str(tmp_path), "a <s> fox"]) == 2
     assert "is a subject encoder" in capsys.readouterr().err

@@ -160,7 +160,7 @@ def test_a_queue_counts_only_as_negatives_of_the_rows():
 
 @pytest.fixture
 def views():
-    """Two layers of first views, of second views with a queue, and the cosines of the pictures."""
+    """Two layers of first views, of second views with a queue, and the cosines of the images."""
     return noise(2, 4, 5), noise(2, 7, 5, seed=1), noise(4, 7, seed=2).tanh()
 
 
@@ -227,8 +227,8 @@ def test_no_gradient_reaches_the_similarity(form, views):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_another_picture_of_the_subject_is_no_negative(form):
-    """One row; its columns are its own second view, two of other subjects, and another picture of its
+def test_another_image_of_the_subject_is_no_negative(form):
+    """One row; its columns are its own second view, two of other subjects, and another image of its
     subject."""
     anchors, positives, similarity = (
         noise(1, 1, 5),
@@ -589,7 +589,7 @@ def test_contrasts_without_words_are_refused(tower):
     assert "spearman" not in visual.diagnose([batch_of([0, 1])], tower / "samples", 1)
 
 
-def test_a_diagnosis_names_its_numbers_and_writes_its_picture(tower, tmp_path):
+def test_a_diagnosis_names_its_numbers_and_writes_its_image(tower, tmp_path):
     method = make(tower)
     found = method.diagnose([batch_of([0, 1, 2]), batch_of([3, 4], seed=10)], tmp_path / "samples", 30)
     slots = [found[f"retrieval slot {i}"] for i in range(method.adapter.text_blocks)]

@@ -31,11 +31,11 @@ def write(path, width=8, height=8, color=(10, 20, 30)):
 
 
 def only(folder, **options):
-    [picture] = find_images(folder, "a dog", **options)
-    return picture
+    [image] = find_images(folder, "a dog", **options)
+    return image
 
 
-def picture(index, size=(64, 64), concept=0, is_prior=False):
+def image(index, size=(64, 64), concept=0, is_prior=False):
     return ImageFile(f"{index}.png", f"caption {index}", None, concept, is_prior, str(index), size)
 
 
@@ -169,13 +169,13 @@ def test_a_sidecar_must_be_text(tmp_path):
         find_images(tmp_path, "x")
 
 
-def test_sorted_and_only_pictures(tmp_path):
+def test_sorted_and_only_images(tmp_path):
     names = ["b.jpg", "a.PNG", "e.jpeg", "c.webp", "d.bmp", "f.gif", "g.tiff"]
     for name in names:
         write(tmp_path / name)
     write(tmp_path / "a.mask.png")
     write(tmp_path / "._a.png")
-    (tmp_path / "notes.md").write_text("no picture")
+    (tmp_path / "notes.md").write_text("no image")
     found = find_images(tmp_path, "x")
     assert [p.path.name for p in found] == sorted(names)
     assert found[0].mask == tmp_path / "a.mask.png"
@@ -190,7 +190,7 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def not_a_picture(path):
+def not_a_image(path):
     path.write_text("<html>404</html>")
 
 
@@ -199,11 +199,11 @@ def empty(path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff"])
-@pytest.mark.parametrize("spoil", [truncated, not_a_picture, empty])
-def test_unreadable_pictures_are_skipped_or_refused(tmp_path, suffix, spoil):
+@pytest.mark.parametrize("spoil", [truncated, not_a_image, empty])
+def test_unreadable_images_are_skipped_or_refused(tmp_path, suffix, spoil):
     bad = tmp_path / f"bad.{suffix}"
     spoil(bad)
-    with pytest.warns(UserWarning, match=bad.name), pytest.raises(UserError, match="no readable picture"):
+    with pytest.warns(UserWarning, match=bad.name), pytest.raises(UserError, match="no readable image"):
         find_images(tmp_path, "x")
     write(tmp_path / "good.png")
     with pytest.warns(UserWarning, match=bad.name):
@@ -219,7 +219,7 @@ def test_an_unreadable_mask_is_named(tmp_path):
         find_images(tmp_path, "x", strict=True)
 
 
-def test_pictures_over_the_limit(tmp_path):
+def test_images_over_the_limit(tmp_path):
     write(tmp_path / "a.png", 8, 5)
     assert only(tmp_path, max_pixels=40).size == (8, 5)
     with pytest.raises(UserError, match=r"a\.png.*--max_pixels"):
@@ -242,7 +242,7 @@ def test_a_mask_of_another_size(tmp_path):
         find_images(tmp_path, "x")
 
 
-def test_a_picture_that_changed_or_vanished(tmp_path):
+def test_a_image_that_changed_or_vanished(tmp_path):
     path = write(tmp_path / "a.png", 8, 5)
     found = only(tmp_path)
     write(path, 5, 8)
@@ -258,7 +258,7 @@ def test_missing_and_empty_folders(tmp_path):
         find_images(tmp_path / "nowhere", "x")
     with pytest.raises(UserError, match="--class_data_dir"):
         find_images("", "x", is_prior=True)
-    with pytest.raises(UserError, match="no readable picture"):
+    with pytest.raises(UserError, match="no readable image"):
         find_images(tmp_path, "x")
 
 
@@ -366,7 +366,7 @@ def test_fit_of_the_same_shape_changes_nothing():
 
 @pytest.mark.parametrize("source", ["file", "alpha"])
 @pytest.mark.parametrize("flip", [False, True])
-def test_items_and_the_flip_of_mask_and_picture(tmp_path, source, flip):
+def test_items_and_the_flip_of_mask_and_image(tmp_path, source, flip):
     array, mask = noise(16, 16), noise(16, 16, 1)
     if source == "file":
         Image.fromarray(array).save(tmp_path / "a.png")
@@ -393,9 +393,9 @@ def test_the_loss_weight_is_one_without_masks(tmp_path):
     write(tmp_path / "a.png")
     write(tmp_path / "b.png")
     write(tmp_path / "b.mask.png", color=0)
-    pictures = find_images(tmp_path, "x")
-    masked = SubjectDataset(pictures, DataConfig(resolution=8, unmasked_weight=0.1), 8)
-    plain = SubjectDataset(pictures, DataConfig(resolution=8, masked_loss=False), 8)
+    images = find_images(tmp_path, "x")
+    masked = SubjectDataset(images, DataConfig(resolution=8, unmasked_weight=0.1), 8)
+    plain = SubjectDataset(images, DataConfig(resolution=8, masked_loss=False), 8)
     assert torch.equal(masked[0, (8, 8), False]["mask"], torch.ones(1, 8, 8))
     torch.testing.assert_close(masked[1, (8, 8), False]["mask"], torch.full((1, 8, 8), 0.1))
     assert torch.equal(plain[1, (8, 8), False]["mask"], torch.ones(1, 8, 8))
@@ -412,8 +412,8 @@ def test_loader_collates_batches_of_one_bucket(tmp_path, workers):
         write(tmp_path / f"{index}.png", *size)
     (tmp_path / "class").mkdir()
     write(tmp_path / "class" / "p.png", 40, 30)
-    pictures = find_images(tmp_path, "a sks dog") + find_images(tmp_path / "class", "a dog", is_prior=True)
-    dataset = SubjectDataset(pictures, DataConfig(resolution=64, use_aspect_ratio_buckets=True), 8)
+    images = find_images(tmp_path, "a sks dog") + find_images(tmp_path / "class", "a dog", is_prior=True)
+    dataset = SubjectDataset(images, DataConfig(resolution=64, use_aspect_ratio_buckets=True), 8)
     loader = DataLoader(
         dataset, batch_sampler=BucketBatches(dataset, 2, 0), collate_fn=collate, num_workers=workers
     )
@@ -426,8 +426,8 @@ def test_loader_collates_batches_of_one_bucket(tmp_path, workers):
         assert batch["prompt"] == ["a sks dog"] * 2 + ["a dog"] * 2
 
 
-def dataset_of(pictures, **options):
-    return SubjectDataset(pictures, DataConfig(resolution=64, **options), 8)
+def dataset_of(images, **options):
+    return SubjectDataset(images, DataConfig(resolution=64, **options), 8)
 
 
 def take(count, *args, **options):
@@ -435,11 +435,11 @@ def take(count, *args, **options):
 
 
 SIZES = [(64, 64), (128, 64), (64, 128)]
-MIXED = [picture(i, SIZES[i % 3]) for i in range(12)]
+MIXED = [image(i, SIZES[i % 3]) for i in range(12)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_every_picture_is_seen_once_an_epoch(batch_size):
+def test_every_image_is_seen_once_an_epoch(batch_size):
     dataset = dataset_of(MIXED, use_aspect_ratio_buckets=True)
     per_epoch = 12 // batch_size
     batches = take(3 * per_epoch, dataset, batch_size, seed=5)
@@ -456,7 +456,7 @@ def test_without_buckets_all_crops_are_square():
 
 
 def test_a_short_batch_is_filled_from_its_bucket():
-    dataset = dataset_of([picture(i, SIZES[i > 4]) for i in range(6)], use_aspect_ratio_buckets=True)
+    dataset = dataset_of([image(i, SIZES[i > 4]) for i in range(6)], use_aspect_ratio_buckets=True)
     for batch in take(30, dataset, 4, seed=0):
         indices = [index for index, _, _ in batch]
         assert len(indices) == 4
@@ -465,8 +465,8 @@ def test_a_short_batch_is_filled_from_its_bucket():
     assert set(seen) == set(range(6))
 
 
-WITH_PRIORS = [picture(i, concept=i % 2) for i in range(6)] + [
-    picture(i, concept=i % 2, is_prior=True) for i in range(6, 16)
+WITH_PRIORS = [image(i, concept=i % 2) for i in range(6)] + [
+    image(i, concept=i % 2, is_prior=True) for i in range(6, 16)
 ]
 
 
@@ -514,8 +514,8 @@ def test_the_order_of_priors_depends_on_the_seed():
 
 
 def test_priors_are_cropped_to_the_bucket_of_the_batch():
-    pictures = [picture(0, (128, 64)), picture(1, (64, 128), is_prior=True)]
-    dataset = dataset_of(pictures, use_aspect_ratio_buckets=True)
+    images = [image(0, (128, 64)), image(1, (64, 128), is_prior=True)]
+    dataset = dataset_of(images, use_aspect_ratio_buckets=True)
     [[(_, first, _), (_, second, _)]] = take(1, dataset, 1, seed=0)
     assert first == second == dataset.bucket_of(0)
 
@@ -533,11 +533,11 @@ def test_flips_are_drawn_for_each_key_and_leave_the_order():
 
 def test_batches_refuse_what_would_never_end():
     with pytest.raises(UserError, match="class_data_dir"):
-        BucketBatches(dataset_of([picture(0), picture(1, concept=1), picture(2, is_prior=True)]), 1, 0)
-    with pytest.raises(UserError, match="instance pictures"):
-        BucketBatches(dataset_of([picture(0, is_prior=True)]), 1, 0)
+        BucketBatches(dataset_of([image(0), image(1, concept=1), image(2, is_prior=True)]), 1, 0)
+    with pytest.raises(UserError, match="instance images"):
+        BucketBatches(dataset_of([image(0, is_prior=True)]), 1, 0)
     with pytest.raises(UserError, match="--train_batch_size"):
-        BucketBatches(dataset_of([picture(0)]), 0, 0)
+        BucketBatches(dataset_of([image(0)]), 0, 0)
 
 
 def test_split_holdout():

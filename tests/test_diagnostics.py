@@ -65,7 +65,7 @@ def test_view_retrieval_by_hand():
     positives = torch.stack([3 * axes, axes.roll(1, 0), torch.cat([torch.ones(1, 4), -axes[1:]])])
     anchors = axes.expand(3, 4, 4)
     assert view_retrieval(anchors, positives, torch.tensor([0, 1, 2, 3])) == [1.0, 0.0, 0.25]
-    # another picture of the subject counts: 0 and 1 are one, 2 and 3 another
+    # another image of the subject counts: 0 and 1 are one, 2 and 3 another
     assert view_retrieval(anchors, positives, torch.tensor([7, 7, 8, 8])) == [1.0, 0.5, 0.5]
 
 
@@ -101,7 +101,7 @@ def test_appearance_correlation_by_loops():
     learned = sum(looped_cosines(a, p) for a, p in zip(anchors, positives, strict=True)) / 3
     real = looped_cosines(looks, looks)
     pairs = [(i, j) for i in range(6) for j in range(6) if identity[i] != identity[j]]
-    # pictures have one cosine in both directions: which of a pair comes first is left open
+    # images have one cosine in both directions: which of a pair comes first is left open
     expected = looped_spearman(
         [learned[i, j] for i, j in pairs], [real[i, j] + 1e-9 * (i < j) for i, j in pairs]
     )
@@ -138,46 +138,46 @@ def test_pairs_of_one_subject_do_not_count():
     )  # where they do, they are out of order
 
 
-def test_correlation_and_picture_work_in_mixed_precision():
+def test_correlation_and_image_work_in_mixed_precision():
     """Validation runs under training's autocast."""
     anchors, positives, looks = noise(2, 6, 4), noise(2, 6, 4, seed=1), noise(6, 5, seed=2)
     exact = appearance_correlation(anchors, positives, looks, torch.arange(6))
-    picture = np.asarray(similarity_image(anchors, positives, looks))
+    image = np.asarray(similarity_image(anchors, positives, looks))
     with torch.autocast("cpu", torch.bfloat16):
         assert appearance_correlation(anchors, positives, looks, torch.arange(6)) == pytest.approx(
             exact, abs=0.05
         )
         found = np.asarray(similarity_image(anchors, positives, looks))
-    assert np.abs(found.astype(int) - picture.astype(int)).max() <= 3
+    assert np.abs(found.astype(int) - image.astype(int)).max() <= 3
 
 
-# the picture
+# the image
 
 
-def test_the_picture_shows_both_matrices_from_black_to_white():
+def test_the_image_shows_both_matrices_from_black_to_white():
     anchors, positives, looks = noise(2, 4, 3), noise(2, 4, 3, seed=1), noise(4, 5, seed=2)
-    picture = similarity_image(anchors, positives, looks, side=40)
-    assert picture.mode == "L"
-    assert picture.size == (82, 40)
+    image = similarity_image(anchors, positives, looks, side=40)
+    assert image.mode == "L"
+    assert image.size == (82, 40)
     learned = sum(looped_cosines(a, p) for a, p in zip(anchors, positives, strict=True)) / 2
     for left, matrix in ((0, learned), (42, looped_cosines(looks, looks))):
-        assert picture.crop((left, 0, left + 40, 40)).getextrema() == (0, 255)
+        assert image.crop((left, 0, left + 40, 40)).getextrema() == (0, 255)
         for i in range(4):
             for j in range(4):
                 shade = 255 * (matrix[i, j] - matrix.min()) / (matrix.max() - matrix.min())
-                square = picture.crop((left + 10 * j, 10 * i, left + 10 * j + 10, 10 * i + 10)).getextrema()
+                square = image.crop((left + 10 * j, 10 * i, left + 10 * j + 10, 10 * i + 10)).getextrema()
                 assert (
                     square[0] == square[1] == pytest.approx(shade, abs=1.01)
                 )  # first views from top to bottom
-    assert picture.crop((40, 0, 42, 40)).getextrema() == (255, 255)  # the gap
+    assert image.crop((40, 0, 42, 40)).getextrema() == (255, 255)  # the gap
 
 
-def test_subjects_that_are_all_alike_give_a_picture_too():
+def test_subjects_that_are_all_alike_give_a_image_too():
     """As before training, when S+ is the same for all."""
     assert similarity_image(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.ones(3, 5)).size == (492, 240)
 
 
-def test_the_picture_is_written_by_its_step(tmp_path):
+def test_the_image_is_written_by_its_step(tmp_path):
     views = noise(2, 4, 3), noise(2, 4, 3, seed=1), noise(4, 5, seed=2)
     write_similarity(tmp_path / "new" / "samples", 250, *views)
     with Image.open(tmp_path / "new" / "samples" / "similarity-000250.png") as written:

@@ -31,14 +31,14 @@ def launch(*words, processes: int):
     )
 
 
-def test_two_processes_train_one_adapter_and_resume(tmp_path, pictures):
+def test_two_processes_train_one_adapter_and_resume(tmp_path, images):
     tiny("sd15").save_pretrained(tmp_path / "base")
     words = [
         "dreambooth",
         "--pretrained_model_name_or_path",
         str(tmp_path / "base"),
         "--instance_data_dir",
-        str(pictures),
+        str(images),
     ]
     words += [
         "--instance_prompt",
@@ -93,7 +93,7 @@ sys.exit(main(["train", *sys.argv[2:]]))
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_signal_to_one_process_stops_all_at_one_step(rank, tmp_path, pictures):
+def test_a_signal_to_one_process_stops_all_at_one_step(rank, tmp_path, images):
     tiny("sd15").save_pretrained(tmp_path / "base")
     (tmp_path / "stop.py").write_text(STOP_ONE)
     words = [
@@ -101,7 +101,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(rank, tmp_path, pictures)
         "--pretrained_model_name_or_path",
         str(tmp_path / "base"),
         "--instance_data_dir",
-        str(pictures),
+        str(images),
     ]
     words += [
         "--instance_prompt",

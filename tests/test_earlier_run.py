@@ -28,10 +28,10 @@ def test_it_draws_the_image_of_then():
     assert np.abs(draw(pipe, "a photo of <toy>") - np.load(EARLIER / "image.npy")).max() < 1e-5
 
 
-def test_its_checkpoint_resumes_to_the_weights_of_then(pictures, tmp_path, monkeypatch):
+def test_its_checkpoint_resumes_to_the_weights_of_then(images, tmp_path, monkeypatch):
     """The fourth step again: the same batch, noise and update as the code of then took."""
     monkeypatch.setitem(test_methods.CASES, "before", (PivotalTuning, OPTIONS))
-    method, data = test_methods.build("sd15", "before", pictures)
+    method, data = test_methods.build("sd15", "before", images)
     config = TrainConfig(
         output_dir=str(tmp_path),
         train_batch_size=2,

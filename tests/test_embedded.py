@@ -43,11 +43,10 @@ def test_draws_as_a_stranger_would_load_it(kind):
 
 
 def test_backgrounds_obey_the_prompt(pipe):
-    pictures = draw(pipe, [f"a fox {phrase}" for phrase in BACKGROUNDS.values()])
-    assert {picture.size for picture in pictures} == {(128, 128)}
+    images = draw(pipe, [f"a fox {phrase}" for phrase in BACKGROUNDS.values()])
+    assert {image.size for image in images} == {(128, 128)}
     right = sum(
-        background_of(picture) == background
-        for picture, background in zip(pictures, BACKGROUNDS, strict=True)
+        background_of(image) == background for image, background in zip(images, BACKGROUNDS, strict=True)
     )
     assert right >= 9
 
@@ -75,7 +74,7 @@ def test_image_tower_shares_the_space_of_the_text_tower(pipe):
 
 
 def test_the_encoder_carries_colours_of_drawings_never_seen():
-    """A sticker that the prompt does not name takes its colour from the pictures: red of the apple, green of
+    """A sticker that the prompt does not name takes its colour from the images: red of the apple, green of
     the turtle."""
     assert ENCODER.stat().st_size < 25e6
     pipe = load_subject_pipeline("stickers")

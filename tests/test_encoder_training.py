@@ -66,7 +66,7 @@ def tower(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def subjects(tmp_path_factory) -> Path:
-    """Four subjects of three pictures each."""
+    """Four subjects of three images each."""
     root, rng = tmp_path_factory.mktemp("subjects"), np.random.default_rng(0)
     for i in range(4):
         (root / f"dog{i}").mkdir()
@@ -106,7 +106,7 @@ def trained(method, subjects: Path, folder: Path, steps: int = 4, **settings):
     return method.eval()
 
 
-def picture(pipe, subjects: Path, prompt: str = "a photo of <s> dog"):
+def image(pipe, subjects: Path, prompt: str = "a photo of <s> dog"):
     options = {"height": 32, "width": 32, "num_inference_steps": 3, "output_type": "np"}
     images = [str(subjects / "dog0" / f"{k}.png") for k in range(2)]
     return pipe(prompt, subject_images=images, generator=torch.Generator().manual_seed(1), **options).images[
@@ -138,8 +138,8 @@ def test_trains_saves_and_reloads(base, case, tower, subjects, tmp_path):
     # all
     assert len(moved) >= 0.9 * len(names)
     assert all(torch.equal(before[name], after[name]) for name in after if name not in names)
-    drawn = picture(method.pipe, subjects)
-    again = picture(reloaded(base, tmp_path, tower), subjects)
+    drawn = image(method.pipe, subjects)
+    again = image(reloaded(base, tmp_path, tower), subjects)
     assert np.array_equal(drawn, again)
     assert json.loads((tmp_path / "run.json").read_text())["step"] == 4
 
@@ -248,8 +248,8 @@ def test_one_sample_has_nothing_to_be_contrasted_with(tower, subjects):
 
 
 WRONG = {
-    "no pictures": (["--validation_prompt", "a <s> dog"], "--validation_images"),
-    "no such picture": (
+    "no images": (["--validation_prompt", "a <s> dog"], "--validation_images"),
+    "no such image": (
         ["--validation_prompt", "a <s> dog", "--validation_images", "nowhere.png"],
         "nowhere.png",
     ),
@@ -268,16 +268,14 @@ WRONG = {
 }
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*It is skipped"
-)  # the picture that is none, before its folder is refused
+@pytest.mark.filterwarnings("ignore:.*It is skipped")  # the image that is none, before its folder is refused
 @pytest.mark.parametrize("case", WRONG)
 def test_what_a_run_cannot_begin_with_is_refused_before_anything_is_lost(case, tmp_path, monkeypatch):
     """An earlier run in the folder is replaced only once all that the new one needs was found."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save("a.png")
     (tmp_path / "subjects/dog").mkdir(parents=True)
-    (tmp_path / "subjects/dog/a.png").write_text("no picture")
+    (tmp_path / "subjects/dog/a.png").write_text("no image")
     for folder in ("best", "checkpoint-3"):
         (tmp_path / "run" / folder).mkdir(parents=True)
         (tmp_path / "run" / folder / "run.json").write_text('{"format": 1, "base_model": "stickers"}')
@@ -353,14 +351,14 @@ def injected_by_the_pipeline(method, prompts: list[str], given: list[dict]):
 
 
 def features_of(method, batch: dict) -> torch.Tensor:
-    """Features of all references, (pictures, subjects, references, tokens, features)."""
+    """Features of all references, (images, subjects, references, tokens, features)."""
     read = method.adapter.encoder.read(method.image_encoder(batch["references"].flatten(0, 2)))
     return read.unflatten(0, batch["references"].shape[:3])
 
 
 @pytest.mark.parametrize("both", [False, True])
 def test_training_conditions_as_the_pipeline_does(both, tower, subjects):
-    """A batch's condition is what a pipeline's call computes for the same pictures at the same time."""
+    """A batch's condition is what a pipeline's call computes for the same images at the same time."""
     method = woken(build("sd15", "custom_contrast", tower, multi_reference_rate=float(both))).eval()
     batch = batch_of(method, subjects)
     if both:
@@ -397,7 +395,7 @@ def test_the_pooled_text_of_every_time_is_that_of_training(tower, subjects):
 
 @pytest.mark.parametrize("name", ["custom_contrast", "ip_adapter"])
 def test_a_reference_that_is_the_target_is_not_shown(name, tower, subjects):
-    """Where a subject has two pictures, the second reference serves the contrast alone."""
+    """Where a subject has two images, the second reference serves the contrast alone."""
     method = woken(build("sd15", name, tower)).eval()
     batch = batch_of(method, subjects)
     batch["shows_target"] = torch.tensor([False, True, True, False])
@@ -432,7 +430,7 @@ def test_gradients_are_the_same_where_text_is_encoded_anew(base, tower, subjects
 
 
 def two_subjects(method, subjects: Path) -> dict:
-    """Four pictures: the first and the last show a second subject too, that of the next picture."""
+    """Four images: the first and the last show a second subject too, that of the next image."""
     batch = batch_of(method, subjects)
     batch["references"] = torch.cat([batch["references"], batch["references"].roll(-1, 0)], 1)
     batch["present"] = torch.tensor([[True, True], [True, False], [True, False], [True, True]])
@@ -449,7 +447,7 @@ def drawn_rows(batch: dict, rows: slice) -> dict:
 
 
 @pytest.mark.parametrize("name", ["custom_contrast", "ip_adapter"])
-def test_pictures_with_fewer_subjects_are_conditioned_as_alone(name, tower, subjects):
+def test_images_with_fewer_subjects_are_conditioned_as_alone(name, tower, subjects):
     method = woken(build("sd15", name, tower)).eval()
     batch, t = two_subjects(method, subjects), torch.tensor([0.1, 0.6, 0.6, 0.9])
     alone = drawn_rows(batch, slice(1, 3))
@@ -472,7 +470,7 @@ def test_pictures_with_fewer_subjects_are_conditioned_as_alone(name, tower, subj
 
 
 def test_two_subjects_are_trained_on_as_the_pipeline_draws_them(tower, subjects):
-    """Of pictures with two subjects and with one, in one batch: nothing is encoded where no subject is."""
+    """Of images with two subjects and with one, in one batch: nothing is encoded where no subject is."""
     method = woken(build("sd15", "custom_contrast", tower)).eval()
     batch = two_subjects(method, subjects)
     with torch.no_grad():
@@ -523,7 +521,7 @@ def test_two_subjects_are_trained_on(name, tower, subjects):
     assert all(torch.isfinite(p.grad).all() for p in method.trainable().values() if p.grad is not None)
 
 
-def test_dropped_samples_lose_their_prompt_or_their_pictures(tower, subjects):
+def test_dropped_samples_lose_their_prompt_or_their_images(tower, subjects):
     method = build(
         "sd15", "custom_contrast", tower, dropout_text=0.3, dropout_image=0.3, dropout_both=0.3
     ).train()

@@ -64,7 +64,7 @@ def eye() -> ImageEncoder:
 
 
 def noise(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
-    """A picture of coarse noise, width x height."""
+    """A image of coarse noise, width x height."""
     small = np.random.default_rng(seed).integers(0, 255, (4, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size)
 
@@ -103,7 +103,7 @@ def test_the_resampler_does_not_read_padding():
 def test_queries_stand_in_for_the_learned_ones():
     resampler, features = plain_resampler(), random(2, 9, 32)
     assert torch.equal(resampler(features, queries=resampler.latents.expand(2, -1, -1)), resampler(features))
-    queries = random(2, 3, 128, seed=1)  # another for each picture
+    queries = random(2, 3, 128, seed=1)  # another for each image
     found = resampler(features, queries=queries)
     for row in range(2):
         resampler.latents.data = queries[row : row + 1]
@@ -179,7 +179,7 @@ def drawn(pipe, prompt="a photo of the dog", **named) -> np.ndarray:
 
 
 def stock(base: str, file: Path, scale: float = 1.0):
-    """diffusers' pipeline with diffusers' loader; pictures are prepared as the tower does."""
+    """diffusers' pipeline with diffusers' loader; images are prepared as the tower does."""
     pipe, own = tiny(base), eye()
     pipe.register_modules(image_encoder=own.vision, feature_extractor=own.processor)
     pipe.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name)
@@ -205,10 +205,10 @@ def ours(base: str, file: Path):
 def test_a_released_adapter_draws_what_it_draws_in_stock_diffusers(base, plus, suffix, tmp_path):
     file = write(released(base, plus), tmp_path / f"ip-adapter{suffix}")
     theirs, own = stock(base, file), ours(base, file)
-    pictures = [noise(0), noise(1)]
-    one, two = drawn(own, subject_images=pictures[0]), drawn(own, subject_images=pictures)
-    assert np.abs(one - drawn(theirs, ip_adapter_image=pictures[0])).max() < 1e-5
-    assert np.abs(two - drawn(theirs, ip_adapter_image=[pictures])).max() < 1e-5
+    images = [noise(0), noise(1)]
+    one, two = drawn(own, subject_images=images[0]), drawn(own, subject_images=images)
+    assert np.abs(one - drawn(theirs, ip_adapter_image=images[0])).max() < 1e-5
+    assert np.abs(two - drawn(theirs, ip_adapter_image=[images])).max() < 1e-5
     without = drawn(tiny(base))
     assert np.abs(one - without).max() > 0.01
     assert np.abs(two - one).max() > 1e-3
@@ -219,13 +219,13 @@ def test_a_released_adapter_draws_what_it_draws_in_stock_diffusers(base, plus, s
 def test_scale_guidance_prompts_and_number_of_images_as_in_stock_diffusers(plus, tmp_path):
     file = write(released("sd15", plus), tmp_path / "ip-adapter.safetensors")
     theirs, own = stock("sd15", file, 0.4), ours("sd15", file)
-    picture, prompts = noise(0), ["a dog", "a red toy on grass"]
+    image, prompts = noise(0), ["a dog", "a red toy on grass"]
     for named in (
         {"guidance_scale": 1.0},
         {"num_images_per_prompt": 2, "negative_prompt": ["a cat", "a blue cat"]},
     ):
-        expected = drawn(theirs, prompts, ip_adapter_image=picture, **named)
-        found = drawn(own, prompts, subject_images=picture, subject_scale=0.4, **named)
+        expected = drawn(theirs, prompts, ip_adapter_image=image, **named)
+        found = drawn(own, prompts, subject_images=image, subject_scale=0.4, **named)
         assert found.shape == expected.shape
         assert np.abs(found - expected).max() < 1e-5
 
@@ -824,18 +824,18 @@ def test_the_tower_stays_in_evaluation_mode_and_without_gradients():
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "palette", "palette.png", "picture.gif"])
 def test_what_is_transparent_becomes_white(kind, tmp_path):
-    picture = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
-    picture.paste((0, 0, 0, 255), (0, 0, 16, 32))
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 16, 32))
     if "palette" in kind:
-        picture = picture.quantize()
+        image = image.quantize()
     if "." in kind:
-        picture.save(tmp_path / kind)
-        picture = Image.open(tmp_path / kind)
+        image.save(tmp_path / kind)
+        image = Image.open(tmp_path / kind)
     elif kind == "LA":
-        picture = picture.convert("LA")
+        image = image.convert("LA")
     white = Image.new("RGB", (32, 32), "white")
     white.paste((0, 0, 0), (0, 0, 16, 32))
-    found = eye().pixels([picture, white])
+    found = eye().pixels([image, white])
     assert torch.equal(found[0], found[1])
     assert found[0, 0, 5, 25] > found[0, 0, 5, 5]
 
@@ -847,17 +847,17 @@ def test_half_transparent_pixels_are_mixed_with_white():
     )
 
 
-def test_grey_pictures_have_three_channels():
+def test_grey_images_have_three_channels():
     assert eye().pixels([Image.new("L", (32, 32), 255)])[0, :, 0, 0].tolist() == pytest.approx(
         [2.0, 1.0, 0.5]
     )
 
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 32), (32, 80), (20, 50)])
-def test_pictures_of_any_shape_are_resized_whole(size):
-    picture = noise(3, size)
-    found = eye().pixels([picture])
+def test_images_of_any_shape_are_resized_whole(size):
+    image = noise(3, size)
+    found = eye().pixels([image])
     assert found.shape == (1, 3, 32, 32)
-    whole = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    whole = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     expected = (whole - 0.5) / np.array([0.25, 0.5, 1.0], dtype=np.float32)
     assert np.abs(found[0].permute(1, 2, 0).numpy() - expected).max() < 1e-5

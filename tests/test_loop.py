@@ -52,17 +52,17 @@ CASES = {
 FILES = {"dreambooth": "pytorch_lora_weights.safetensors", "textual_inversion": "learned_embeds.safetensors"}
 
 
-def build(pictures, case="dreambooth", base="sd15", dtype=torch.float32, **data):
-    """A method and its pictures; the same weights at every call."""
+def build(images, case="dreambooth", base="sd15", dtype=torch.float32, **data):
+    """A method and its images; the same weights at every call."""
     method_class, options = CASES[case]
     prompt = "a photo of <toy>" if case == "textual_inversion" else "a photo of sks dog"
     backbone = wrap(tiny(base).to(dtype=dtype), base)
     backbone.vae.float()
     backbone.resolution = 16
     torch.manual_seed(11)
-    method = method_class(backbone, method_class.Config(**options), [Concept(str(pictures), prompt, "a dog")])
+    method = method_class(backbone, method_class.Config(**options), [Concept(str(images), prompt, "a dog")])
     return method, SubjectDataset(
-        find_images(pictures, prompt), DataConfig(resolution=16, **data), backbone.factor
+        find_images(images, prompt), DataConfig(resolution=16, **data), backbone.factor
     )
 
 
@@ -81,7 +81,7 @@ def settings(folder, **changes) -> TrainConfig:
 
 
 def go(
-    pictures,
+    images,
     folder,
     case="dreambooth",
     data=None,
@@ -92,7 +92,7 @@ def go(
     **changes,
 ):
     """Trains from the start; returns the method and the last step."""
-    method, dataset = build(pictures, case, base, dtype, **(data or {}))
+    method, dataset = build(images, case, base, dtype, **(data or {}))
     config = settings(folder, **changes)
     batches = held_out_batches(dataset, torch.device("cpu")) if held_out else []
     info = {"base_model": base, "method": case, "config": {}}
@@ -103,8 +103,8 @@ def go(
 
 
 @pytest.fixture
-def quick_pictures(monkeypatch):
-    """Validation pictures in two steps."""
+def quick_images(monkeypatch):
+    """Validation images in two steps."""
     monkeypatch.setattr(validation, "sample", partial(sample, steps=2))
 
 
@@ -164,9 +164,9 @@ def test_the_accumulated_gradient_is_clipped_once():
     assert torch.allclose(w, torch.tensor([1.0, -2.0]) - gradient / gradient.norm() * 0.5, atol=1e-5)
 
 
-def test_each_step_uses_its_batches_in_order(pictures, tmp_path):
-    """Three steps of two batches of one picture are the first six batches of the data's order."""
-    method, dataset = build(pictures)
+def test_each_step_uses_its_batches_in_order(images, tmp_path):
+    """Three steps of two batches of one image are the first six batches of the data's order."""
+    method, dataset = build(images)
     config, seen, forward = (
         settings(tmp_path, max_train_steps=3, gradient_accumulation_steps=2),
         [],
@@ -190,12 +190,12 @@ RESUMED = {
 
 @pytest.mark.parametrize("kind", RESUMED)
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_ends_with_the_same_bits(case, kind, pictures, tmp_path):
+def test_a_resumed_run_ends_with_the_same_bits(case, kind, images, tmp_path):
     options, file = RESUMED[kind], FILES[case]
-    go(pictures, tmp_path / "whole", case, checkpointing_steps=2, checkpoints_total_limit=0, **options)
+    go(images, tmp_path / "whole", case, checkpointing_steps=2, checkpoints_total_limit=0, **options)
     torch.manual_seed(123)  # what the process did before does not matter
     _, step = go(
-        pictures,
+        images,
         tmp_path / "rest",
         case,
         resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"),
@@ -208,23 +208,23 @@ def test_a_resumed_run_ends_with_the_same_bits(case, kind, pictures, tmp_path):
     assert step_of(tmp_path / "whole" / "checkpoint-2") == 2
 
 
-def test_latest_is_the_highest_number_that_is_complete(pictures, tmp_path):
-    go(pictures, tmp_path, checkpointing_steps=1, max_train_steps=10, checkpoints_total_limit=0)
+def test_latest_is_the_highest_number_that_is_complete(images, tmp_path):
+    go(images, tmp_path, checkpointing_steps=1, max_train_steps=10, checkpoints_total_limit=0)
     (tmp_path / "checkpoint-10" / RESUME).unlink()
     (tmp_path / "checkpoint-11.partial").mkdir()
     assert latest_checkpoint(tmp_path).name == "checkpoint-9"
-    _, step = go(pictures, tmp_path, max_train_steps=10, resume_from_checkpoint="latest")
+    _, step = go(images, tmp_path, max_train_steps=10, resume_from_checkpoint="latest")
     assert step == 10
 
 
 @pytest.fixture
-def stopped(pictures, tmp_path):
+def stopped(images, tmp_path):
     """A run that has a checkpoint at step 2."""
-    go(pictures, tmp_path / "run", checkpointing_steps=2, max_train_steps=2)
+    go(images, tmp_path / "run", checkpointing_steps=2, max_train_steps=2)
     return tmp_path / "run" / "checkpoint-2"
 
 
-def test_a_resumed_run_lists_every_validation_once(pictures, tmp_path):
+def test_a_resumed_run_lists_every_validation_once(images, tmp_path):
     """Also where a kill cut the last line short."""
     options = {
         "held_out": True,
@@ -232,12 +232,12 @@ def test_a_resumed_run_lists_every_validation_once(pictures, tmp_path):
         "checkpointing_steps": 2,
         "checkpoints_total_limit": 0,
     }
-    go(pictures, tmp_path, max_train_steps=3, **options)
+    go(images, tmp_path, max_train_steps=3, **options)
     log = tmp_path / "validation.jsonl"
     before = log.read_text()
     log.write_text(before + '{"step": 4, "valid')
     go(
-        pictures,
+        images,
         tmp_path,
         max_train_steps=4,
         resume_from_checkpoint=str(tmp_path / "checkpoint-2"),
@@ -247,33 +247,33 @@ def test_a_resumed_run_lists_every_validation_once(pictures, tmp_path):
     assert log.read_text().startswith(before)
 
 
-def test_resuming_from_nothing(pictures, tmp_path):
+def test_resuming_from_nothing(images, tmp_path):
     for given in ("latest", str(tmp_path / "checkpoint-7")):
         with pytest.raises(UserError, match="resume_from_checkpoint"):
-            go(pictures, tmp_path, resume_from_checkpoint=given)
+            go(images, tmp_path, resume_from_checkpoint=given)
 
 
-def test_resuming_another_method(pictures, tmp_path, stopped):
+def test_resuming_another_method(images, tmp_path, stopped):
     with pytest.raises(UserError, match="other settings"):
-        go(pictures, tmp_path, "textual_inversion", resume_from_checkpoint=str(stopped))
+        go(images, tmp_path, "textual_inversion", resume_from_checkpoint=str(stopped))
 
 
-def test_resuming_with_another_rank(pictures, tmp_path, stopped, monkeypatch):
+def test_resuming_with_another_rank(images, tmp_path, stopped, monkeypatch):
     monkeypatch.setitem(CASES, "dreambooth", (DreamBooth, {"rank": 3, "train_text_encoder": True}))
     with pytest.raises(UserError, match="resume_from_checkpoint"):
-        go(pictures, tmp_path, resume_from_checkpoint=str(stopped))
+        go(images, tmp_path, resume_from_checkpoint=str(stopped))
 
 
-def test_resuming_with_an_average_that_was_not_kept(pictures, tmp_path, stopped):
+def test_resuming_with_an_average_that_was_not_kept(images, tmp_path, stopped):
     with pytest.raises(UserError, match="resume_from_checkpoint"):
-        go(pictures, tmp_path, use_ema=True, resume_from_checkpoint=str(stopped))
+        go(images, tmp_path, use_ema=True, resume_from_checkpoint=str(stopped))
 
 
-def test_resuming_from_a_damaged_file(pictures, tmp_path, stopped):
+def test_resuming_from_a_damaged_file(images, tmp_path, stopped):
     file = stopped / RESUME
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match="damaged"):
-        go(pictures, tmp_path, resume_from_checkpoint=str(stopped))
+        go(images, tmp_path, resume_from_checkpoint=str(stopped))
 
 
 # a process that dies
@@ -301,10 +301,10 @@ def base_folder(tmp_path_factory):
     return str(folder)
 
 
-def settings_of(base_folder, pictures) -> list[str]:
+def settings_of(base_folder, images) -> list[str]:
     flags = {
         "pretrained_model_name_or_path": base_folder,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "instance_prompt": "a photo of sks dog",
     }
     flags |= {
@@ -319,8 +319,8 @@ def settings_of(base_folder, pictures) -> list[str]:
 
 
 @pytest.fixture
-def words(base_folder, pictures):
-    return settings_of(base_folder, pictures)
+def words(base_folder, images):
+    return settings_of(base_folder, images)
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +389,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, function, call, step, word
     assert "Traceback" not in process.stderr
     assert latest_checkpoint(tmp_path / "stopped").name == f"checkpoint-{step}"
     run([*words, "--output_dir", str(tmp_path / "stopped"), "--resume_from_checkpoint", "latest"])
-    if validating:  # on one picture less
+    if validating:  # on one image less
         whole = run([*words, "--output_dir", str(tmp_path / "whole")])
     assert same_tensors(tmp_path / "stopped" / FILES["dreambooth"], whole / FILES["dreambooth"])
 
@@ -456,7 +456,7 @@ def test_a_terminal_that_closes(words, tmp_path):
 
 
 @pytest.mark.parametrize("late", [1, 2, 3, 4])
-def test_wherever_ctrl_c_comes_the_step_is_saved(late, pictures, tmp_path, monkeypatch):
+def test_wherever_ctrl_c_comes_the_step_is_saved(late, images, tmp_path, monkeypatch):
     """The question whether it was pressed is answered with yes from the given time on."""
     asked = []
 
@@ -466,7 +466,7 @@ def test_wherever_ctrl_c_comes_the_step_is_saved(late, pictures, tmp_path, monke
 
     monkeypatch.setattr(loop, "interruption", pressed)
     with pytest.raises(UserError, match="stopped at step") as error:
-        go(pictures, tmp_path)
+        go(images, tmp_path)
     assert f"stopped at step {step_of(latest_checkpoint(tmp_path) or tmp_path / 'none')};" in str(error.value)
 
 
@@ -502,8 +502,8 @@ def test_signals_of_a_launcher_count_as_one(monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(bad, pictures, tmp_path):
-    method, dataset = build(pictures)
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(bad, images, tmp_path):
+    method, dataset = build(images)
     config, losses, calls = settings(tmp_path, checkpointing_steps=2), method.losses, []
 
     def spoilt(step):
@@ -525,7 +525,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(bad, pict
         for value in load_file(tmp_path / "checkpoint-2" / FILES["dreambooth"]).values()
     )
     assert not (tmp_path / FILES["dreambooth"]).exists()
-    _, step = go(pictures, tmp_path, resume_from_checkpoint="latest")
+    _, step = go(images, tmp_path, resume_from_checkpoint="latest")
     assert step == 5
 
 
@@ -537,7 +537,7 @@ FULL = [
 
 @pytest.mark.parametrize("error", FULL, ids=["os", "safetensors"])
 @pytest.mark.parametrize("module", [resume, learned_words], ids=["state", "adapter"])
-def test_a_full_disk_leaves_the_older_checkpoint(module, error, pictures, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_older_checkpoint(module, error, images, tmp_path, monkeypatch):
     original, calls = module.save_file, []
 
     def save_file(tensors, path, *arguments):
@@ -549,15 +549,15 @@ def test_a_full_disk_leaves_the_older_checkpoint(module, error, pictures, tmp_pa
 
     monkeypatch.setattr(module, "save_file", save_file)
     with pytest.raises(UserError, match="disk is full"):
-        go(pictures, tmp_path, "textual_inversion", checkpointing_steps=1)
+        go(images, tmp_path, "textual_inversion", checkpointing_steps=1)
     assert {path.name for path in tmp_path.iterdir()} - {"pictures"} == {"checkpoint-1"}
     monkeypatch.undo()
-    _, step = go(pictures, tmp_path, "textual_inversion", resume_from_checkpoint="latest")
+    _, step = go(images, tmp_path, "textual_inversion", resume_from_checkpoint="latest")
     assert step == 5
 
 
-def test_a_full_disk_at_the_end_leaves_the_earlier_result(pictures, tmp_path, monkeypatch):
-    go(pictures, tmp_path, "textual_inversion", max_train_steps=1)
+def test_a_full_disk_at_the_end_leaves_the_earlier_result(images, tmp_path, monkeypatch):
+    go(images, tmp_path, "textual_inversion", max_train_steps=1)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
     def save_file(*arguments):
@@ -565,27 +565,27 @@ def test_a_full_disk_at_the_end_leaves_the_earlier_result(pictures, tmp_path, mo
 
     monkeypatch.setattr(learned_words, "save_file", save_file)
     with pytest.raises(UserError, match="disk is full"):
-        go(pictures, tmp_path, "textual_inversion", max_train_steps=2)
+        go(images, tmp_path, "textual_inversion", max_train_steps=2)
     assert len(before) >= 2
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["pictures"]
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(2, {3, 4}), (1, {4}), (0, {1, 2, 3, 4})])
-def test_checkpoints_total_limit(limit, kept, pictures, tmp_path):
-    go(pictures, tmp_path, checkpointing_steps=1, max_train_steps=4, checkpoints_total_limit=limit)
+def test_checkpoints_total_limit(limit, kept, images, tmp_path):
+    go(images, tmp_path, checkpointing_steps=1, max_train_steps=4, checkpoints_total_limit=limit)
     assert checkpoints(tmp_path) == {f"checkpoint-{n}" for n in kept}
 
 
-def test_the_limit_counts_numbers_not_letters(pictures, tmp_path):
-    go(pictures, tmp_path, checkpointing_steps=1, max_train_steps=11, checkpoints_total_limit=3)
+def test_the_limit_counts_numbers_not_letters(images, tmp_path):
+    go(images, tmp_path, checkpointing_steps=1, max_train_steps=11, checkpoints_total_limit=3)
     assert checkpoints(tmp_path) == {"checkpoint-9", "checkpoint-10", "checkpoint-11"}
 
 
 # validation
 
 
-def test_early_stopping_and_the_best(pictures, tmp_path, monkeypatch):
+def test_early_stopping_and_the_best(images, tmp_path, monkeypatch):
     """Losses 3, 2, 2.5, 2.6 at steps 2, 4, 6, 8: step 4 is the best, and two validations later it is over."""
     losses = iter([3.0, 2.0, 2.5, 2.6, 0.0])
     monkeypatch.setattr(validation, "validation_loss", lambda *arguments, **options: next(losses))
@@ -595,7 +595,7 @@ def test_early_stopping_and_the_best(pictures, tmp_path, monkeypatch):
         "checkpointing_steps": 4,
         "max_train_steps": 20,
     }
-    _, step = go(pictures, tmp_path / "run", held_out=True, checkpoints_total_limit=0, **limits)
+    _, step = go(images, tmp_path / "run", held_out=True, checkpoints_total_limit=0, **limits)
     best, file = tmp_path / "run" / "best", FILES["dreambooth"]
     assert step == 8
     assert step_of(best) == 4
@@ -606,7 +606,7 @@ def test_early_stopping_and_the_best(pictures, tmp_path, monkeypatch):
     losses = iter([2.5, 2.6, 0.0])  # the best loss and the count go on in a resumed run
     shutil.rmtree(best)
     _, step = go(
-        pictures,
+        images,
         tmp_path / "run",
         held_out=True,
         resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"),
@@ -616,14 +616,14 @@ def test_early_stopping_and_the_best(pictures, tmp_path, monkeypatch):
     assert not best.exists()
 
 
-def test_the_best_by_score(pictures, tmp_path, quick_pictures):
+def test_the_best_by_score(images, tmp_path, quick_images):
     """Likeness x obedience of .1, .3, .2, .25 at steps 2, 4, 6, 8, whatever the loss says; all is written
     down."""
     identities, seen = iter([0.2, 0.6, 0.4, 0.5]), []
 
     def scorer(drawn):
         seen.append([prompt for prompt, _ in drawn])
-        assert all(picture.size == (16, 16) for _, picture in drawn)
+        assert all(image.size == (16, 16) for _, image in drawn)
         return {"identity": next(identities), "control": 0.5}
 
     limits = {
@@ -633,7 +633,7 @@ def test_the_best_by_score(pictures, tmp_path, quick_pictures):
         "validation_metric": "score",
     }
     prompts = ["a red dog", "a dog on grass"]
-    _, step = go(pictures, tmp_path, held_out=True, scorer=scorer, validation_prompt=prompts, **limits)
+    _, step = go(images, tmp_path, held_out=True, scorer=scorer, validation_prompt=prompts, **limits)
     assert step == 8
     assert step_of(tmp_path / "best") == 4
     assert seen == [prompts] * 4
@@ -643,14 +643,14 @@ def test_the_best_by_score(pictures, tmp_path, quick_pictures):
     assert all(row["validation_loss"] > 0 for row in rows)
 
 
-def test_the_best_of_an_averaged_run_is_the_average(pictures, tmp_path, monkeypatch):
+def test_the_best_of_an_averaged_run_is_the_average(images, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         validation,
         "validation_loss",
         lambda method, *a, **o: seen.append(method.tokens.vectors[0].detach().clone()) or 1.0,
     )
-    method, _ = go(pictures, tmp_path, "textual_inversion", held_out=True, use_ema=True, max_train_steps=3)
+    method, _ = go(images, tmp_path, "textual_inversion", held_out=True, use_ema=True, max_train_steps=3)
     saved = load_file(tmp_path / "best" / "learned_embeds.safetensors")["<toy>"]
     assert torch.equal(saved, seen[0])
     assert torch.equal(saved, load_file(tmp_path / "learned_embeds.safetensors")["<toy>"])
@@ -658,19 +658,19 @@ def test_the_best_of_an_averaged_run_is_the_average(pictures, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_validation_does_not_disturb_training(case, pictures, tmp_path, quick_pictures):
-    go(pictures, tmp_path / "blind", case)
+def test_validation_does_not_disturb_training(case, images, tmp_path, quick_images):
+    go(images, tmp_path / "blind", case)
     prompt = ["a red <toy>" if case == "textual_inversion" else "a red dog"]
-    go(pictures, tmp_path / "seen", case, held_out=True, validation_steps=2, validation_prompt=prompt)
+    go(images, tmp_path / "seen", case, held_out=True, validation_steps=2, validation_prompt=prompt)
     assert same_tensors(tmp_path / "blind" / FILES[case], tmp_path / "seen" / FILES[case])
     assert {p.name for p in (tmp_path / "seen" / "samples").iterdir()} == {
         f"step-{n:06d}.png" for n in (2, 4, 5)
     }
 
 
-def test_the_validation_loss_by_hand(pictures):
-    """Eight draws of time and noise for each held-out picture, from one seed."""
-    method, dataset = build(pictures, "textual_inversion")
+def test_the_validation_loss_by_hand(images):
+    """Eight draws of time and noise for each held-out image, from one seed."""
+    method, dataset = build(images, "textual_inversion")
     batches, backbone, errors = held_out_batches(dataset, torch.device("cpu"))[:2], method.backbone, []
     torch.manual_seed(4)
     with torch.no_grad():
@@ -695,8 +695,8 @@ def test_the_validation_loss_by_hand(pictures):
     assert torch.equal(torch.rand(1), after)
 
 
-def test_the_validation_loss_is_without_dropout(pictures):
-    method, dataset = build(pictures)
+def test_the_validation_loss_is_without_dropout(images):
+    method, dataset = build(images)
     with torch.no_grad():
         for name, p in method.named_parameters():
             if "lora_B" in name:
@@ -715,9 +715,9 @@ def test_the_validation_loss_is_without_dropout(pictures):
 
 
 @pytest.mark.parametrize("decay", [0.999, 0.1])
-def test_the_average_by_hand(decay, pictures, tmp_path):
+def test_the_average_by_hand(decay, images, tmp_path):
     """diffusers' warm-up: the decay at step n is n / (n + 9), at most `ema_decay`, and 0 at the first."""
-    method, dataset = build(pictures, "textual_inversion")
+    method, dataset = build(images, "textual_inversion")
     config, seen = settings(tmp_path, max_train_steps=3, use_ema=True, ema_decay=decay), []
     method.on_step = lambda step, steps: seen.append(method.tokens.vectors[0].detach().clone())
     train(
@@ -741,14 +741,14 @@ def test_the_average_by_hand(decay, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_gradient_checkpointing_gives_the_same_gradients(base, pictures, tmp_path, monkeypatch):
+def test_gradient_checkpointing_gives_the_same_gradients(base, images, tmp_path, monkeypatch):
     """With plain gradient descent at rate 1, what moves is the gradient."""
     monkeypatch.setattr(
         session, "make_optimizer", lambda method, *_: torch.optim.SGD(method.parameter_groups(1.0))
     )
     found, forwards = [], []
     for on in (False, True):
-        method, dataset = build(pictures, base=base)
+        method, dataset = build(images, base=base)
         before = {name: p.detach().clone() for name, p in method.trainable().items()}
         block = next(
             m for n, m in method.backbone.denoiser.named_modules() if n.endswith("transformer_blocks.0")
@@ -773,7 +773,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(base, pictures, tmp_pat
 @pytest.mark.parametrize(
     ("case", "base"), [*(("dreambooth", base) for base in BASES), ("textual_inversion", "sd3")]
 )
-def test_bf16_keeps_what_is_trained_in_float32(case, base, pictures, tmp_path, quick_pictures):
+def test_bf16_keeps_what_is_trained_in_float32(case, base, images, tmp_path, quick_images):
     options = {
         "mixed_precision": "bf16",
         "max_train_steps": 2,
@@ -783,7 +783,7 @@ def test_bf16_keeps_what_is_trained_in_float32(case, base, pictures, tmp_path, q
     }
     prompt = ["a red <toy>" if case == "textual_inversion" else "a red dog"]
     method, step = go(
-        pictures, tmp_path, case, base=base, dtype=torch.bfloat16, validation_prompt=prompt, **options
+        images, tmp_path, case, base=base, dtype=torch.bfloat16, validation_prompt=prompt, **options
     )
     trained = method.trainable()
     assert step == 2
@@ -796,12 +796,12 @@ def test_bf16_keeps_what_is_trained_in_float32(case, base, pictures, tmp_path, q
     saved = load_file(tmp_path / FILES[case])
     assert {value.dtype for value in saved.values()} == {torch.float32}
     assert all(torch.isfinite(value).all() for value in saved.values())
-    start, _ = build(pictures, case, base, torch.bfloat16)
+    start, _ = build(images, case, base, torch.bfloat16)
     assert any(not torch.equal(p, trained[name]) for name, p in start.trainable().items())
     assert (tmp_path / "samples" / "step-000002.png").exists()
     again = copy.deepcopy(saved)
     go(
-        pictures,
+        images,
         tmp_path,
         case,
         base=base,
@@ -821,8 +821,8 @@ def test_two_runs_of_one_process_may_differ_in_precision(tmp_path):
 # settings
 
 
-def test_scale_lr_multiplies(pictures, tmp_path):
-    method, _ = build(pictures)
+def test_scale_lr_multiplies(images, tmp_path):
+    method, _ = build(images)
     config = settings(
         tmp_path, learning_rate=1e-3, scale_lr=True, train_batch_size=3, gradient_accumulation_steps=4
     )
@@ -836,7 +836,7 @@ def test_an_unknown_schedule_is_a_user_error():
         run(["dreambooth", "--lr_scheduler", "cosin"])
 
 
-def test_eight_bit_adam_names_what_to_install(pictures, tmp_path, monkeypatch):
+def test_eight_bit_adam_names_what_to_install(images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        go(pictures, tmp_path, use_8bit_adam=True)
+        go(images, tmp_path, use_8bit_adam=True)

@@ -47,19 +47,19 @@ def prompt_of(options: dict) -> str:
     return "a photo of <toy>" if "placeholder_token" in options else "a photo of sks dog"
 
 
-def build(base: str, case: str, pictures: Path):
+def build(base: str, case: str, images: Path):
     method_class, options = CASES[case]
-    concept = Concept(str(pictures), prompt_of(options), "a dog", "")
+    concept = Concept(str(images), prompt_of(options), "a dog", "")
     backbone = wrap(tiny(base), f"tiny-{base}")
     backbone.resolution = 32
     method = method_class(backbone, method_class.Config(**options), [concept])
-    found = find_images(pictures, concept.instance_prompt)
+    found = find_images(images, concept.instance_prompt)
     return method, SubjectData(SubjectDataset(found, DataConfig(resolution=32), backbone.factor))
 
 
-def trained(base: str, case: str, pictures: Path, folder: Path, **settings):
+def trained(base: str, case: str, images: Path, folder: Path, **settings):
     """The method after four steps; the run folder is `folder`."""
-    method, dataset = build(base, case, pictures)
+    method, dataset = build(base, case, images)
     config = TrainConfig(
         output_dir=str(folder), train_batch_size=2, max_train_steps=4, learning_rate=3e-2, **settings
     )
@@ -98,18 +98,18 @@ def stock_pipeline(base: str, run: Path):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("base", BASES)
-def test_trains_saves_and_reloads(base, case, pictures, tmp_path):
+def test_trains_saves_and_reloads(base, case, images, tmp_path):
     prompt = prompt_of(CASES[case][1])
-    method, _ = build(base, case, pictures)
+    method, _ = build(base, case, images)
     before = {name: value.detach().clone() for name, value in method.named_parameters()}
     names = set(method.trainable())
     untouched = draw(tiny(base), "a photo of sks dog")
 
-    method = trained(base, case, pictures, tmp_path / "run")
+    method = trained(base, case, images, tmp_path / "run")
     after = dict(method.named_parameters())
     moved = [name for name in names if not torch.equal(before[name], after[name])]
     frozen = all(torch.equal(before[name], after[name]) for name in after if name not in names)
-    picture = draw(method.backbone.pipe, prompt)
+    image = draw(method.backbone.pipe, prompt)
     words = "placeholder_token" in CASES[case][1]
     if base == "sd3" and words:  # diffusers' own pipeline of this model reads no learned words: ours does
         pipe = WordsSD3Pipeline(**tiny(base).components)
@@ -117,7 +117,7 @@ def test_trains_saves_and_reloads(base, case, pictures, tmp_path):
         pipe.set_progress_bar_config(disable=True)
     else:
         pipe = stock_pipeline(base, tmp_path / "run")
-    error = float(np.abs(picture - draw(pipe, prompt)).max())
+    error = float(np.abs(image - draw(pipe, prompt)).max())
     RESULTS.append(
         f"{base:5s} {case:28s} trained {len(names):3d} moved {len(moved):3d} frozen identical {frozen} "
         f"reload error {error:.0e}"
@@ -127,7 +127,7 @@ def test_trains_saves_and_reloads(base, case, pictures, tmp_path):
     # the text encoder's last layers may get no gradient where only an earlier layer is read
     assert len(moved) >= 0.7 * len(names)
     assert frozen
-    assert np.abs(picture - untouched).max() > 1e-4
+    assert np.abs(image - untouched).max() > 1e-4
     assert error < 2e-6
 
 

@@ -1,4 +1,4 @@
-"""The scores by loops over rows, their directions on real pictures, and the encoders by hand on tiny
+"""The scores by loops over rows, their directions on real images, and the encoders by hand on tiny
 models."""
 
 import math
@@ -73,21 +73,21 @@ def test_subject_score_is_the_mean_over_all_pairs():
     ) == pytest.approx(-0.2)
 
 
-def test_a_picture_compared_with_itself_counts():
-    """Generated pictures that are the references keep their ones: only the ceiling leaves them out."""
+def test_a_image_compared_with_itself_counts():
+    """Generated images that are the references keep their ones: only the ceiling leaves them out."""
     same = torch.eye(2)
     assert subject_score(same, same) == pytest.approx(0.5)
     assert ceiling_score(same) == pytest.approx(0.0)
 
 
-def test_ceiling_score_leaves_each_picture_itself_out():
+def test_ceiling_score_leaves_each_image_itself_out():
     references = rows(4, 5)
     expected = mean(cosine(references[i], references[j]) for i in range(4) for j in range(4) if i != j)
     assert ceiling_score(references) == pytest.approx(expected)
     assert ceiling_score(references[:1]) == 1.0
 
 
-def test_prompt_score_pairs_each_picture_with_its_own_prompt():
+def test_prompt_score_pairs_each_image_with_its_own_prompt():
     images, texts = rows(4, 5), rows(4, 5, seed=1)
     expected = mean(cosine(i, t) for i, t in zip(images, texts, strict=True))
     assert prompt_score(images, texts) == pytest.approx(expected)
@@ -107,7 +107,7 @@ def test_drift_goes_from_none_to_one():
     assert drift(before, -3 * before) == pytest.approx(1)
 
 
-def test_diversity_is_the_mean_distance_of_two_pictures_of_one_prompt():
+def test_diversity_is_the_mean_distance_of_two_images_of_one_prompt():
     features = rows(2, 4, 5)
     expected = mean(
         1 - cosine(some[i], some[j]) for some in features for i in range(4) for j in range(4) if i != j
@@ -117,7 +117,7 @@ def test_diversity_is_the_mean_distance_of_two_pictures_of_one_prompt():
     assert diversity(torch.tensor([[[1.0, 0.0], [-2.0, 0.0]]])) == pytest.approx(2)
 
 
-def test_copy_rate_compares_the_nearest_training_picture_with_another_view():
+def test_copy_rate_compares_the_nearest_training_image_with_another_view():
     generated, training, views = rows(4, 5), rows(3, 5, seed=1), rows(4, 5, seed=2)
     expected = mean(
         max(cosine(g, t) for t in training) - cosine(g, v) for g, v in zip(generated, views, strict=True)
@@ -125,13 +125,13 @@ def test_copy_rate_compares_the_nearest_training_picture_with_another_view():
     assert copy_rate(generated, training, views) == pytest.approx(expected)
 
 
-def test_multi_subject_score_counts_each_pictures_worst_subject():
+def test_multi_subject_score_counts_each_images_worst_subject():
     crops = [rows(4, 5), rows(4, 5, seed=1), rows(4, 5, seed=2)]
     references = [
         rows(3, 5, seed=3),
         rows(2, 5, seed=4),
         rows(1, 5, seed=5),
-    ]  # subjects may differ in pictures
+    ]  # subjects may differ in images
     worst = [
         min(mean(cosine(c[i], r) for r in rs) for c, rs in zip(crops, references, strict=True))
         for i in range(4)
@@ -169,11 +169,11 @@ def test_subject_only_is_white_outside_and_cropped_to_the_mask():
     assert np.abs(np.asarray(found, float) - expected).max() <= 1
 
 
-def test_subject_only_without_a_subject_gives_the_picture():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 8, 4), dtype=np.uint8))
-    found = subject_only(picture, Image.new("L", picture.size, 90))
+def test_subject_only_without_a_subject_gives_the_image():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 8, 4), dtype=np.uint8))
+    found = subject_only(image, Image.new("L", image.size, 90))
     assert found.mode == "RGB"
-    assert np.array_equal(np.asarray(found), np.asarray(picture)[..., :3])
+    assert np.array_equal(np.asarray(found), np.asarray(image)[..., :3])
 
 
 # The interval
@@ -209,11 +209,11 @@ def test_the_interval_is_the_same_at_every_call():
     assert confidence_interval(values, seed=1) == pytest.approx(confidence_interval(values, seed=2), abs=0.02)
 
 
-# Directions, on real pictures
+# Directions, on real images
 
 
 class Gallery:
-    """Six subjects, each in five scenes to be judged and in five others as its real pictures, as unit
+    """Six subjects, each in five scenes to be judged and in five others as its real images, as unit
     vectors.
 
     `scenes[s]` holds the scenes of subject `s`, `views[s]` the same subject and background drawn in
@@ -246,7 +246,7 @@ class Gallery:
             self.scenes.append(scenes[0])
             references.append(self.see(scenes[1]))
             views.append(self.see(scenes[2]))
-        self.pictures = torch.stack([self.see(scenes) for scenes in self.scenes])
+        self.images = torch.stack([self.see(scenes) for scenes in self.scenes])
         self.references, self.views = torch.stack(references), torch.stack(views)
         self.texts = self.encoder.texts([caption(scene) for scenes in self.scenes for scene in scenes])
         self.grey = self.encoder([Image.new("RGB", (64, 64), (127, 127, 127))] * 5)
@@ -261,8 +261,8 @@ def gallery():
 
 
 def test_a_swapped_subject_is_less_alike(gallery):
-    right = mean(subject_score(gallery.pictures[s], gallery.references[s]) for s in range(6))
-    swapped = mean(subject_score(gallery.pictures[s], gallery.references[s - 1]) for s in range(6))
+    right = mean(subject_score(gallery.images[s], gallery.references[s]) for s in range(6))
+    swapped = mean(subject_score(gallery.images[s], gallery.references[s - 1]) for s in range(6))
     constant = mean(subject_score(gallery.grey, gallery.references[s]) for s in range(6))
     assert right > swapped + 0.15
     assert right > constant + 0.15
@@ -270,50 +270,50 @@ def test_a_swapped_subject_is_less_alike(gallery):
 
 def test_shuffled_prompts_fit_less(gallery):
     """By one: other backgrounds, mostly of the same subject; by seven: other subjects too."""
-    pictures = gallery.pictures.flatten(0, 1)
-    right = prompt_score(pictures, gallery.texts)
-    assert right > prompt_score(pictures, gallery.texts.roll(1, 0)) + 0.1
-    assert right > prompt_score(pictures, gallery.texts.roll(7, 0)) + 0.15
+    images = gallery.images.flatten(0, 1)
+    right = prompt_score(images, gallery.texts)
+    assert right > prompt_score(images, gallery.texts.roll(1, 0)) + 0.1
+    assert right > prompt_score(images, gallery.texts.roll(7, 0)) + 0.15
     assert right > prompt_score(gallery.grey.repeat(6, 1), gallery.texts) + 0.15
 
 
-def test_a_constant_picture_has_no_diversity(gallery):
+def test_a_constant_image_has_no_diversity(gallery):
     assert diversity(gallery.grey[None]) == pytest.approx(0, abs=1e-5)
-    assert diversity(gallery.pictures) > 0.15
-    assert diversity(gallery.pictures.transpose(0, 1)) > diversity(
-        gallery.pictures
+    assert diversity(gallery.images) > 0.15
+    assert diversity(gallery.images.transpose(0, 1)) > diversity(
+        gallery.images
     )  # other subjects differ more than views
 
 
 def test_other_subjects_drift_further_than_other_poses(gallery):
-    pictures, views = gallery.pictures.flatten(0, 1), gallery.views.flatten(0, 1)
-    assert drift(pictures, pictures) == pytest.approx(0, abs=1e-6)
-    assert drift(pictures, pictures.roll(5, 0)) > drift(pictures, views) + 0.1
-    assert drift(pictures, gallery.grey.repeat(6, 1)) > drift(pictures, views) + 0.1
+    images, views = gallery.images.flatten(0, 1), gallery.views.flatten(0, 1)
+    assert drift(images, images) == pytest.approx(0, abs=1e-6)
+    assert drift(images, images.roll(5, 0)) > drift(images, views) + 0.1
+    assert drift(images, gallery.grey.repeat(6, 1)) > drift(images, views) + 0.1
 
 
-def test_copies_of_the_training_pictures_are_told_from_new_views(gallery):
-    """Asked for the scenes of `views`: one model gives its training pictures back, the other draws the
+def test_copies_of_the_training_images_are_told_from_new_views(gallery):
+    """Asked for the scenes of `views`: one model gives its training images back, the other draws the
     subject there."""
     copied = mean(copy_rate(gallery.references[s], gallery.references[s], gallery.views[s]) for s in range(6))
-    drawn = mean(copy_rate(gallery.pictures[s], gallery.references[s], gallery.views[s]) for s in range(6))
+    drawn = mean(copy_rate(gallery.images[s], gallery.references[s], gallery.views[s]) for s in range(6))
     assert copied > 0.1
     assert copied > drawn + 0.15
 
 
-def test_leaving_a_subject_out_costs_the_whole_picture(gallery):
+def test_leaving_a_subject_out_costs_the_whole_image(gallery):
     """The second subject is missing: the first one stands in its place too, or nothing does."""
     pairs = [(s, s - 1) for s in range(6)]
     both, twice, none = (
         mean(
             multi_subject_score(
-                [gallery.pictures[s], other(s, o)], [gallery.references[s], gallery.references[o]]
+                [gallery.images[s], other(s, o)], [gallery.references[s], gallery.references[o]]
             )
             for s, o in pairs
         )
         for other in (
-            lambda s, o: gallery.pictures[o],
-            lambda s, o: gallery.pictures[s],
+            lambda s, o: gallery.images[o],
+            lambda s, o: gallery.images[s],
             lambda s, o: gallery.grey,
         )
     )
@@ -336,7 +336,7 @@ def test_features_that_do_not_belong_together_are_refused():
             with pytest.raises(ValueError, match=r"one to one: \(4, 5\) is not"):
                 score(rows(4, 5), other)
     for features in (rows(4, 5), rows(4, 1, 5)):
-        with pytest.raises(ValueError, match="two or more pictures"):
+        with pytest.raises(ValueError, match="two or more images"):
             diversity(features)
     with pytest.raises(ValueError, match="2 subjects were cropped but 1 have references"):
         multi_subject_score([rows(4, 5)] * 2, [rows(3, 5)])
@@ -347,7 +347,7 @@ def encoder_of(image_width: int, text_width: int) -> ClipEncoder:
     return ClipEncoder(
         layer,
         lambda batch: layer(batch.mean((2, 3))),
-        lambda picture: torch.from_numpy(np.array(picture, np.float32)).permute(2, 0, 1) / 255,
+        lambda image: torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1) / 255,
         "two towers",
         texts=lambda prompts: torch.ones(len(prompts), text_width),
     )
@@ -356,7 +356,7 @@ def encoder_of(image_width: int, text_width: int) -> ClipEncoder:
 def test_towers_of_different_widths_are_refused_at_once():
     assert encoder_of(4, 4).texts(["a", "b"]).shape == (2, 4)
     with pytest.raises(
-        UserError, match="'two towers' gives 5 numbers a picture but 4 a prompt; give a CLIP model"
+        UserError, match="'two towers' gives 5 numbers an image but 4 a prompt; give a CLIP model"
     ):
         encoder_of(5, 4)
 
@@ -432,7 +432,7 @@ IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def awake(model: nn.Module, folder):
-    """The model in evaluation mode with weights large enough that pictures differ, saved."""
+    """The model in evaluation mode with weights large enough that images differ, saved."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -484,19 +484,18 @@ def save_dinov2_with_registers(folder) -> Dinov2WithRegistersModel:
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture with coarse and fine detail."""
+    """A image with coarse and fine detail."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (3, 3, 3), dtype=np.uint8)).resize((width, height))
     return Image.blend(coarse, Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)), 0.4)
 
 
-def pixels_by_hand(picture, resized, box, statistics) -> torch.Tensor:
-    """One picture as (1, 3, height, width): resized, cropped to `box` (left, top, right, bottom),
+def pixels_by_hand(image, resized, box, statistics) -> torch.Tensor:
+    """One image as (1, 3, height, width): resized, cropped to `box` (left, top, right, bottom),
     standardised."""
     left, top, right, bottom = box
     values = (
-        np.asarray(picture.resize(resized, Image.Resampling.BICUBIC), np.float32)[top:bottom, left:right]
-        / 255
+        np.asarray(image.resize(resized, Image.Resampling.BICUBIC), np.float32)[top:bottom, left:right] / 255
     )
     standard = (values - np.array(statistics[0])) / np.array(statistics[1])
     return torch.from_numpy(standard.transpose(2, 0, 1).astype(np.float32))[None]
@@ -520,12 +519,12 @@ DINOS = {
 
 
 @torch.no_grad()
-def test_clip_pictures_by_hand(tmp_path):
+def test_clip_images_by_hand(tmp_path):
     model, encoder = save_clip(tmp_path), load_clip(str(tmp_path))
     for size, (resized, box) in CLIP_CROPS.items():
-        picture = noise(*size)
-        hidden = model.vision_model(pixels_by_hand(picture, resized, box, CLIP_STATISTICS)).pooler_output
-        assert torch.allclose(encoder([picture]), unit(model.visual_projection(hidden)), atol=1e-4)
+        image = noise(*size)
+        hidden = model.vision_model(pixels_by_hand(image, resized, box, CLIP_STATISTICS)).pooler_output
+        assert torch.allclose(encoder([image]), unit(model.visual_projection(hidden)), atol=1e-4)
 
 
 @torch.no_grad()
@@ -548,22 +547,22 @@ def test_dino_gives_the_class_token_by_hand(kind, tmp_path):
     save, crops = DINOS[kind]
     model, encoder = save(tmp_path), load_dino(str(tmp_path))
     for size, (resized, box) in crops.items():
-        picture = noise(*size)
-        states = model(pixels_by_hand(picture, resized, box, IMAGENET_STATISTICS)).last_hidden_state
-        assert torch.allclose(encoder([picture]), unit(states[:, 0]), atol=1e-4)
+        image = noise(*size)
+        states = model(pixels_by_hand(image, resized, box, IMAGENET_STATISTICS)).last_hidden_state
+        assert torch.allclose(encoder([image]), unit(states[:, 0]), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["clip", *DINOS])
-def test_batches_equal_pictures_one_by_one(kind, tmp_path):
-    """Nine pictures of different sizes in batches of four: the last is not full."""
+def test_batches_equal_images_one_by_one(kind, tmp_path):
+    """Nine images of different sizes in batches of four: the last is not full."""
     (save_clip if kind == "clip" else DINOS[kind][0])(tmp_path)
     encoder = (load_clip if kind == "clip" else load_dino)(str(tmp_path))
     encoder.batch_size = 4
-    pictures = [noise(30 + 7 * i, 60 - 5 * i, i) for i in range(9)]
-    found = encoder(pictures)
+    images = [noise(30 + 7 * i, 60 - 5 * i, i) for i in range(9)]
+    found = encoder(images)
     assert (found.dtype, found.device.type, found.requires_grad) == (torch.float32, "cpu", False)
     assert torch.allclose(found.norm(dim=1), torch.ones(9), atol=1e-5)
-    assert torch.allclose(found, torch.cat([encoder([picture]) for picture in pictures]), atol=1e-3)
+    assert torch.allclose(found, torch.cat([encoder([image]) for image in images]), atol=1e-3)
     assert (torch.cdist(found, found) + torch.eye(9)).min() > 0.01  # they differ by much more than that
 
 
@@ -581,7 +580,7 @@ def test_batches_equal_prompts_one_by_one(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["clip", "vit"])
-def test_pictures_of_every_mode_and_shape(kind, tmp_path):
+def test_images_of_every_mode_and_shape(kind, tmp_path):
     (save_clip if kind == "clip" else save_vit)(tmp_path)
     encoder = (load_clip if kind == "clip" else load_dino)(str(tmp_path))
     rgb = noise(40, 30)
@@ -598,19 +597,19 @@ def test_pictures_of_every_mode_and_shape(kind, tmp_path):
             Image.fromarray(np.stack([255 * np.uint8(np.asarray(grey) > 99)] * 3, -1)),
         ),
     ]
-    for picture, as_rgb in same:
-        assert torch.equal(encoder([picture]), encoder([as_rgb])), picture.mode
+    for image, as_rgb in same:
+        assert torch.equal(encoder([image]), encoder([as_rgb])), image.mode
     shapes = [noise(1, 1), noise(3, 90), noise(200, 5), noise(33, 31)]
     assert encoder(shapes).isfinite().all()
 
 
-def test_the_embedded_worlds_clip_shrinks_large_pictures(gallery):
-    """The same scene, drawn at four times the size, is nearly the same picture."""
+def test_the_embedded_worlds_clip_shrinks_large_images(gallery):
+    """The same scene, drawn at four times the size, is nearly the same image."""
     scenes = [scenes[0] for scenes in gallery.scenes]
     large = gallery.encoder(
         [draw_scene(s, gallery.world)[0].resize((256, 256), Image.Resampling.BICUBIC) for s in scenes]
     )
-    assert torch.cosine_similarity(large, gallery.pictures[:, 0], dim=1).mean() > 0.9
+    assert torch.cosine_similarity(large, gallery.images[:, 0], dim=1).mean() > 0.9
 
 
 @pytest.mark.parametrize(
@@ -657,7 +656,7 @@ def test_cropped_takes_the_middle_by_hand(turned):
     assert np.array_equal(found, expected.T if turned else expected)
 
 
-def test_cropped_pictures_keep_their_proportions():
+def test_cropped_images_keep_their_proportions():
     """No resizing: of 9 x 5 the middle 3 x 3 begins at column 3 and row 1."""
     pixels = np.random.default_rng(0).integers(0, 255, (5, 9, 3), dtype=np.uint8)
     assert np.array_equal(np.asarray(cropped(Image.fromarray(pixels), 5, 3)), pixels[1:4, 3:6])

@@ -40,11 +40,11 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture
-def train(base, pictures, tmp_path):
+def train(base, images, tmp_path):
     """Trains one step into a folder; `None` leaves a flag out, `True` gives it alone."""
     flags = {
         "pretrained_model_name_or_path": base,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "instance_prompt": "a photo of sks dog",
     }
     flags |= {
@@ -177,7 +177,7 @@ def test_an_earlier_run_needs_the_flag(train, tmp_path):
     assert contents(folder) == before
 
 
-def test_a_mistake_in_the_new_run_leaves_the_earlier_one(train, tmp_path, pictures):
+def test_a_mistake_in_the_new_run_leaves_the_earlier_one(train, tmp_path, images):
     folder = train(checkpointing_steps=1)
     before = contents(folder)
     for changes in (
@@ -224,7 +224,7 @@ def test_a_checkpoint_that_got_something_meanwhile_is_not_dropped(train, tmp_pat
     assert (folder / "checkpoint-1" / "notes.txt").exists()
 
 
-def test_pictures_of_a_step_go_to_the_run(tmp_path):
+def test_images_of_a_step_go_to_the_run(tmp_path):
     for name in ("best", "checkpoint-12"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").touch()
@@ -306,7 +306,7 @@ def test_any_pipelines_folder_is_refused(train, base, tmp_path):
     assert contents(other) == before
 
 
-def test_pictures_of_a_base_model_go_elsewhere(base, tmp_path, monkeypatch):
+def test_images_of_a_base_model_go_elsewhere(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (
         cli.main(
@@ -461,13 +461,13 @@ def test_of_many_threads_one_at_a_time_holds_the_folder(tmp_path):
     assert names(tmp_path) == set()
 
 
-def test_two_runs_started_together(base, pictures, tmp_path):
+def test_two_runs_started_together(base, images, tmp_path):
     """One of them trains, the other says why it does not; the folder holds one whole run."""
     words = [
         "--pretrained_model_name_or_path",
         base,
         "--instance_data_dir",
-        pictures,
+        images,
         "--instance_prompt",
         "a photo of sks dog",
     ]
@@ -483,7 +483,7 @@ def test_two_runs_started_together(base, pictures, tmp_path):
     load_pipeline(tmp_path / "out")
 
 
-def test_pictures_of_two_programs_do_not_replace_each_other(tmp_path):
+def test_images_of_two_programs_do_not_replace_each_other(tmp_path):
     config, image = generating.GenerateConfig(), Image.new("RGB", (8, 8))
     (tmp_path / "a-dog-0.png").write_bytes(b"another's")
     threads = [
@@ -512,7 +512,7 @@ def test_a_name_that_is_taken_meanwhile_is_not_replaced(links, tmp_path, monkeyp
     assert contents(tmp_path) == before
 
 
-def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_half_image(tmp_path, monkeypatch):
     def full(self, path, **_):
         Path(path).write_bytes(b"")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -524,13 +524,13 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("prompt", ["狗" * 80, "ß" * 60, "a" * 300, "!!!"])
-def test_pictures_of_any_prompt_have_names(prompt, tmp_path):
+def test_images_of_any_prompt_have_names(prompt, tmp_path):
     path = generating.save(Image.new("RGB", (8, 8)), tmp_path, "run", prompt, 0, generating.GenerateConfig())
     with Image.open(path) as image:
         assert json.loads(image.info["parameters"])["prompt"] == prompt
 
 
-def test_pictures_do_not_say_where_things_are(tmp_path):
+def test_images_do_not_say_where_things_are(tmp_path):
     config = generating.GenerateConfig(
         subject_images=[str(tmp_path / "photos" / "mum.png")], subject_adapter=str(tmp_path / "enc")
     )
@@ -596,9 +596,9 @@ def test_what_an_unfinished_replacement_left_is_put_back(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     ended = subprocess.Popen(["true"])
     ended.wait()
-    (tmp_path / f".customize-part-{ended.pid}-ab").write_text("half a picture of a program that was killed")
+    (tmp_path / f".customize-part-{ended.pid}-ab").write_text("half an image of a program that was killed")
     (tmp_path / f".customize-part-{os.getppid()}-ab").write_text(
-        "half a picture of a program that is drawing it"
+        "half an image of a program that is drawing it"
     )
     files.recover(tmp_path)
     assert names(tmp_path) == {"best", "checkpoint-3", f".customize-part-{os.getppid()}-ab"}

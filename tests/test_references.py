@@ -29,18 +29,18 @@ from customize.stickers.bench import bench_subjects
 WHITE = (255, 255, 255)
 
 
-def pixels(pictures) -> torch.Tensor:
-    """What the image encoder would be given, here in [0, 1] and as large as the pictures are."""
-    return torch.stack([to_tensor(picture) for picture in pictures])
+def pixels(images) -> torch.Tensor:
+    """What the image encoder would be given, here in [0, 1] and as large as the images are."""
+    return torch.stack([to_tensor(image) for image in images])
 
 
 def flat(subject: int, view: int = 0, size=(8, 8)) -> Image.Image:
-    """A picture that says of which subject it is, and which of its views."""
+    """A image that says of which subject it is, and which of its views."""
     return Image.new("RGB", size, (subject, view, 0))
 
 
 def said(tensor: torch.Tensor) -> tuple[int, int]:
-    """Subject and view of a flat picture in [0, 1]."""
+    """Subject and view of a flat image in [0, 1]."""
     subject, view = (tensor[:2, 0, 0] * 255).round().int().tolist()
     return subject, view
 
@@ -63,12 +63,12 @@ def same(first: dict, second: dict) -> bool:
 
 def disc(size: int = 32) -> View:
     """A red disc on blue, with its mask."""
-    picture, mask = Image.new("RGB", (size, size), "blue"), Image.new("L", (size, size))
-    for image, fill in ((picture, "red"), (mask, 255)):
-        ImageDraw.Draw(image).ellipse(
+    image, mask = Image.new("RGB", (size, size), "blue"), Image.new("L", (size, size))
+    for canvas, fill in ((image, "red"), (mask, 255)):
+        ImageDraw.Draw(canvas).ellipse(
             (size // 8, size // 8, size - size // 8 - 1, size - size // 8 - 1), fill=fill
         )
-    return View(picture, mask, "a <s> disc")
+    return View(image, mask, "a <s> disc")
 
 
 def of_disc(**options) -> dict:
@@ -80,7 +80,7 @@ def of_disc(**options) -> dict:
 def test_the_first_reference_is_cut_out_at_the_rate_asked_for_and_the_second_always(rate):
     first, second = of_disc(segment_rate=rate)["references"][0]
     inside = to_tensor(disc().mask)[0] > 0
-    whole = to_tensor(disc().picture)
+    whole = to_tensor(disc().image)
     for reference, cut_out in ((first, bool(rate)), (second, True)):
         assert torch.equal(reference[:, inside], whole[:, inside])
         assert torch.equal(
@@ -147,7 +147,7 @@ def test_moved_keeps_the_size_and_is_white_outside():
     assert sum((array[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all() for array in found) > 15
 
 
-def test_moved_shows_the_whole_of_a_picture_that_is_not_square():
+def test_moved_shows_the_whole_of_a_image_that_is_not_square():
     wide = Image.new("RGB", (40, 10), "black")
     array = np.asarray(moved(wide, np.random.default_rng(0)))
     assert array.shape == (40, 40, 3)
@@ -155,12 +155,12 @@ def test_moved_shows_the_whole_of_a_picture_that_is_not_square():
 
 
 def test_moved_turns_shifts_scales_and_mirrors_within_bounds():
-    picture = Image.new("RGB", (60, 60), "white")
-    ImageDraw.Draw(picture).rectangle((20, 20, 39, 39), fill="black")
-    ImageDraw.Draw(picture).rectangle((20, 20, 25, 39), fill="red")  # on its left
+    image = Image.new("RGB", (60, 60), "white")
+    ImageDraw.Draw(image).rectangle((20, 20, 39, 39), fill="black")
+    ImageDraw.Draw(image).rectangle((20, 20, 25, 39), fill="red")  # on its left
     centres, areas, mirrored = [], [], []
     for seed in range(60):
-        array = np.asarray(moved(picture, np.random.default_rng(seed))).astype(int)
+        array = np.asarray(moved(image, np.random.default_rng(seed))).astype(int)
         dark, red = array[..., 1] < 128, (array[..., 1] < 128) & (array[..., 0] > 128)
         centres.append(np.argwhere(dark).mean(0) - 29.5)
         areas.append(dark.sum() / 400)
@@ -172,9 +172,9 @@ def test_moved_turns_shifts_scales_and_mirrors_within_bounds():
     assert 15 < sum(mirrored) < 45
 
 
-def test_the_same_numbers_move_a_picture_in_the_same_way():
-    picture = disc().picture
-    assert moved(picture, np.random.default_rng(3)) == moved(picture, np.random.default_rng(3))
+def test_the_same_numbers_move_a_image_in_the_same_way():
+    image = disc().image
+    assert moved(image, np.random.default_rng(3)) == moved(image, np.random.default_rng(3))
 
 
 def test_a_caption_must_say_the_subjects_word():
@@ -198,7 +198,7 @@ def test_a_batch_is_stacked():
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_a_target_is_none_of_its_references_as_far_as_there_are_pictures(count):
+def test_a_target_is_none_of_its_references_as_far_as_there_are_images(count):
     orders = [drawn(np.random.default_rng(seed), count) for seed in range(100)]
     assert all(len(set(order)) == min(count, 3) for order in orders)
     assert all(order[0] != order[1] != order[2] for order in orders)
@@ -210,7 +210,7 @@ def test_a_target_is_none_of_its_references_as_far_as_there_are_pictures(count):
 
 @pytest.fixture
 def scenes(monkeypatch):
-    """The scenes that are drawn, in their order; they are drawn as tiny blank pictures."""
+    """The scenes that are drawn, in their order; they are drawn as tiny blank images."""
     found = []
 
     def draw(scene, world, mask_companion=False):
@@ -250,7 +250,7 @@ def test_the_second_rendered_reference_is_on_white_and_the_first_as_it_was_drawn
         found.clear()
         entry = rendered(segment_rate=0.0)[position]
         outside = [to_tensor(mask)[0] == 0 for _, mask in found]
-        first, second, target = (to_tensor(picture) for picture, _ in found)
+        first, second, target = (to_tensor(image) for image, _ in found)
         assert torch.equal(entry["references"][0, 0], first)
         assert (entry["references"][0, 1][:, outside[1]] == 1).all()
         inside = to_tensor(found[1][1])[0] == 1
@@ -330,7 +330,7 @@ def test_a_second_subject_has_its_word_and_references_of_its_own(scenes):
 
 def test_halves_are_those_in_which_the_subjects_stand(monkeypatch):
     """The region of the first subject holds most of its own mask, and the second's the rest of the
-    picture."""
+    image."""
     masks, draw = [], sources.draw_scene
 
     def remembered(*scene, **options):
@@ -463,7 +463,7 @@ def test_the_target_is_none_of_the_references(tmp_path):
     assert targets == {0, 1, 2, 3}
 
 
-def test_two_pictures_are_enough(tmp_path):
+def test_two_images_are_enough(tmp_path):
     write_subject(tmp_path, "toy", 10, count=2)
     dataset = folders(ReferenceConfig(train_data_dir=str(tmp_path), resolution=8))
     entry = dataset[0]
@@ -472,7 +472,7 @@ def test_two_pictures_are_enough(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "twice"), [(2, True), (3, False)])
-def test_of_two_pictures_the_second_reference_is_the_target(count, twice, tmp_path):
+def test_of_two_images_the_second_reference_is_the_target(count, twice, tmp_path):
     write_subject(tmp_path, "toy", 10, count=count)
     dataset = folders(ReferenceConfig(train_data_dir=str(tmp_path), resolution=8))
     batch = collate_references([dataset[i] for i in range(3)])
@@ -511,34 +511,34 @@ def test_a_prompt_without_the_subjects_word_is_refused(tmp_path):
         read_folders(ReferenceConfig(train_data_dir=str(tmp_path), instance_prompt="a photo"))
 
 
-def test_one_picture_of_a_subject_is_refused(tmp_path):
+def test_one_image_of_a_subject_is_refused(tmp_path):
     write_subject(tmp_path, "many", 10)
     write_subject(tmp_path, "lone", 20, count=1)
-    with pytest.raises(UserError, match=r"lone.*one picture"):
+    with pytest.raises(UserError, match=r"lone.*one image"):
         read_folders(ReferenceConfig(train_data_dir=str(tmp_path)))
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no folder.*nowhere.*--train_data_dir"):
         read_folders(ReferenceConfig(train_data_dir=str(tmp_path / "nowhere")))
-    with pytest.raises(UserError, match=r"--train_data_dir.*a folder of pictures for each subject"):
+    with pytest.raises(UserError, match=r"--train_data_dir.*a folder of images for each subject"):
         read_folders(ReferenceConfig(train_data_dir=str(tmp_path)))
     flat(1).save(tmp_path / "loose.png")
     (tmp_path / ".hidden").mkdir()
-    with pytest.raises(UserError, match=r"--train_data_dir.*a folder of pictures for each subject"):
+    with pytest.raises(UserError, match=r"--train_data_dir.*a folder of images for each subject"):
         read_folders(ReferenceConfig(train_data_dir=str(tmp_path)))
     (tmp_path / "toy").mkdir()
-    with pytest.raises(UserError, match=r"toy.*no readable picture"):
+    with pytest.raises(UserError, match=r"toy.*no readable image"):
         read_folders(ReferenceConfig(train_data_dir=str(tmp_path)))
 
 
-def test_an_unreadable_picture_is_skipped_or_refused(tmp_path):
+def test_an_unreadable_image_is_skipped_or_refused(tmp_path):
     write_subject(tmp_path, "toy", 10)
-    (tmp_path / "toy" / "bad.png").write_text("no picture")
+    (tmp_path / "toy" / "bad.png").write_text("no image")
     config = ReferenceConfig(train_data_dir=str(tmp_path))
     with pytest.warns(UserWarning, match=r"bad\.png"):
-        [(name, pictures)] = read_folders(config)
-    assert (name, len(pictures)) == ("toy", 4)
+        [(name, images)] = read_folders(config)
+    assert (name, len(images)) == ("toy", 4)
     config.strict = True
     with pytest.raises(UserError, match=r"bad\.png"):
         read_folders(config)
@@ -757,7 +757,7 @@ def test_each_view_of_a_list_may_have_a_caption_of_its_own(hf, tmp_path, streami
 @LISTS
 @STREAMING
 def test_masks_of_rows_cut_the_references_out(hf, tmp_path, lists, streaming):
-    """The right half of every picture is the subject's; the second row's masks are missing."""
+    """The right half of every image is the subject's; the second row's masks are missing."""
     half = Image.fromarray(np.array([[0] * 4 + [255] * 4] * 8, np.uint8))
     views, masks = [flat(3, j) for j in range(3)], [half] * 3
     image = hf.Sequence(hf.Image()) if lists else hf.Image()
@@ -790,35 +790,35 @@ def test_masks_of_rows_cut_the_references_out(hf, tmp_path, lists, streaming):
 
 
 def spoilt(hf, folder):
-    """Eight subjects, of which the third has a picture that is none, and the fifth a large one."""
+    """Eight subjects, of which the third has an image that is none, and the fifth a large one."""
     folder.mkdir()
-    pictures = [[{"bytes": encoded(flat(i, j)), "path": None} for j in range(3)] for i in range(8)]
-    pictures[2] = [{"bytes": b"nothing", "path": None}] * 3
-    pictures[4] = [{"bytes": encoded(flat(4, j, (40, 40))), "path": None} for j in range(3)]
+    images = [[{"bytes": encoded(flat(i, j)), "path": None} for j in range(3)] for i in range(8)]
+    images[2] = [{"bytes": b"nothing", "path": None}] * 3
+    images[4] = [{"bytes": encoded(flat(4, j, (40, 40))), "path": None} for j in range(3)]
     features = hf.Features({"image": hf.Sequence(hf.Image())})
-    hf.Dataset.from_dict({"image": pictures}, features=features).to_parquet(str(folder / "0.parquet"))
+    hf.Dataset.from_dict({"image": images}, features=features).to_parquet(str(folder / "0.parquet"))
     return folder
 
 
-def encoded(picture: Image.Image) -> bytes:
+def encoded(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
 @STREAMING
-def test_pictures_of_rows_that_cannot_be_read_are_skipped_or_refused(hf, tmp_path, streaming):
+def test_images_of_rows_that_cannot_be_read_are_skipped_or_refused(hf, tmp_path, streaming):
     folder = spoilt(hf, tmp_path / "rows")
     with pytest.warns(
-        UserWarning, match=r"a picture of subject '(2' cannot be read|4' has more pixels).*It is skipped"
+        UserWarning, match=r"a image of subject '(2' cannot be read|4' has more pixels).*It is skipped"
     ):
         entries = take(6, streamed(parquet(folder, max_pixels=1000, streaming=streaming)))
     assert shown(entries) == [0, 1, 3, 5, 6, 7]
-    with pytest.raises(UserError, match="a picture of subject '2' cannot be read"):
+    with pytest.raises(UserError, match="a image of subject '2' cannot be read"):
         take(6, streamed(parquet(folder, max_pixels=1000, strict=True, streaming=streaming)))
 
 
-def test_a_dataset_of_unreadable_pictures_ends(hf, tmp_path):
+def test_a_dataset_of_unreadable_images_ends(hf, tmp_path):
     with (
         pytest.warns(UserWarning, match="skipped"),
         pytest.raises(UserError, match="has more pixels than --max_pixels 10"),
@@ -857,7 +857,7 @@ def test_a_row_caption_without_the_subjects_word_is_refused(hf, tmp_path):
 
 
 def uneven(hf, folder):
-    """Seven subjects: the second has a mask too few, the third no pictures, the fourth a caption without
+    """Seven subjects: the second has a mask too few, the third no images, the fourth a caption without
     its word, the fifth one that is none."""
     folder.mkdir()
     half = Image.new("L", (8, 8), 255)
@@ -883,10 +883,10 @@ def test_rows_that_do_not_fit_together_are_skipped_or_refused(hf, tmp_path, stre
     assert shown(entries) == [0, 4, 5, 6]
     assert entries[1]["prompt"] == "a <s> 4"
     said = [str(warning.message) for warning in warned]
-    assert any("subject '1' has 3 pictures, 2 masks and 3 captions. It is skipped" in text for text in said)
+    assert any("subject '1' has 3 images, 2 masks and 3 captions. It is skipped" in text for text in said)
     assert any("subject '3', the caption 'a toy' does not say <s>" in text for text in said)
     config.strict = True
-    with pytest.raises(UserError, match="subject '1' has 3 pictures"):
+    with pytest.raises(UserError, match="subject '1' has 3 images"):
         take(4, streamed(config))
 
 
@@ -900,7 +900,7 @@ def test_captions_that_are_no_text_are_skipped(hf, tmp_path):
         take(1, streamed(parquet(tmp_path / "rows")))
 
 
-def test_pictures_of_16_bits_are_not_clipped(hf, tmp_path):
+def test_images_of_16_bits_are_not_clipped(hf, tmp_path):
     """Gray at half of the range stays gray."""
     gray = [{"bytes": encoded(Image.fromarray(np.full((8, 8), 32768, np.uint16))), "path": None}] * 2
     (tmp_path / "rows").mkdir()
@@ -1020,12 +1020,12 @@ def test_a_wrong_column_is_named_with_those_there_are(hf, tmp_path, streaming):
     folder = write_rows(hf, tmp_path / "rows", lists=False)
     for column in ("image_column", "subject_column"):
         config = parquet(folder, False, streaming=streaming, **{column: "picture"})
-        with pytest.raises(UserError, match=f"--{column}: .*no column 'picture', only image, who, text"):
+        with pytest.raises(UserError, match=f"--{column}: .*no column 'image', only image, who, text"):
             read_rows(config)
 
 
 @STREAMING
-def test_single_pictures_need_a_subject_column(hf, tmp_path, streaming):
+def test_single_images_need_a_subject_column(hf, tmp_path, streaming):
     with pytest.raises(UserError, match=r"--subject_column: name the column"):
         read_rows(parquet(write_rows(hf, tmp_path / "rows", lists=False), streaming=streaming))
 

@@ -182,25 +182,25 @@ def test_the_page_stands_alone_and_escapes_every_text(tmp_path):
         "Control\u00a0↑",
         "Identity\u00a0↑",
     ]
-    assert "picture missing: gone &lt;b&gt;.png" in page
+    assert "image missing: gone &lt;b&gt;.png" in page
 
 
-def test_best_median_and_worst_picture_by_the_product_of_the_axes(tmp_path):
+def test_best_median_and_worst_image_by_the_product_of_the_axes(tmp_path):
     results = results_of(tmp_path, subjects=1)
     (method, *_) = results["methods"]  # its products are 0.1, 0.18 and 0.03
-    chosen = [(name, picture["prompt"][-1]) for name, _, picture in picks(method, results["axes"])]
+    chosen = [(name, image["prompt"][-1]) for name, _, image in picks(method, results["axes"])]
     assert chosen == [("best", "1"), ("median", "0"), ("worst", "2")]
-    pictures = method["subjects"][0]["pictures"]
-    pictures[1]["scores"]["control"] = None
+    images = method["subjects"][0]["pictures"]
+    images[1]["scores"]["control"] = None
     assert [name for name, *_ in picks(method, results["axes"])] == ["best", "worst"]
-    pictures[0]["scores"].clear()
+    images[0]["scores"].clear()
     assert [name for name, *_ in picks(method, results["axes"])] == ["best"]
 
 
 def test_a_strip_pairs_prompts_by_order(tmp_path):
     results = results_of(tmp_path, subjects=1)
-    for picture in results["methods"][2]["subjects"][0]["pictures"]:
-        picture["prompt"] = picture["prompt"].replace("<b>", "plain")
+    for image in results["methods"][2]["subjects"][0]["pictures"]:
+        image["prompt"] = image["prompt"].replace("<b>", "plain")
     results["methods"][1]["subjects"][0]["pictures"] = []
     table = section(page_of(results, tmp_path), "Subject by subject")
     shown_for = [re.findall(r"<td>.*?</td>", row) for row in table.split("</q>")[1:]]
@@ -218,7 +218,7 @@ def test_one_subject_has_no_interval_and_one_method_is_not_the_best(tmp_path):
 
 
 def test_what_is_not_there_has_no_section(tmp_path):
-    results = results_of(tmp_path, factors={}, cost={}, pictures=[], references=[], scores={})
+    results = results_of(tmp_path, factors={}, cost={}, images=[], references=[], scores={})
     page = page_of(results, tmp_path)
     assert re.findall("<h2>([^<]*)</h2>", page) == ["Scores", "What the metrics mean", "Protocol"]
     assert rows(section(page, "Scores"))["a"] == ["–"] * 4
@@ -283,8 +283,8 @@ def test_numbers_as_printed(value, style, text):
 
 def test_photographs_are_scaled_down(tmp_path):
     results = results_of(tmp_path, subjects=1, methods=("a",))
-    for picture in results["methods"][0]["subjects"][0]["pictures"]:
-        Image.effect_noise((1024, 512), 90).save(tmp_path / picture["file"])
+    for image in results["methods"][0]["subjects"][0]["pictures"]:
+        Image.effect_noise((1024, 512), 90).save(tmp_path / image["file"])
     page = page_of(results, tmp_path)
     assert page.count("data:image/jpeg") == 5  # three cards, and the prompts of one strip
     assert max(len(uri) for uri in re.findall('data:image/jpeg;base64,[^"]*', page)) < 40_000

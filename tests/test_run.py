@@ -41,10 +41,10 @@ def bases(tmp_path_factory):
 
 
 @pytest.fixture
-def start(bases, pictures, tmp_path):
+def start(bases, images, tmp_path):
     """Starts a run with these settings; `None` leaves a flag out, `True` gives it alone."""
     flags = {
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "instance_prompt": "a photo of sks dog",
         "resolution": 16,
         "max_train_steps": 3,
@@ -105,7 +105,7 @@ def folder_of(path: Path, sizes: list[tuple[int, int]]) -> Path:
 # what a run leaves
 
 
-def test_the_folder_and_its_description(start, bases, pictures):
+def test_the_folder_and_its_description(start, bases, images):
     folder = start(snr_gamma=5)
     info = read_info(folder)
     assert (info["format"], info["method"], info["step"], info["words"]) == (1, "dreambooth", 3, {})
@@ -207,7 +207,7 @@ def test_a_trained_component_is_loaded_from_the_run(start):
 # prior preservation
 
 
-def test_class_pictures_are_drawn_once_and_used_again(start, monkeypatch, tmp_path, steps):
+def test_class_images_are_drawn_once_and_used_again(start, monkeypatch, tmp_path, steps):
     calls = counted(monkeypatch, StableDiffusionPipeline, "__call__")
     options = {
         "with_prior_preservation": True,
@@ -237,7 +237,7 @@ def test_class_pictures_are_drawn_once_and_used_again(start, monkeypatch, tmp_pa
     assert {name: (folder / "class_images" / "0" / name).read_bytes() for name in made} == made
 
 
-def test_a_class_picture_that_was_removed_is_drawn_again(start):
+def test_a_class_image_that_was_removed_is_drawn_again(start):
     options = {
         "with_prior_preservation": True,
         "class_prompt": "a dog",
@@ -253,7 +253,7 @@ def test_a_class_picture_that_was_removed_is_drawn_again(start):
     assert len(list(made.iterdir())) == 2
 
 
-def test_a_half_written_class_picture_does_not_stop_the_next_run(start, tmp_path):
+def test_a_half_written_class_image_does_not_stop_the_next_run(start, tmp_path):
     folder = tmp_path / "class"
     folder.mkdir()
     (folder / ".00000.partial").write_bytes(b"")
@@ -267,7 +267,7 @@ def test_a_half_written_class_picture_does_not_stop_the_next_run(start, tmp_path
     assert (folder / "class-00000.png").exists()
 
 
-def test_your_own_class_pictures_are_enough(start, tmp_path, monkeypatch, steps):
+def test_your_own_class_images_are_enough(start, tmp_path, monkeypatch, steps):
     calls = counted(monkeypatch, StableDiffusionPipeline, "__call__")
     folder = folder_of(tmp_path / "class", [(32, 32)] * 4)
     start(
@@ -354,11 +354,11 @@ def test_the_teacher_by_hand():
 # data
 
 
-def test_masks_reach_the_loss(start, pictures, steps):
+def test_masks_reach_the_loss(start, images, steps):
     for i in range(4):
         mask = Image.new("L", (40, 32), 0)
         mask.paste(255, (0, 0, 20, 32))  # the left half of the square crop
-        mask.save(pictures / f"{i}.mask.png")
+        mask.save(images / f"{i}.mask.png")
     start(unmasked_weight=0.25)
     for step, terms in steps:
         mask = step.batch["mask"][0, 0]
@@ -398,16 +398,16 @@ def test_aspect_ratio_buckets(start, tmp_path, steps, cached):
 
 
 def test_a_second_run_reads_the_cache(start, tmp_path, monkeypatch):
-    pictures, prompts = counted(monkeypatch, Backbone, "moments"), counted(monkeypatch, SD, "_encode_prompt")
+    images, prompts = counted(monkeypatch, Backbone, "moments"), counted(monkeypatch, SD, "_encode_prompt")
     options = {"cache_dir": tmp_path / "cache", "random_flip": True}
     first = load_file(start(**options) / LORA)
-    assert len(pictures) == 8  # four and their mirror images
+    assert len(images) == 8  # four and their mirror images
     assert len(prompts) == 2  # the caption and the empty prompt
     second = load_file(start(**options, output_dir=tmp_path / "again") / LORA)
-    assert (len(pictures), len(prompts)) == (8, 2)
+    assert (len(images), len(prompts)) == (8, 2)
     assert all(torch.equal(first[name], second[name]) for name in first)
     start(**options, resolution=24, output_dir=tmp_path / "larger")
-    assert (len(pictures), len(prompts)) == (16, 2)
+    assert (len(images), len(prompts)) == (16, 2)
 
 
 def test_cached_and_live_encoding_train_alike(start, tmp_path):
@@ -426,7 +426,7 @@ def test_training_words_keeps_the_text_encoder(start, monkeypatch):
 
 
 @pytest.mark.parametrize("base", ["sd15", "sdxl"])
-def test_validation_pictures_are_what_the_run_draws(start, bases, base):
+def test_validation_images_are_what_the_run_draws(start, bases, base):
     """From the cached embeddings, the text encoders being gone, and then from the loaded run."""
     prompts = ["a photo of sks dog", "a red cat"]
     options = {"validation_prompt": prompts, "num_validation_images": 2, "validation_steps": 2, "seed": 7}
@@ -538,9 +538,9 @@ def test_a_base_without_a_component(start, bases, tmp_path):
         start(pretrained_model_name_or_path=folder)
 
 
-def test_captions_without_the_new_word_teach_nothing(start, pictures):
+def test_captions_without_the_new_word_teach_nothing(start, images):
     for i in range(4):
-        (pictures / f"{i}.txt").write_text("a red toy on grass")
+        (images / f"{i}.txt").write_text("a red toy on grass")
     with pytest.raises(UserError, match="<toy>"):
         start("textual_inversion", **WORDS)
 
@@ -581,9 +581,9 @@ def test_a_base_that_has_moved(finished):
         load_pipeline(finished)
 
 
-def test_a_class_prompt_that_is_too_long_is_told_before_its_pictures_are_drawn(start, monkeypatch):
+def test_a_class_prompt_that_is_too_long_is_told_before_its_images_are_drawn(start, monkeypatch):
     monkeypatch.setattr(
-        StableDiffusionPipeline, "__call__", lambda *_, **__: pytest.fail("a picture was drawn")
+        StableDiffusionPipeline, "__call__", lambda *_, **__: pytest.fail("a image was drawn")
     )
     with pytest.raises(UserError, match=r"class prompt 'a dog.*has 202 tokens, more than 16") as error:
         start(with_prior_preservation=True, class_prompt="a dog " * 100, num_class_images=1)
@@ -698,8 +698,8 @@ def test_push_uploads_nothing_that_a_user_put_into_the_folder(finished, uploads)
     assert uploads[1][2].keys() == {"README.md", LORA, "run.json"}
 
 
-def test_what_is_uploaded_names_no_place_on_this_machine(start, bases, pictures, tmp_path, uploads):
-    """The base model, the pictures, the caches and the outputs all lie in folders whose names are in no
+def test_what_is_uploaded_names_no_place_on_this_machine(start, bases, images, tmp_path, uploads):
+    """The base model, the images, the caches and the outputs all lie in folders whose names are in no
     uploaded byte."""
     options = {
         "full_finetune": True,
@@ -710,7 +710,7 @@ def test_what_is_uploaded_names_no_place_on_this_machine(start, bases, pictures,
     folder = start(max_train_steps=1, **options)
     generated = tmp_path / "generated.png"
     parameters = json.dumps(
-        {"run": str(folder), "subject_images": [str(pictures / "0.png")], "prompt": "a dog"}
+        {"run": str(folder), "subject_images": [str(images / "0.png")], "prompt": "a dog"}
     )
     save_image(Image.new("RGB", (8, 8)), generated, parameters=parameters)
     hub.push(folder, "me/dog", samples=[str(generated)])

@@ -44,7 +44,7 @@ def pixels(scene: Scene, size: int = 64) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("factor", "value"), [(f, v) for f, values in VALUES.items() for v in values])
-def test_every_factor_changes_caption_and_picture(factor, value):
+def test_every_factor_changes_caption_and_image(factor, value):
     plain, varied = Scene(FOX), replace(Scene(FOX), **{factor: value})
     assert caption(varied) != caption(plain)
     changed = np.abs(pixels(varied) - pixels(plain)).max(-1) > 12
@@ -80,10 +80,10 @@ def test_scenes_depend_on_their_fields_alone():
 @pytest.mark.parametrize("size", [64, 128])
 def test_mask_is_where_the_subject_is(size):
     """On plain white without shadow, pixels differ from the background exactly where the mask says."""
-    picture, mask = draw_scene(Scene(FOX, pose=Pose(x=0.1, angle=10)), WORLD, size)
-    far = np.abs(np.asarray(picture, np.float32) - 248).max(-1) > 40
+    image, mask = draw_scene(Scene(FOX, pose=Pose(x=0.1, angle=10)), WORLD, size)
+    far = np.abs(np.asarray(image, np.float32) - 248).max(-1) > 40
     covered = np.asarray(mask) > 127
-    assert picture.size == mask.size == (size, size)
+    assert image.size == mask.size == (size, size)
     assert (far & ~covered).mean() < 0.01
     assert 0.1 < covered.mean() < 0.6
 
@@ -125,22 +125,22 @@ def test_correlation_finds_the_drawing():
     rng = np.random.default_rng(0)
     own, other = [], []
     for background in ("beach", "bricks", "night"):
-        picture, _ = draw_scene(Scene(FOX, background, pose=draw_pose(rng, 0.7)), WORLD)
-        own.append(masked_correlation(picture, WORLD.sprite(FOX)))
-        other.append(masked_correlation(picture, WORLD.sprite(Drawing("pizza", "3d"))))
+        image, _ = draw_scene(Scene(FOX, background, pose=draw_pose(rng, 0.7)), WORLD)
+        own.append(masked_correlation(image, WORLD.sprite(FOX)))
+        other.append(masked_correlation(image, WORLD.sprite(Drawing("pizza", "3d"))))
     assert min(own) > 0.8
     assert max(other) < min(own) - 0.15
 
 
 def test_correlation_against_the_definition():
-    """A picture that is the drawing on its own: the weighted correlation at that place, by hand."""
+    """A image that is the drawing on its own: the weighted correlation at that place, by hand."""
     sprite = np.zeros((64, 64, 4), np.uint8)
     sprite[8:56, 8:56, 3] = 255
     sprite[8:56, 8:32] = (255, 0, 0, 255)
     sprite[8:56, 32:56] = (0, 0, 255, 255)
     small = Image.fromarray(sprite).resize((round(0.8 * 64),) * 2, Image.Resampling.LANCZOS)
-    picture = Image.new("RGB", (64, 64), (90, 90, 90))
-    picture.paste(small, (6, 6), small)
-    assert masked_correlation(picture, sprite) > 0.98
+    image = Image.new("RGB", (64, 64), (90, 90, 90))
+    image.paste(small, (6, 6), small)
+    assert masked_correlation(image, sprite) > 0.98
     flat = Image.new("RGB", (64, 64), (90, 90, 90))
     assert masked_correlation(flat, sprite) < 0.3

@@ -36,11 +36,11 @@ PAIR = "a <s> dog the <s2> cat"
 FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"  # the layer that runs first
 
 
-def picture(number: int) -> Image.Image:
+def image(number: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8))
 
 
-A, B, C, D = (picture(number) for number in range(4))
+A, B, C, D = (image(number) for number in range(4))
 BLACK, OPEN = Image.new("L", (8, 8)), Image.new("L", (8, 8), 255)
 
 
@@ -108,7 +108,7 @@ def woken(base: str, kind=multimodal):
 
 
 def draw(pipe, prompt, seeds=(1,), **options) -> np.ndarray:
-    """Pictures in [0, 1], each from the noise of its seed; one seed serves all."""
+    """Images in [0, 1], each from the noise of its seed; one seed serves all."""
     count = (len(prompt) if isinstance(prompt, list) else 1) * options.get("num_images_per_prompt", 1)
     generator = [
         torch.Generator().manual_seed(seed) for seed in (seeds * count if len(seeds) == 1 else seeds)
@@ -205,7 +205,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("case", BATCHES)
 def test_a_batch_with_references_for_each_prompt_is_its_prompts_drawn_one_by_one(pipe, case):
-    """Compared are the pictures of a batch, from the same noises, with those of a call for each prompt."""
+    """Compared are the images of a batch, from the same noises, with those of a call for each prompt."""
     prompts, references = BATCHES[case]
     seeds = tuple(range(len(prompts)))
     together = draw(pipe, prompts, seeds, subject_images=references)
@@ -231,8 +231,8 @@ def test_one_list_of_references_is_for_all_prompts(sd15):
     assert apart(shared, draw(sd15, [DOG, CAT], (1, 2), subject_images=[[A, B], [C]])) > 1e-3
 
 
-def test_several_pictures_of_a_prompt(pipe):
-    """Compared are two pictures of each of two prompts with the four drawn one by one."""
+def test_several_images_of_a_prompt(pipe):
+    """Compared are two images of each of two prompts with the four drawn one by one."""
     options = {"num_images_per_prompt": 2, "negative_prompt": ["red", "blue"]}
     together = draw(pipe, [DOG, CAT], (1, 2, 3, 4), subject_images=[[A, B], [C]], **options)
     parts = [draw(pipe, DOG, (seed,), subject_images=[A, B], negative_prompt="red") for seed in (1, 2)]
@@ -240,8 +240,8 @@ def test_several_pictures_of_a_prompt(pipe):
     assert apart(together, np.concatenate(parts)) < 1e-5
 
 
-def test_several_pictures_with_masks_and_image_prompts():
-    """Compared are two pictures of each of two prompts with the four drawn one by one."""
+def test_several_images_with_masks_and_image_prompts():
+    """Compared are two images of each of two prompts with the four drawn one by one."""
     half = Image.new("L", (8, 8))
     half.paste(255, (0, 0, 4, 8))
     pipe = woken("sd15", "plus")
@@ -279,7 +279,7 @@ def test_without_guidance_subjects_count_too(sd15):
     assert apart(first, second) > 1e-3
 
 
-def test_every_picture_and_every_reference_counts(sd15):
+def test_every_image_and_every_reference_counts(sd15):
     found = [draw(sd15, DOG, subject_images=images) for images in ([A], [B], [A, B], [A, B, C])]
     assert all(apart(one, other) > 1e-4 for i, one in enumerate(found) for other in found[:i])
 
@@ -314,7 +314,7 @@ def test_the_cache_changes_nothing(pipe):
     assert np.array_equal(draw(pipe, PAIR, **options), draw(pipe, PAIR, subject_cache=False, **options))
 
 
-def test_features_stand_in_for_pictures(sd15):
+def test_features_stand_in_for_images(sd15):
     features = sd15.encode_references([A, B])
     assert len(features) == 2
     wanted = draw(sd15, DOG, subject_images=[A, B])
@@ -330,7 +330,7 @@ def test_each_prompt_may_have_features_of_its_own(sd15):
     assert np.array_equal(draw(sd15, [DOG, CAT], subject_images=features), wanted)
 
 
-def test_paths_stand_in_for_pictures(sd15, dog, tmp_path):
+def test_paths_stand_in_for_images(sd15, dog, tmp_path):
     for name, image in (("a", A), ("b", B)):
         image.save(tmp_path / f"{name}.png")
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
@@ -369,7 +369,7 @@ def test_the_prompt_may_be_given_by_name(sd15, dog):
 # several subjects, masks and scales
 
 
-def test_each_word_has_the_pictures_that_are_given_for_it(pipe):
+def test_each_word_has_the_images_that_are_given_for_it(pipe):
     ours = draw(pipe, PAIR, subject_images={"<s>": A, "<s2>": B})
     assert apart(ours, draw(pipe, PAIR, subject_images={"<s>": B, "<s2>": A})) > 1e-3
     assert np.array_equal(ours, draw(pipe, PAIR, subject_images={"<s2>": B, "<s>": A}))
@@ -379,9 +379,7 @@ def test_four_subjects_of_one_prompt(sd15):
     words = {"<s>": A, "<s2>": B, "<s3>": C, "<s4>": D}
     wanted = draw(sd15, "<s> <s2> <s3> <s4>", subject_images=words)
     for word in words:
-        assert (
-            apart(wanted, draw(sd15, "<s> <s2> <s3> <s4>", subject_images=words | {word: picture(9)})) > 1e-4
-        )
+        assert apart(wanted, draw(sd15, "<s> <s2> <s3> <s4>", subject_images=words | {word: image(9)})) > 1e-4
 
 
 def test_a_subject_masked_out_everywhere_is_one_of_scale_zero(pipe):
@@ -434,7 +432,7 @@ def test_columns_are_as_wide_as_each_other():
 
 
 def first_output(pipe, height: int, width: int, **options) -> torch.Tensor:
-    """What the first layer with subjects gives at the first step for the conditional picture, (latent pixels,
+    """What the first layer with subjects gives at the first step for the conditional image, (latent pixels,
     channels)."""
     kept = []
     handle = pipe.unet.get_submodule(FIRST).register_forward_hook(
@@ -461,7 +459,7 @@ def test_a_subject_is_drawn_where_its_mask_is_white(sd15, height, width):
     assert (whole - none).abs().amax(-1).min() > 1e-5  # elsewhere the subject would have counted
 
 
-def test_a_mask_fits_pictures_of_the_models_own_size(sd15):
+def test_a_mask_fits_images_of_the_models_own_size(sd15):
     mask = Image.new("L", (8, 8))
     mask.paste(255, (0, 0, 4, 8))
     sized, unsized = (
@@ -715,19 +713,19 @@ def test_a_pipeline_with_subjects_is_made_once_and_shares_its_components():
 
 
 REFUSED = {
-    "no reference": (DOG, [], "1 to 4 reference pictures, not 0"),
+    "no reference": (DOG, [], "1 to 4 reference images, not 0"),
     "no subject": (DOG, {}, "subject_images is empty"),
-    "no reference of a word": (DOG, {"<s>": []}, "1 to 4 reference pictures, not 0"),
-    "five references": (DOG, [A] * 5, "1 to 4 reference pictures, not 5"),
-    "a number among pictures": (DOG, [A, 5], "a picture or the path of one, not int"),
-    "a number": (DOG, 5, "a picture or the path of one, not int"),
-    "an array": (DOG, np.zeros((4, 4, 3)), "a picture or the path of one, not ndarray"),
-    "nothing in a list": (DOG, [None], "a picture or the path of one, not NoneType"),
-    "a missing path": (DOG, "nowhere.png", "'nowhere.png' cannot be read as a picture"),
+    "no reference of a word": (DOG, {"<s>": []}, "1 to 4 reference images, not 0"),
+    "five references": (DOG, [A] * 5, "1 to 4 reference images, not 5"),
+    "a number among images": (DOG, [A, 5], "a image or the path of one, not int"),
+    "a number": (DOG, 5, "a image or the path of one, not int"),
+    "an array": (DOG, np.zeros((4, 4, 3)), "a image or the path of one, not ndarray"),
+    "nothing in a list": (DOG, [None], "a image or the path of one, not NoneType"),
+    "a missing path": (DOG, "nowhere.png", "'nowhere.png' cannot be read as an image"),
     "the word is not said": ("a dog", A, "'a dog' does not say <s>"),
     "the word is not said by one prompt": ([DOG, "a dog"], [[A], [B]], "'a dog' does not say <s>"),
     "another word is said": ("a <s2> dog", A, "does not say <s>"),
-    "a word without pictures": (PAIR, A, "says <s2>, but there are no subject_images of it"),
+    "a word without images": (PAIR, A, "says <s2>, but there are no subject_images of it"),
     "a prompt without its subject": ([DOG, CAT], [{"<s>": A}, {}], "subject_images is empty"),
     "an unknown word": (
         "a <t> dog",
@@ -743,15 +741,15 @@ REFUSED = {
         "every entry must be a list or a dictionary",
     ),
     "no prompt": ([], [A], "subject_images needs `prompt`"),
-    "a picture as a tensor": (
+    "a image as a tensor": (
         DOG,
         torch.zeros(3, 32, 32),
         "not what encode_references makes, (1 to 4, tokens, 96)",
     ),
     "features of too many": (DOG, torch.zeros(5, 17, 96), "not what encode_references makes"),
     "a word that is not read": ("a dog " * 9 + "and a <s> dog", A, "<s> lies beyond the 16 tokens"),
-    "no pictures at all": (DOG, None, "says <s>, but there are no subject_images of it"),
-    "no pictures for a batch": (["a dog", CAT], None, "says <s>, but there are no subject_images of it"),
+    "no images at all": (DOG, None, "says <s>, but there are no subject_images of it"),
+    "no images for a batch": (["a dog", CAT], None, "says <s>, but there are no subject_images of it"),
 }
 
 
@@ -767,13 +765,13 @@ def test_a_misspelt_word_is_corrected(sd15):
         draw(sd15, DOG, subject_images={"<s2": A})
 
 
-def test_a_file_that_is_no_picture_is_refused(sd15, tmp_path, monkeypatch):
+def test_a_file_that_is_no_image_is_refused(sd15, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # messages shorten long paths, and this one's length is the machine's
     path = Path("notes.png")
-    path.write_text("no picture")
-    with pytest.raises(UserError, match=r"notes\.png' cannot be read as a picture"):
+    path.write_text("no image")
+    with pytest.raises(UserError, match=r"notes\.png' cannot be read as an image"):
         draw(sd15, DOG, subject_images=path)
-    with pytest.raises(UserError, match="cannot be read as a picture"):
+    with pytest.raises(UserError, match="cannot be read as an image"):
         draw(sd15, DOG, subject_images=tmp_path)
 
 
@@ -809,7 +807,7 @@ def test_a_scale_that_is_no_number_is_refused(sd15, scale):
 
 @BASES
 def test_sizes_may_be_given_by_their_place_in_the_call(base):
-    """Masks need the picture's size, however it is given."""
+    """Masks need the image's size, however it is given."""
     pipe, mask = woken(base), Image.new("L", (8, 8))
     mask.paste(255, (0, 0, 4, 8))
     second = () if base == "sd15" else (None,)  # XL's prompt_2
@@ -826,7 +824,7 @@ def test_sizes_may_be_given_by_their_place_in_the_call(base):
     ("masks", "message"),
     [
         ({"<t>": OPEN}, "subject_masks: '<t>' is no subject's word"),
-        (3, "a mask must be a picture or the path of one, not int"),
+        (3, "a mask must be an image or the path of one, not int"),
         (np.ones((8, 8)), "not ndarray"),
         ("nowhere.png", "cannot be read"),
     ],

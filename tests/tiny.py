@@ -198,7 +198,7 @@ def tiny(base: str):
 
 
 def draw(pipe, prompt: str):
-    """One picture as an array in [0, 1], always from the same noise."""
+    """One image as an array in [0, 1], always from the same noise."""
     short = {"max_sequence_length": 16} if "transformer" in pipe.components else {}
     generator = torch.Generator().manual_seed(1)
     return pipe(

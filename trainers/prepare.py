@@ -34,7 +34,7 @@ def load_backbone(model: ModelConfig, data: Any, accelerator: Accelerator) -> Ba
 
 
 def decode_whole(vae) -> None:
-    """Pictures drawn under autocast are still decoded in the autoencoder's own precision: XL's overflows in
+    """Images drawn under autocast are still decoded in the autoencoder's own precision: XL's overflows in
     float16."""
     decode = vae.decode
 
@@ -55,8 +55,8 @@ def class_images(
     seed: int,
     batch_size: int = 4,
 ) -> list[ImageFile]:
-    """The concept's prior pictures. What `folder` lacks of `count` is drawn by the base model from the class
-    prompt, so call this before any adapter is added. Pictures that are there already are used as they are."""
+    """The concept's prior images. What `folder` lacks of `count` is drawn by the base model from the class
+    prompt, so call this before any adapter is added. Images that are there already are used as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     read = partial(
         find_images,
@@ -74,10 +74,10 @@ def class_images(
     free = (i for i in itertools.count() if not (folder / f"class-{i:05d}.png").exists())
     wanted = list(itertools.islice(free, max(count - len(have), 0)))
     batches = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
-    for numbers in tqdm(batches, desc=f"class pictures of '{concept.class_prompt}'"):
+    for numbers in tqdm(batches, desc=f"class images of '{concept.class_prompt}'"):
         generators = [torch.Generator().manual_seed(seed + i) for i in numbers]
         options = {"height": config.resolution, "width": config.resolution, "generator": generators}
-        pictures = pipe([concept.class_prompt] * len(numbers), **options).images
-        for i, picture in zip(numbers, pictures, strict=True):
-            save_image(picture, folder / f"class-{i:05d}.png")
+        images = pipe([concept.class_prompt] * len(numbers), **options).images
+        for i, image in zip(numbers, images, strict=True):
+            save_image(image, folder / f"class-{i:05d}.png")
     return (have if len(have) >= count else read())[:count]

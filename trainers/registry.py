@@ -28,12 +28,12 @@ METHODS: dict[str, Entry] = {
     ),
     "custom_contrast": Entry(
         "customize.trainers.methods.custom_contrast:CustomContrast",
-        "an encoder of pictures, no tuning per subject, taught by contrast between subjects (Chen et "
+        "an encoder of images, no tuning per subject, taught by contrast between subjects (Chen et "
         "al., 2025)",
     ),
     "ip_adapter": Entry(
         "customize.trainers.methods.ip_adapter:IPAdapter",
-        "an encoder of pictures: visual tokens alone (Ye et al., 2023)",
+        "an encoder of images: visual tokens alone (Ye et al., 2023)",
     ),
 }
 

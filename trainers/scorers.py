@@ -1,4 +1,4 @@
-"""Choosing among a run's steps by what matters: likeness x obedience of validation pictures, rather than a
+"""Choosing among a run's steps by what matters: likeness x obedience of validation images, rather than a
 loss."""
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from customize.prompts import class_word, subject_words
 
 Scorer = Callable[
     [list[tuple[str, Image.Image]]], dict[str, float]
-]  # drawn (prompt, picture) to identity and control
+]  # drawn (prompt, image) to identity and control
 
 
 def encoder_scorer(
@@ -27,18 +27,18 @@ def encoder_scorer(
     word = class_word(concept.instance_prompt, concept.class_prompt, initializer)
 
     def score(drawn: list[tuple[str, Image.Image]]) -> dict[str, float]:
-        pictures = [picture for _, picture in drawn]
+        images = [image for _, image in drawn]
         texts = clip.texts([prompt.replace(words, word) for prompt, _ in drawn])
         return {
-            "identity": subject_score(dino(pictures), real),
-            "control": prompt_score(clip(pictures), texts),
+            "identity": subject_score(dino(images), real),
+            "control": prompt_score(clip(images), texts),
         }
 
     return score
 
 
 def make_scorer(
-    settings, base: str, concepts: list[Concept], pictures: Sequence[ImageFile], initializer: str = ""
+    settings, base: str, concepts: list[Concept], images: Sequence[ImageFile], initializer: str = ""
 ) -> Scorer:
     """The scorer of a run: the sticker world's judge on the embedded base model, CLIP and DINO on others.
 
@@ -53,7 +53,7 @@ def make_scorer(
             f"--validation_prompt: the score needs '{words or 'an --instance_prompt'}' in every validation "
             "prompt."
         )
-    references = [read_image_file(picture)[0] for picture in pictures]
+    references = [read_image_file(image)[0] for image in images]
     if embedded.is_embedded(base):
         return embedded.subject_score(references)
     try:

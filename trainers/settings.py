@@ -24,11 +24,11 @@ class ModelConfig:
     revision: str = field(default="", metadata={"help": "revision of the model on the hub"})
     variant: str = field(default="", metadata={"help": "variant of the weight files, such as fp16"})
     cache_latents: bool = field(
-        default=True, metadata={"help": "encode pictures and prompts once, then free the encoders"}
+        default=True, metadata={"help": "encode images and prompts once, then free the encoders"}
     )
     cache_dir: str = field(
         default="",
-        metadata={"help": "keep the encoded pictures and prompts in this folder; empty: in memory"},
+        metadata={"help": "keep the encoded images and prompts in this folder; empty: in memory"},
     )
     push_to_hub: bool = field(default=False, metadata={"help": "upload the finished run"})
     hub_model_id: str = field(default="", metadata={"help": "the repository to upload to, as USER/NAME"})
@@ -50,7 +50,7 @@ class TrainConfig:
     seed: int = option(
         0, "seed of data order, noise and times", least=0, most=4_000_000_000
     )  # numpy's take 32 bits
-    train_batch_size: int = option(1, "pictures in a batch, on each device", least=1)
+    train_batch_size: int = option(1, "images in a batch, on each device", least=1)
     gradient_accumulation_steps: int = option(1, "batches added up before the optimizer steps", least=1)
     max_train_steps: int = option(500, "optimizer steps", least=1)
     learning_rate: float = option(1e-4, "learning rate after warm-up", above=0)
@@ -79,12 +79,12 @@ class TrainConfig:
     validation_prompt: list[str] = field(
         default_factory=list, metadata={"help": "prompts drawn at every validation"}
     )
-    num_validation_images: int = option(1, "pictures for each validation prompt", least=1)
+    num_validation_images: int = option(1, "images for each validation prompt", least=1)
     validation_steps: int = option(100, "steps between validations", least=1)
     validation_metric: Literal["loss", "score"] = option(
         "loss",
-        "what best/ goes by: the loss on --holdout pictures, or likeness x obedience of the "
-        "--validation_prompt pictures",
+        "what best/ goes by: the loss on --holdout images, or likeness x obedience of the "
+        "--validation_prompt images",
     )
     validation_clip: str = option(
         "openai/clip-vit-base-patch32", "CLIP for the score (not on stickers): hub id or folder"
@@ -152,6 +152,5 @@ def check_settings(model: ModelConfig, data: Any, settings: TrainConfig) -> None
         )
     if settings.early_stopping_patience and settings.validation_metric == "loss" and not data.holdout:
         raise UserError(
-            "--early_stopping_patience needs --holdout N, pictures kept from training for the validation "
-            "loss."
+            "--early_stopping_patience needs --holdout N, images kept from training for the validation loss."
         )

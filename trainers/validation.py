@@ -1,4 +1,4 @@
-"""Looking at a method while it trains: a loss that can be compared between steps, pictures, and which step
+"""Looking at a method while it trains: a loss that can be compared between steps, images, and which step
 was the best."""
 
 import json
@@ -91,7 +91,7 @@ def draw_validation(session: Session) -> dict[str, float]:
 
 @torch.no_grad()
 def validation_loss(method: Method, batches: list[dict], seed: int = 0, repeats: int = 8) -> float:
-    """The mean denoising loss on held-out pictures, each with the same `repeats` times and noises at every
+    """The mean denoising loss on held-out images, each with the same `repeats` times and noises at every
     call."""
     was_training = method.training
     method.eval()
@@ -105,8 +105,8 @@ def validation_loss(method: Method, batches: list[dict], seed: int = 0, repeats:
 def sample(
     method: Method, prompts: list[str], count: int, resolution: int, seed: int = 0, steps: int = 25
 ) -> list[tuple[str, Image.Image]]:
-    """`count` pictures for each prompt, drawn by the very modules that are being trained."""
-    pictures = []
+    """`count` images for each prompt, drawn by the very modules that are being trained."""
+    images = []
     method.backbone.pipe.set_progress_bar_config(disable=True)
     was_training = method.training
     method.eval()
@@ -120,16 +120,16 @@ def sample(
                     "num_inference_steps": steps,
                     "generator": generator,
                 }
-                pictures.append((prompt, method.draw(prompt, **options)))
+                images.append((prompt, method.draw(prompt, **options)))
     method.train(was_training)
-    return pictures
+    return images
 
 
-def sheet(pictures: list[tuple[str, Image.Image]], columns: int = 4) -> Image.Image:
-    """The pictures side by side, without their prompts."""
-    width, height = pictures[0][1].size
-    columns = min(columns, len(pictures))
-    page = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
-    for i, (_, picture) in enumerate(pictures):
-        page.paste(picture, ((i % columns) * width, (i // columns) * height))
+def sheet(images: list[tuple[str, Image.Image]], columns: int = 4) -> Image.Image:
+    """The images side by side, without their prompts."""
+    width, height = images[0][1].size
+    columns = min(columns, len(images))
+    page = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, (_, image) in enumerate(images):
+        page.paste(image, ((i % columns) * width, (i // columns) * height))
     return page

@@ -1,4 +1,4 @@
-"""What every benchmark does: for each method and subject teach, draw, score; resumable at every picture."""
+"""What every benchmark does: for each method and subject teach, draw, score; resumable at every image."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from customize.backbones.load import load_base
 from customize.pipelines import load_pipeline
 from customize.trainers.launch import run
 
-NOT_TRAINED = ("base", "real")  # rows that are no methods: the untouched base model, and real pictures
+NOT_TRAINED = ("base", "real")  # rows that are no methods: the untouched base model, and real images
 PRIOR_PROMPTS = 4  # of these many prompts the class word alone is drawn, before and after
 
 
 def folder_of(name: str) -> str:
-    """The folder of a method's pictures: some methods are named by a path."""
+    """The folder of a method's images: some methods are named by a path."""
     return name.strip("./").replace("/", "-")
 
 
@@ -37,12 +37,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Taken:
-    """A subject's pictures to be scored: as many of each of `prompts`, the references, and those of the class
+    """A subject's images to be scored: as many of each of `prompts`, the references, and those of the class
     word alone by the method (`prior`) and by the base model (`before`); all but the references may be empty.
     """
 
     subject: Subject
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     references: list[Image.Image]
     prior: list[Image.Image]
     before: list[Image.Image]
@@ -51,7 +51,7 @@ class Taken:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of each picture, with the class word in the subject's place."""
+        """The prompt of each image, with the class word in the subject's place."""
         return [
             prompt.format(self.subject.word) for prompt in self.subject.prompts for _ in range(self.repeats)
         ]
@@ -76,7 +76,7 @@ class Bench:
         raise NotImplementedError
 
     def drawing(self) -> dict[str, str]:
-        """All that decides the pictures, but for the methods' own settings: pictures made otherwise are never
+        """All that decides the images, but for the methods' own settings: images made otherwise are never
         mixed in."""
         raise NotImplementedError
 
@@ -85,7 +85,7 @@ class Bench:
         raise NotImplementedError
 
     def scoring(self) -> dict[str, str]:
-        """How the pictures are measured: encoders, preprocessing, pairing, averages."""
+        """How the images are measured: encoders, preprocessing, pairing, averages."""
         raise NotImplementedError
 
     def label(self, name: str) -> str:
@@ -100,16 +100,16 @@ class Bench:
         raise NotImplementedError
 
     def write_references(self, name: str, subject: Subject, folder: Path) -> list[Image.Image]:
-        """Writes the pictures that teach the subject into `folder`, and returns them."""
+        """Writes the images that teach the subject into `folder`, and returns them."""
         raise NotImplementedError
 
     def real(self, subject: Subject, folder: Path) -> list[Image.Image]:
-        """Real pictures for the prompts, written to `folder` as the shots are named; none where there are
+        """Real images for the prompts, written to `folder` as the shots are named; none where there are
         none."""
         return []
 
     def score(self, taken: Taken) -> tuple[dict, dict, list[dict]]:
-        """Scores by metric, text control by factor, and each picture's scores."""
+        """Scores by metric, text control by factor, and each image's scores."""
         raise NotImplementedError
 
     def results(self, protocol: dict[str, str], methods: list[dict]) -> dict:
@@ -144,21 +144,21 @@ class Bench:
         return self.results(drawing | taught | self.scoring(), methods)
 
     def row(self, name: str, subject: Subject) -> dict:
-        """One method's scores, pictures and costs for one subject."""
+        """One method's scores, images and costs for one subject."""
         place = Path(folder_of(name), subject.name)
         folder = self.folder / place
         references = self.write_references(name, subject, folder / "pictures")
         shots = self.shots(subject, self.words(name, subject))
         if name == "real":
-            pictures, prior = self.real(subject, folder), []
+            images, prior = self.real(subject, folder), []
         else:
             load = cache(lambda: self.pipeline(name, subject))
-            pictures = draw_missing(load, shots, folder, self.sampling)
+            images = draw_missing(load, shots, folder, self.sampling)
             prior = self.prior(name, subject, load)
         before = (
             [] if name in NOT_TRAINED else self.prior("base", subject, lambda: self.pipeline("base", subject))
         )
-        scores, factors, each = self.score(self.taken(subject, pictures, references, prior, before))
+        scores, factors, each = self.score(self.taken(subject, images, references, prior, before))
         return {
             "name": subject.name,
             "label": subject.name.replace("-", " ").replace("_", " "),
@@ -214,5 +214,5 @@ class Bench:
             load, shots, self.folder / folder_of(name) / subject.name / "class", self.sampling
         )
 
-    def taken(self, subject, pictures, references, prior, before) -> Taken:
-        return Taken(subject, pictures, references, prior, before, self.repeats)
+    def taken(self, subject, images, references, prior, before) -> Taken:
+        return Taken(subject, images, references, prior, before, self.repeats)

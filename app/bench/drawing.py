@@ -1,4 +1,4 @@
-"""Pictures made once: an interrupted evaluation goes on where it stopped, and makes the same pictures as one
+"""Images made once: an interrupted evaluation goes on where it stopped, and makes the same images as one
 that was not."""
 
 import gc
@@ -22,7 +22,7 @@ from customize.runs.output import is_own_image, save_image
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """A picture to be drawn: the stem of its file, its prompt, and the seed of its noise."""
+    """A image to be drawn: the stem of its file, its prompt, and the seed of its noise."""
 
     name: str
     prompt: str
@@ -31,7 +31,7 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How every picture of an evaluation is drawn."""
+    """How every image of an evaluation is drawn."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -62,10 +62,10 @@ class Sampling:
 def draw_missing(
     load: Callable, shots: Sequence[ImageRequest], folder: Path, sampling: Sampling
 ) -> list[Image.Image]:
-    """The pictures of `shots`, from `folder` where they are there already. `load()` gives the pipeline, if
+    """The images of `shots`, from `folder` where they are there already. `load()` gives the pipeline, if
     any is missing.
 
-    A batch is drawn whole or not at all, so that resuming changes no picture.
+    A batch is drawn whole or not at all, so that resuming changes no image.
     """
     folder.mkdir(parents=True, exist_ok=True)
     batches = [shots[i : i + sampling.batch_size] for i in range(0, len(shots), sampling.batch_size)]
@@ -76,22 +76,22 @@ def draw_missing(
     for group, paths in missing:
         generators = [torch.Generator().manual_seed(shot.seed) for shot in group]
         begin = time.perf_counter()
-        pictures = pipe([shot.prompt for shot in group], generator=generators, **sampling.options).images
+        images = pipe([shot.prompt for shot in group], generator=generators, **sampling.options).images
         took = (time.perf_counter() - begin) / len(group)
-        for picture, path in zip(pictures, paths, strict=True):
-            save_image(picture, path)
-        write_json({"seconds a picture": took}, folder / "drawing.json")
+        for image, path in zip(images, paths, strict=True):
+            save_image(image, path)
+        write_json({"seconds an image": took}, folder / "drawing.json")
     return [Image.open(path).convert("RGB") for _, paths in groups for path in paths]
 
 
-def write_images(pictures: Sequence[Image.Image], folder: Path) -> list[Image.Image]:
-    """Writes the pictures as all that `folder` holds, and returns them."""
+def write_images(images: Sequence[Image.Image], folder: Path) -> list[Image.Image]:
+    """Writes the images as all that `folder` holds, and returns them."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i:02d}.png" for i in range(len(pictures))]
+    paths = [folder / f"{i:02d}.png" for i in range(len(images))]
     remove(path for path in set(folder.glob("*.png")) - set(paths) if is_own_image(path))
-    for picture, path in zip(pictures, paths, strict=True):
-        save_image(picture, path)
-    return list(pictures)
+    for image, path in zip(images, paths, strict=True):
+        save_image(image, path)
+    return list(images)
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def trained(folder: Path, train: Callable[[Path], object]) -> Path:
 
 
 def cost_of(folder: Path) -> dict[str, float]:
-    """What training in `folder` took, the size of what it left, and what a picture took in the last batch
+    """What training in `folder` took, the size of what it left, and what an image took in the last batch
     that was drawn."""
     cost: dict[str, float] = {}
     if (folder / "training.json").exists():
@@ -161,7 +161,7 @@ def weights_of(run: Path) -> list[Path]:
 
 
 def same_protocol(folder: Path, protocol: dict[str, str]) -> None:
-    """Remembers the protocol of the pictures in `folder`; UserError if they were made by another."""
+    """Remembers the protocol of the images in `folder`; UserError if they were made by another."""
     path = folder / "protocol.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -50,11 +50,11 @@ TOKEN, WORD = "sks", "<subject>"  # what stands before the class word: a rare wo
 
 
 def read_dreambench(folder: Path) -> list[Subject]:
-    """The subjects of a dataset folder: a folder of pictures each, and `prompts_and_classes.txt`.
+    """The subjects of a dataset folder: a folder of images each, and `prompts_and_classes.txt`.
 
     Subjects that the file lists and the folder lacks are left out with a warning. UserError for a missing or
     malformed file, lists of prompts that differ in length, a folder that the file does not list, and one
-    without readable pictures.
+    without readable images.
     """
     path = folder / FILE
     if not path.is_file():
@@ -95,7 +95,7 @@ def read_dreambench(folder: Path) -> list[Subject]:
         find_images(subject.source, "any")  # says so if there is none
     if not subjects:
         raise UserError(
-            f"--data_dir: '{folder}' holds no folder of pictures; give the folder of the DreamBooth dataset."
+            f"--data_dir: '{folder}' holds no folder of images; give the folder of the DreamBooth dataset."
         )
     return subjects
 
@@ -109,8 +109,8 @@ def _prompts(block: str) -> tuple[str, ...]:
 @dataclass(frozen=True, kw_only=True)
 class DreamBench(Bench):
     """The protocol on the dataset in `data`. `train` is a YAML file of training settings for every method, or
-    a folder with one METHOD.yaml for each (none: the methods' defaults); `encoders` by name: clip (pictures
-    and prompts), and perhaps dino and dinov2. `references`: teach with and compare with all pictures of a
+    a folder with one METHOD.yaml for each (none: the methods' defaults); `encoders` by name: clip (images
+    and prompts), and perhaps dino and dinov2. `references`: teach with and compare with all images of a
     subject, or its first one. `limits`: at most so many subjects and prompts."""
 
     data: Path
@@ -173,9 +173,9 @@ class DreamBench(Bench):
             "prompts": f"{len(self.subjects[0].prompts)} a subject, sha256 {digest[:12]}",
             "pictures": f"{self.repeats} for each prompt, seeds from {self.seed}, PNG",
             "sampling": str(self.sampling),
-            "references": "all pictures of the subject"
+            "references": "all images of the subject"
             if self.references == "all"
-            else "its first picture alone",
+            else "its first image alone",
         }
 
     def teaching(self, name):
@@ -186,35 +186,31 @@ class DreamBench(Bench):
 
     @cached_property
     def dataset(self) -> str:
-        """Which pictures were there, once for all methods: it reads every file."""
-        found = [
-            picture.digest for subject in self.subjects for picture in find_images(subject.source, "any")
-        ]
-        return f"{len(found)} pictures, sha256 {hashlib.sha256(''.join(found).encode()).hexdigest()[:12]}"
+        """Which images were there, once for all methods: it reads every file."""
+        found = [image.digest for subject in self.subjects for image in find_images(subject.source, "any")]
+        return f"{len(found)} images, sha256 {hashlib.sha256(''.join(found).encode()).hexdigest()[:12]}"
 
     def scoring(self):
         every = "every real one of the subject" if self.references == "all" else "the one reference"
         return {
             **{name: encoder.stamp for name, encoder in self.encoders.items()},
             "pairing": (
-                f"every picture with {every}; CLIP-T: every picture with its own prompt, class word "
-                "for subject"
+                f"every image with {every}; CLIP-T: every image with its own prompt, class word for subject"
             ),
             "nearest, diversity": f"by {self.main}",
-            "real row": "every real picture of a subject with every other one",
+            "real row": "every real image of a subject with every other one",
             "scale": "cosines from -1 to 1, not multiplied",
             "averages": (
-                "over pictures within a subject, then over subjects; intervals are 95 % bootstrap "
-                "over subjects"
+                "over images within a subject, then over subjects; intervals are 95 % bootstrap over subjects"
             ),
             "note": (
-                "the pictures that teach are also compared with, as in the paper: read 'nearest' "
+                "the images that teach are also compared with, as in the paper: read 'nearest' "
                 "beside the real row"
             ),
         }
 
     def label(self, name):
-        return {"base": "Base model", "real": "Real pictures"}.get(name, name.replace("_", " "))
+        return {"base": "Base model", "real": "Real images"}.get(name, name.replace("_", " "))
 
     def words(self, name, subject):
         if name in NOT_TRAINED:
@@ -229,16 +225,16 @@ class DreamBench(Bench):
         return [name, *self.flags(name), *(words if self.learns_words(name) else [])]
 
     def write_references(self, name, subject, folder):
-        real = [read_image_file(picture)[0] for picture in find_images(subject.source, "any")]
+        real = [read_image_file(image)[0] for image in find_images(subject.source, "any")]
         chosen = real if self.references == "all" or name == "real" else real[:1]
         return write_images(chosen, folder)
 
     def score(self, taken: Taken):
-        if not taken.pictures:
+        if not taken.images:
             return self.ceiling(taken.references), {}, []
         scores: dict[str, float | None] = {}
-        each: list[dict] = [{} for _ in taken.pictures]
-        drawn = {name: encoder(taken.pictures) for name, encoder in self.encoders.items()}
+        each: list[dict] = [{} for _ in taken.images]
+        drawn = {name: encoder(taken.images) for name, encoder in self.encoders.items()}
         real = {name: encoder(taken.references) for name, encoder in self.encoders.items()}
         for name in self.encoders:
             scores[LIKENESS[name]] = subject_score(drawn[name], real[name])
@@ -255,7 +251,7 @@ class DreamBench(Bench):
         return scores, {}, each
 
     def ceiling(self, real: list[Image.Image]) -> dict[str, float | None]:
-        """What real pictures score: each against each other one."""
+        """What real images score: each against each other one."""
         if len(real) < 2:
             return {}
         features = {name: encoder(real) for name, encoder in self.encoders.items()}
@@ -286,25 +282,21 @@ def metric(title: str, better: str, about: str) -> dict[str, str]:
 
 
 METRICS = {
-    "dino": metric(
-        "DINO", "higher", "mean cosine of every picture with every reference, class token of DINO"
-    ),
+    "dino": metric("DINO", "higher", "mean cosine of every image with every reference, class token of DINO"),
     "clip_i": metric(
-        "CLIP-I", "higher", "mean cosine of every picture with every reference, CLIP's picture image_encoder"
+        "CLIP-I", "higher", "mean cosine of every image with every reference, CLIP's image image_encoder"
     ),
     "dinov2": metric(
-        "DINOv2", "higher", "mean cosine of every picture with every reference, class token of DINOv2"
+        "DINOv2", "higher", "mean cosine of every image with every reference, class token of DINOv2"
     ),
-    "clip_t": metric("CLIP-T", "higher", "mean cosine of every picture with its own prompt, by CLIP"),
+    "clip_t": metric("CLIP-T", "higher", "mean cosine of every image with its own prompt, by CLIP"),
     "drift": metric(
         "Drift", "lower", "(1 - cosine) / 2 between what the class word alone draws before and after, by CLIP"
     ),
-    "diversity": metric(
-        "Diversity", "higher", "mean distance (1 - cosine) between two pictures of one prompt"
-    ),
+    "diversity": metric("Diversity", "higher", "mean distance (1 - cosine) between two images of one prompt"),
     "nearest": metric(
         "Nearest",
         "",
-        "mean cosine with the nearest reference (real row: the nearest other picture): more is copying",
+        "mean cosine with the nearest reference (real row: the nearest other image): more is copying",
     ),
 }

@@ -51,20 +51,19 @@ class FinishedRun:
 
     @cached_property
     def found(self) -> list[ImageFile]:
-        """The pictures that the run learned from; UserError if they are gone or were of several subjects."""
+        """The images that the run learned from; UserError if they are gone or were of several subjects."""
         folder = self.settings["instance_data_dir"]
         if not folder:
             raise UserError(f"'{self.run_path}' learned several concepts; evaluate knows runs of one.")
         if not Path(folder).is_dir():
             raise UserError(
-                f"the pictures that '{self.run_path}' learned from are no longer in '{folder}'; put them "
-                "back."
+                f"the images that '{self.run_path}' learned from are no longer in '{folder}'; put them back."
             )
         return find_images(folder, "any")
 
     @cached_property
-    def pictures(self) -> list[Image.Image]:
-        return [read_image_file(picture)[0] for picture in self.found]
+    def images(self) -> list[Image.Image]:
+        return [read_image_file(image)[0] for image in self.found]
 
     @property
     def name(self) -> str:
@@ -82,14 +81,14 @@ class FinishedRun:
         return words
 
     def stamp(self) -> dict[str, str]:
-        """Exactly this run, learned from exactly these pictures: another one's pictures are not mixed in."""
+        """Exactly this run, learned from exactly these images: another one's images are not mixed in."""
         digest = hashlib.sha256((self.run_path / "run.json").read_bytes())
         for path in weights_of(self.run_path):
             digest.update(path.read_bytes())
-        learned = hashlib.sha256("".join(picture.digest for picture in self.found).encode())
+        learned = hashlib.sha256("".join(image.digest for image in self.found).encode())
         return {
             "run": f"{self.name}, sha256 {digest.hexdigest()[:12]}",
-            "learned from": f"{len(self.found)} pictures, sha256 {learned.hexdigest()[:12]}",
+            "learned from": f"{len(self.found)} images, sha256 {learned.hexdigest()[:12]}",
         }
 
     def teaching(self, name: str) -> str:
@@ -104,19 +103,19 @@ class FinishedRun:
         return self.calls if name == "run" else subject.word
 
     def label(self, name: str) -> str:
-        return {"base": "Base model", "real": "Real pictures"}.get(name, self.name)
+        return {"base": "Base model", "real": "Real images"}.get(name, self.name)
 
     def run_folder(self, name: str, subject: Subject) -> Path:
         return self.run_path
 
     def write_references(self, name: str, subject: Subject, folder: Path) -> list[Image.Image]:
-        return write_images(self.pictures, folder)
+        return write_images(self.images, folder)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StickerRun(FinishedRun, StickerBench):
     """A run on the embedded model. `drawing_name`: what it learned ("flat fox"); empty: what the judge sees
-    in its pictures."""
+    in its images."""
 
     drawing_name: str = ""
     methods: Sequence[str] = METHODS
@@ -125,11 +124,11 @@ class StickerRun(FinishedRun, StickerBench):
         self.subjects, self.calls  # noqa: B018  mistakes are told before anything is drawn
 
     @cached_property
-    def pictures(self) -> list[Image.Image]:
+    def images(self) -> list[Image.Image]:
         """As training saw them: squares of the embedded model's size."""
         return [
-            ImageOps.fit(read_image_file(picture)[0], (SIDE, SIDE), Image.Resampling.LANCZOS)
-            for picture in self.found
+            ImageOps.fit(read_image_file(image)[0], (SIDE, SIDE), Image.Resampling.LANCZOS)
+            for image in self.found
         ]
 
     @cached_property
@@ -140,24 +139,24 @@ class StickerRun(FinishedRun, StickerBench):
                 f"--subject: there is no drawing '{self.drawing_name}'; write 'STUDIO CLASS', such as "
                 "'flat fox'."
             )
-        drawing = known[self.drawing_name] if self.drawing_name else most_seen(self.pictures)
+        drawing = known[self.drawing_name] if self.drawing_name else most_seen(self.images)
         name = str(drawing).replace(" ", "-")
         return [Subject(name, drawing.word, "", tuple(bench_prompts(self.quick)), drawing)]
 
     def taken(self, *parts) -> Taken:
-        return replace(super().taken(*parts), masks=None)  # a user's pictures are not the benchmark's
+        return replace(super().taken(*parts), masks=None)  # a user's images are not the benchmark's
 
     def drawing(self):
         return super().drawing() | {"subjects": self.subjects[0].name} | self.stamp()
 
 
-def most_seen(pictures: list[Image.Image]) -> Drawing:
-    """The drawing that the judge sees in most of the pictures, with a warning if it is not sure."""
-    verdicts = judge(pictures)
+def most_seen(images: list[Image.Image]) -> Drawing:
+    """The drawing that the judge sees in most of the images, with a warning if it is not sure."""
+    verdicts = judge(images)
     drawing = verdicts.most_seen()
-    if sum(verdicts.belief(i, drawing) for i in range(len(pictures))) < len(pictures) / 2:
+    if sum(verdicts.belief(i, drawing) for i in range(len(images))) < len(images) / 2:
         warnings.warn(
-            f"it is not sure that the pictures show the {drawing}; name the drawing with --subject.",
+            f"it is not sure that the images show the {drawing}; name the drawing with --subject.",
             stacklevel=2,
         )
     return drawing

@@ -54,7 +54,7 @@ def scatter(results: dict) -> bytes | None:
     for method, y in ((method, y) for method, x, y in values if y and not x and method["kind"] != "method"):
         axes.axhline(
             fmean(y), color=method["colour"], linestyle="--", linewidth=1
-        )  # real pictures have no prompt to obey
+        )  # real images have no prompt to obey
         at = axes.get_yaxis_transform()
         axes.text(
             0.99,

@@ -1,9 +1,9 @@
-"""Published DreamBench numbers. They are not one protocol: reference choice, pictures a prompt and re-runs
+"""Published DreamBench numbers. They are not one protocol: reference choice, images a prompt and re-runs
 differ by paper."""
 
-PAPER = "30 subjects, 25 prompts, 4 pictures, against all real pictures"
+PAPER = "30 subjects, 25 prompts, 4 images, against all real images"
 ROWS = [
-    ("Real pictures", 0.774, 0.885, None, f"DreamBooth paper: {PAPER}"),
+    ("Real images", 0.774, 0.885, None, f"DreamBooth paper: {PAPER}"),
     ("Textual Inversion, SD", 0.569, 0.780, 0.255, f"DreamBooth paper: {PAPER}"),
     ("DreamBooth, SD", 0.668, 0.803, 0.305, f"DreamBooth paper: {PAPER}"),
     ("DreamBooth, Imagen", 0.696, 0.812, 0.306, f"DreamBooth paper: {PAPER}"),
@@ -26,7 +26,7 @@ ROWS = [
     ("JeDi, SD 1.4", 0.679, 0.814, 0.293, "printed in the SFO paper"),
     ("OmniGen", 0.693, 0.801, 0.315, "printed in the USO paper"),
     ("OminiControl", 0.684, 0.799, 0.312, "printed in the USO paper; SFO's re-training .652 .795 .329"),
-    ("UNO", 0.760, 0.835, 0.304, "printed in the USO paper: 6 pictures a prompt"),
+    ("UNO", 0.760, 0.835, 0.304, "printed in the USO paper: 6 images a prompt"),
     ("FLUX Kontext", 0.762, 0.833, 0.321, "printed in the SFO paper"),
     ("USO", 0.777, 0.838, 0.317, "printed in its own paper"),
 ]

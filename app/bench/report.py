@@ -81,7 +81,7 @@ dt { font-weight: 600 } dd { margin: 0 }
 
 
 def write_report(results: dict, folder: Path) -> Path:
-    """Writes the numbers (JSON and CSV) and the page into `folder`, to which the pictures' paths are
+    """Writes the numbers (JSON and CSV) and the page into `folder`, to which the images' paths are
     relative; returns the page."""
     results = json.loads(
         json.dumps(results), parse_constant=lambda _: None
@@ -110,7 +110,7 @@ def render(results: dict, folder: Path) -> str:
         "Likeness against obedience": plot_section(results),
         "Text control by factor": means_table(results["methods"], "factors", "percent"),
         "Cost": means_table(results["methods"], "cost", "amount"),
-        "Best, median and worst pictures": extremes(results, folder),
+        "Best, median and worst images": extremes(results, folder),
         "Subject by subject": strips(results, folder),
         "Published numbers (other protocols: do not compare closely)": published_table(results),
         "What the metrics mean": definitions(
@@ -221,41 +221,41 @@ def plot_section(results: dict) -> str:
 
 
 def extremes(results: dict, folder: Path) -> str:
-    """For each method its best, median and worst picture, each beside the subject's references."""
+    """For each method its best, median and worst image, each beside the subject's references."""
     parts = []
     for method in results["methods"]:
         if method["kind"] == "method" and (chosen := picks(method, results["axes"])):
             cards = "\n".join(_card(results, folder, *choice) for choice in chosen)
             parts.append(f'<h3>{_name(method)}</h3><div class="cards">{cards}</div>')
     x, y = (escape(results["metrics"][name]["title"]) for name in results["axes"])
-    note = f'<p class="note">Of all pictures of a method, ranked by {x} × {y}; references on the left.</p>'
+    note = f'<p class="note">Of all images of a method, ranked by {x} × {y}; references on the left.</p>'
     return note + "\n".join(parts) if parts else ""
 
 
 def picks(method: dict, axes: list[str]) -> list[tuple[str, dict, dict]]:
-    """Best, median and worst picture with its subject, by the product of the two axes' scores."""
-    pictures = [(subject, picture) for subject in method["subjects"] for picture in subject["pictures"]]
-    ranked = [pair for pair in pictures if all(pair[1]["scores"].get(name) is not None for name in axes)]
+    """Best, median and worst image with its subject, by the product of the two axes' scores."""
+    images = [(subject, image) for subject in method["subjects"] for image in subject["pictures"]]
+    ranked = [pair for pair in images if all(pair[1]["scores"].get(name) is not None for name in axes)]
     ranked.sort(key=lambda pair: math.prod(pair[1]["scores"][name] for name in axes), reverse=True)
     last = len(ranked) - 1
     places = {(last + 1) // 2: "median", last: "worst", 0: "best"} if ranked else {}
     return [(name, *ranked[place]) for place, name in sorted(places.items())]
 
 
-def _card(results: dict, folder: Path, name: str, subject: dict, picture: dict) -> str:
+def _card(results: dict, folder: Path, name: str, subject: dict, image: dict) -> str:
     metrics = results["metrics"]
     scores = [
         f"{escape(metrics[n]['title'])} {shown(v, metrics[n]['style'])}"
-        for n, v in picture["scores"].items()
+        for n, v in image["scores"].items()
         if n in metrics
     ]
     references = [
-        _picture(folder, file, f"reference of {subject['label']}") for file in subject["references"][:4]
+        _image(folder, file, f"reference of {subject['label']}") for file in subject["references"][:4]
     ]
     left = f'<div class="some">{"".join(references)}</div>' if len(references) > 1 else "".join(references)
     return f"""<figure><div class="pair"><span>{escape(subject["label"])}</span><span>{name}</span>
-<div>{left}</div><div>{_picture(folder, picture["file"], picture["prompt"])}</div></div>
-<figcaption><q>{escape(picture["prompt"])}</q>{" · ".join(scores)}</figcaption></figure>"""
+<div>{left}</div><div>{_image(folder, image["file"], image["prompt"])}</div></div>
+<figcaption><q>{escape(image["prompt"])}</q>{" · ".join(scores)}</figcaption></figure>"""
 
 
 def strips(results: dict, folder: Path) -> str:
@@ -281,7 +281,7 @@ def _strip(pairs: list[tuple[dict, dict]], folder: Path) -> str:
         cells = [first[k] if k < len(first) else {"file": "", "prompt": ""} for first in firsts]
         cells.insert(0, {"file": references[k % len(references)], "prompt": ""})
         said = next(cell["prompt"] for cell in cells if cell["prompt"])
-        tiles = "".join(f"<td>{_picture(folder, cell['file'], cell['prompt'])}</td>" for cell in cells)
+        tiles = "".join(f"<td>{_image(folder, cell['file'], cell['prompt'])}</td>" for cell in cells)
         rows.append(
             f'<tr class="said"><td colspan="{len(cells)}"><q>{escape(said)}</q></td></tr><tr>{tiles}</tr>'
         )
@@ -348,22 +348,22 @@ def _name(row: dict) -> str:
     return f'<span class="name">{dot}<span>{escape(row["label"])}</span></span>'
 
 
-def _picture(folder: Path, file: str, words: str) -> str:
-    """The picture inside the page, or a box that says that there is none."""
+def _image(folder: Path, file: str, words: str) -> str:
+    """The image inside the page, or a box that says that there is none."""
     if not file:
         return f'<span class="gone tile">{MISSING}</span>'
     try:
         return f'<img class="tile" src="{_embedded(folder / file)}" alt="{escape(words)}" title="{escape(words)}">'
     except OSError:
-        return f'<span class="gone tile">picture missing: {escape(file)}</span>'
+        return f'<span class="gone tile">image missing: {escape(file)}</span>'
 
 
 def _embedded(path: Path) -> str:
     with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file).convert("RGB")
-    small, data = max(picture.size) <= SIDE // 2, io.BytesIO()
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    picture.save(data, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 85}))
+        image = ImageOps.exif_transpose(file).convert("RGB")
+    small, data = max(image.size) <= SIDE // 2, io.BytesIO()
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image.save(data, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 85}))
     return _uri(data.getvalue(), "image/png" if small else "image/jpeg")
 
 

@@ -1,4 +1,4 @@
-"""StickerBench's measures: the world's truth, its judge and its CLIP, for one subject's pictures by one
+"""StickerBench's measures: the world's truth, its judge and its CLIP, for one subject's images by one
 method."""
 
 from collections.abc import Sequence
@@ -32,25 +32,25 @@ def metric(title: str, better: str, style: str, about: str) -> dict[str, str]:
 
 METRICS = {
     "identity": metric(
-        "Identity", "higher", "percent", "pictures in which the judge sees the subject, of 537 drawings"
+        "Identity", "higher", "percent", "images in which the judge sees the subject, of 537 drawings"
     ),
     "likeness": metric(
         "Likeness",
         "higher",
         "number",
-        "best masked correlation of the true drawing with the picture; no judge",
+        "best masked correlation of the true drawing with the image; no judge",
     ),
     "class": metric(
         "Class kept",
         "higher",
         "percent",
-        "pictures in which the judge sees the subject's class, by any studio",
+        "images in which the judge sees the subject's class, by any studio",
     ),
     "control": metric(
         "Text control", "higher", "percent", "of what the prompts ask for, what the judge finds"
     ),
     "clip_i": metric(
-        "CLIP-I", "higher", "number", "mean cosine with the four reference pictures, by the world's own CLIP"
+        "CLIP-I", "higher", "number", "mean cosine with the four reference images, by the world's own CLIP"
     ),
     "clip_i_masked": metric("CLIP-I masked", "higher", "number", "the same for the subject alone, on white"),
     "clip_t": metric(
@@ -66,10 +66,10 @@ METRICS = {
         "Class taken",
         "lower",
         "percent",
-        "pictures of the class word alone in which the judge sees the subject",
+        "images of the class word alone in which the judge sees the subject",
     ),
     "diversity": metric(
-        "Diversity", "higher", "number", "mean distance (1 - cosine) between two pictures of one prompt"
+        "Diversity", "higher", "number", "mean distance (1 - cosine) between two images of one prompt"
     ),
     "copy": metric(
         "Copying",
@@ -90,11 +90,11 @@ METRICS = {
 
 
 def score(taken: Taken, clip: ClipEncoder, seed: int = 0) -> tuple[dict, dict, list[dict]]:
-    """Scores by metric, text control by factor, and each picture's scores; None where a measure has
+    """Scores by metric, text control by factor, and each image's scores; None where a measure has
     nothing to go on."""
     drawing, verdicts, every = (
         taken.subject.source,
-        judge(taken.pictures),
+        judge(taken.images),
         [parse_prompt(prompt) for prompt in taken.prompts],
     )
     obeyed = [verdicts.obeys(i, asked) for i, asked in enumerate(every)]
@@ -105,8 +105,7 @@ def score(taken: Taken, clip: ClipEncoder, seed: int = 0) -> tuple[dict, dict, l
     ]
     sprite = World().sprite(drawing)
     fits = [
-        best_fit(picture, sprite) if known else None
-        for picture, known in zip(taken.pictures, plain, strict=True)
+        best_fit(image, sprite) if known else None for image, known in zip(taken.images, plain, strict=True)
     ]
     each = [
         {"identity": seen, "likeness": fit and fit.correlation, "control": mean(list(found.values()))}
@@ -133,29 +132,27 @@ def mean(values: Sequence[float | bool | None]) -> float | None:
 
 def by_clip(taken: Taken, clip: ClipEncoder, fits: list[Fit | None], seed: int) -> dict[str, float | None]:
     """The field's own measures, by the world's CLIP."""
-    pictures, references = clip(taken.pictures), clip(taken.references)
+    images, references = clip(taken.images), clip(taken.references)
     views = [
         true_scene(taken.subject.source, prompt, 20_000 + seed + i) for i, prompt in enumerate(taken.prompts)
     ]
     return {
-        "clip_i": subject_score(pictures, references),
+        "clip_i": subject_score(images, references),
         "clip_i_masked": masked_score(taken, clip, fits),
-        "clip_t": prompt_score(pictures, clip.texts(taken.prompts)),
-        "diversity": diversity(pictures.unflatten(0, (-1, taken.repeats))) if taken.repeats > 1 else None,
-        "copy": copy_rate(pictures, references, clip(views)),
+        "clip_t": prompt_score(images, clip.texts(taken.prompts)),
+        "diversity": diversity(images.unflatten(0, (-1, taken.repeats))) if taken.repeats > 1 else None,
+        "copy": copy_rate(images, references, clip(views)),
     }
 
 
 def masked_score(taken: Taken, clip: ClipEncoder, fits: list[Fit | None]) -> float | None:
-    """CLIP-I of the subject alone: where the drawing fits best in a picture, and its masks in the
+    """CLIP-I of the subject alone: where the drawing fits best in an image, and its masks in the
     references."""
-    sprite, side = World().sprite(taken.subject.source), taken.pictures[0].width
+    sprite, side = World().sprite(taken.subject.source), taken.images[0].width
     crops = [
-        subject_only(p, fit.mask(sprite, side)) for p, fit in zip(taken.pictures, fits, strict=True) if fit
+        subject_only(p, fit.mask(sprite, side)) for p, fit in zip(taken.images, fits, strict=True) if fit
     ]
-    masks = taken.masks or [
-        best_fit(picture, sprite).mask(sprite, picture.width) for picture in taken.references
-    ]
+    masks = taken.masks or [best_fit(image, sprite).mask(sprite, image.width) for image in taken.references]
     real = [subject_only(p, mask) for p, mask in zip(taken.references, masks, strict=True)]
     return subject_score(clip(crops), clip(real)) if crops else None
 
@@ -177,11 +174,11 @@ def prior_scores(taken: Taken, clip: ClipEncoder) -> dict[str, float | None]:
 def leaks(
     taken: Taken, every: list[dict], verdicts: Verdicts, fits: list[Fit | None]
 ) -> dict[str, float | None]:
-    """Does what belongs to the reference pictures and not to the subject come back?"""
+    """Does what belongs to the reference images and not to the subject come back?"""
     new = [
         i for i, asked in enumerate(every) if asked.get("background") not in SEEN and trusted("background")
     ]
-    poses = [best_fit(picture, World().sprite(taken.subject.source)) for picture in taken.references]
+    poses = [best_fit(image, World().sprite(taken.subject.source)) for image in taken.references]
     return {
         "background_leak": mean([verdicts.factor(i, "background") in SEEN for i in new]),
         "pose_leak": mean([any(alike(fit, pose) for pose in poses) for fit in fits if fit is not None]),

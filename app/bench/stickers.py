@@ -103,7 +103,7 @@ def encoder_of(name: str) -> str:
 
 
 class WithReferences:
-    """A pipeline that is given a subject's pictures whenever it is asked for the subject."""
+    """A pipeline that is given a subject's images whenever it is asked for the subject."""
 
     def __init__(self, pipe, references: Sequence[Image.Image]):
         self.pipe, self.references = pipe, list(references)
@@ -121,7 +121,7 @@ def encoder_pipeline(encoder: str, device: str):
 
 @dataclass(frozen=True, kw_only=True)
 class StickerBench(Bench):
-    """`methods` of `RECIPES` on 30 subjects, 25 prompts, 4 pictures each, or on the `quick` subset: 6, 8
+    """`methods` of `RECIPES` on 30 subjects, 25 prompts, 4 images each, or on the `quick` subset: 6, 8
     and 1."""
 
     sampling: Sampling = Sampling(num_inference_steps=25, guidance_scale=4.0, batch_size=16)
@@ -170,7 +170,7 @@ class StickerBench(Bench):
             "bench": "StickerBench" + (", quick subset" if self.quick else ""),
             "base model": f"stickers, denoiser sha256 {model.hexdigest()[:12]}",
             "subjects": (
-                f"{len(self.subjects)} held-out drawings{of_group}, four captioned reference pictures each"
+                f"{len(self.subjects)} held-out drawings{of_group}, four captioned reference images each"
             ),
             "prompts": (
                 f"{len(prompts)}, sha256 {hashlib.sha256(chr(10).join(prompts).encode()).hexdigest()[:12]}"
@@ -198,8 +198,7 @@ class StickerBench(Bench):
             ),
             "pairing": "CLIP-I: every image with every reference; CLIP-T: every image with its own prompt",
             "averages": (
-                "over pictures within a subject, then over subjects; intervals are 95 % bootstrap "
-                "over subjects"
+                "over images within a subject, then over subjects; intervals are 95 % bootstrap over subjects"
             ),
         }
 
@@ -232,14 +231,14 @@ class StickerBench(Bench):
     def real(self, subject: Subject, folder: Path) -> list[Image.Image]:
         """What a perfect method could draw."""
         shots = self.shots(subject, subject.word)
-        pictures = [true_scene(subject.source, shot.prompt, 10_000 + shot.seed) for shot in shots]
-        for shot, picture in zip(shots, pictures, strict=True):
-            save_image(picture, folder / f"{shot.name}.png")
-        return pictures
+        images = [true_scene(subject.source, shot.prompt, 10_000 + shot.seed) for shot in shots]
+        for shot, image in zip(shots, images, strict=True):
+            save_image(image, folder / f"{shot.name}.png")
+        return images
 
-    def taken(self, subject, pictures, references, prior, before):
+    def taken(self, subject, images, references, prior, before):
         masks = [draw_scene(scene, World())[1] for scene in reference_scenes(subject.source, self.seed)]
-        return replace(super().taken(subject, pictures, references, prior, before), masks=masks)
+        return replace(super().taken(subject, images, references, prior, before), masks=masks)
 
     def score(self, taken: Taken):
         return score(taken, self.clip, self.seed)

@@ -1,4 +1,4 @@
-"""The subject adapter: an encoder of reference pictures and the attention branches that its tokens enter
+"""The subject adapter: an encoder of reference images and the attention branches that its tokens enter
 by.
 
 Saved as one file: `subject.safetensors` with the configuration in its header, or, for encoders of

@@ -109,12 +109,12 @@ class Backbone(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Sides of a picture must be multiples of this many pixels."""
+        """Sides of an image must be multiples of this many pixels."""
         return self.pipe.vae_scale_factor * getattr(self.denoiser.config, "patch_size", 1)
 
     @property
     def native_resolution(self) -> int:
-        """The side, in pixels, of the pictures that the model was trained on."""
+        """The side, in pixels, of the images that the model was trained on."""
         latents = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
         return latents * self.pipe.vae_scale_factor
 

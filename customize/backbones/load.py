@@ -29,7 +29,7 @@ LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 SETTINGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
-UNUSED = "safety_checker"  # it would paint pictures black, and training has no use for it
+UNUSED = "safety_checker"  # it would paint images black, and training has no use for it
 
 
 def load_base(name: str | Path, dtype: torch.dtype = torch.float32, **options) -> DiffusionPipeline:

@@ -1,4 +1,4 @@
-"""The order in which training sees pictures: endless batches that are a pure function of seed and
+"""The order in which training sees images: endless batches that are a pure function of seed and
 position."""
 
 import itertools
@@ -18,11 +18,11 @@ class BucketBatches(Sampler[list[Key]]):
     """Endless batches of keys, a pure function of the arguments, so that a run resumes exactly at batch
     `start`.
 
-    An epoch shows every instance picture once, in batches of one bucket; the last batch of a bucket is
-    filled with that bucket's pictures again. If there are prior pictures, `batch_size` of them follow in
-    each batch, each of the same concept as the instance picture it pairs with. Process `rank` of `world`
-    takes batches rank, rank + world, ... UserError if there is no instance picture, or some concepts have
-    prior pictures and others none.
+    An epoch shows every instance image once, in batches of one bucket; the last batch of a bucket is
+    filled with that bucket's images again. If there are prior images, `batch_size` of them follow in
+    each batch, each of the same concept as the instance image it pairs with. Process `rank` of `world`
+    takes batches rank, rank + world, ... UserError if there is no instance image, or some concepts have
+    prior images and others none.
     """
 
     dataset: SubjectDataset
@@ -34,18 +34,18 @@ class BucketBatches(Sampler[list[Key]]):
     flip: bool = False
 
     def __post_init__(self) -> None:
-        pictures = self.dataset.pictures
-        self.instances = [index for index, picture in enumerate(pictures) if not picture.is_prior]
-        priors = [index for index, picture in enumerate(pictures) if picture.is_prior]
-        self.priors = group(priors, lambda index: pictures[index].concept)
+        images = self.dataset.images
+        self.instances = [index for index, image in enumerate(images) if not image.is_prior]
+        priors = [index for index, image in enumerate(images) if image.is_prior]
+        self.priors = group(priors, lambda index: images[index].concept)
         if not self.instances or self.batch_size < 1:
             raise UserError(
-                "There is nothing to train on; give one or more instance pictures and a positive "
+                "There is nothing to train on; give one or more instance images and a positive "
                 "--train_batch_size."
             )
-        if priors and {pictures[index].concept for index in self.instances} - set(self.priors):
+        if priors and {images[index].concept for index in self.instances} - set(self.priors):
             raise UserError(
-                "Some concepts have class pictures and others none; give a class_data_dir to all or to none."
+                "Some concepts have class images and others none; give a class_data_dir to all or to none."
             )
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -59,13 +59,13 @@ class BucketBatches(Sampler[list[Key]]):
         for epoch in itertools.count():
             rng = np.random.default_rng((self.seed, epoch))
             for bucket, chunk in self._chunks(rng):
-                concepts = [self.dataset.pictures[index].concept for index in chunk] if cycles else []
+                concepts = [self.dataset.images[index].concept for index in chunk] if cycles else []
                 indices = chunk + [next(cycles[concept]) for concept in concepts]
                 flips = rng.random(len(indices)) < 0.5 if self.flip else [False] * len(indices)
                 yield [(index, bucket, bool(flip)) for index, flip in zip(indices, flips, strict=True)]
 
     def _chunks(self, rng: np.random.Generator) -> list[tuple[Bucket, list[int]]]:
-        """One epoch's instance pictures in chunks of batch_size, shuffled."""
+        """One epoch's instance images in chunks of batch_size, shuffled."""
         groups = group(rng.permutation(self.instances).tolist(), self.dataset.bucket_of)
         chunks = [
             (bucket, [members[k % len(members)] for k in range(first, first + self.batch_size)])

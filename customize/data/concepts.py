@@ -11,15 +11,15 @@ from customize.reading import parsed_json, read_text
 
 @dataclass
 class DataConfig:
-    """What to learn from, and how pictures become tensors."""
+    """What to learn from, and how images become tensors."""
 
-    instance_data_dir: str = option("", "folder of pictures of the subject")
-    instance_prompt: str = option("", "caption of every picture that has none of its own")
+    instance_data_dir: str = option("", "folder of images of the subject")
+    instance_prompt: str = option("", "caption of every image that has none of its own")
     concepts_list: str = option(
         "", "JSON list of {instance_prompt, class_prompt, instance_data_dir, class_data_dir}, one a concept"
     )
-    class_prompt: str = option("", 'caption of the class (prior) pictures, e.g. "a photo of a dog"')
-    class_data_dir: str = option("", "folder of class (prior) pictures")
+    class_prompt: str = option("", 'caption of the class (prior) images, e.g. "a photo of a dog"')
+    class_data_dir: str = option("", "folder of class (prior) images")
     resolution: int = option(
         0,
         "side of the square crop in pixels (buckets have about its area); 0: what the model was trained at",
@@ -28,25 +28,25 @@ class DataConfig:
     use_aspect_ratio_buckets: bool = option(
         False, "crop to the nearest of several aspect ratios instead of to a square"
     )
-    random_flip: bool = option(False, "mirror pictures at random")
+    random_flip: bool = option(False, "mirror images at random")
     masked_loss: bool = option(
         True, "weight the loss by the masks that are found (NAME.mask.png, or the alpha channel)"
     )
     unmasked_weight: float = option(0.1, "loss weight of what lies outside the mask", least=0, most=1)
-    holdout: int = option(0, "number of pictures kept from training for the validation loss", least=0)
-    max_pixels: int = option(100_000_000, "pictures with more pixels are refused", least=1)
-    strict: bool = option(False, "stop at an unreadable picture instead of skipping it with a warning")
+    holdout: int = option(0, "number of images kept from training for the validation loss", least=0)
+    max_pixels: int = option(100_000_000, "images with more pixels are refused", least=1)
+    strict: bool = option(False, "stop at an unreadable image instead of skipping it with a warning")
     allow_outside_files: bool = option(
         False, "read files outside the folders that name them in metadata.jsonl"
     )
     dataloader_num_workers: int = option(
-        0, "processes that load pictures; 0 loads them in the main process", least=0, most=1024
+        0, "processes that load images; 0 loads them in the main process", least=0, most=1024
     )
 
 
 @dataclass
 class Concept:
-    """One subject: where its pictures and those of its class lie, and how they are captioned."""
+    """One subject: where its images and those of its class lie, and how they are captioned."""
 
     instance_data_dir: str
     instance_prompt: str
@@ -60,7 +60,7 @@ def read_concepts(config: DataConfig) -> list[Concept]:
     path = config.concepts_list
     if bool(path) == bool(config.instance_data_dir):
         raise UserError(
-            "Name the pictures' folder with --instance_data_dir, or else several with --concepts_list."
+            "Name the images' folder with --instance_data_dir, or else several with --concepts_list."
         )
     if not path:
         return [Concept(**{f.name: getattr(config, f.name) for f in fields(Concept)})]
@@ -91,11 +91,11 @@ def _concept(row: object, where: str) -> Concept:
 
 
 def read_concept_images(concepts: list[Concept], config: DataConfig) -> list[ImageFile]:
-    """The instance pictures of all concepts."""
+    """The instance images of all concepts."""
     return [
-        picture
+        image
         for i, concept in enumerate(concepts)
-        for picture in find_images(
+        for image in find_images(
             concept.instance_data_dir,
             concept.instance_prompt,
             i,

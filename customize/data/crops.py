@@ -26,7 +26,7 @@ def buckets(resolution: int, factor: int) -> list[Bucket]:
     """(height, width) pairs of about resolution² pixels, in multiples of `factor`, from 1:2 to 2:1, the
     square included.
 
-    Sides go in steps of about resolution/16: finer ones would leave each picture of a small set alone in its
+    Sides go in steps of about resolution/16: finer ones would leave each image of a small set alone in its
     bucket.
     """
     step, found = factor * max(1, round(resolution / 16 / factor)), set()
@@ -51,7 +51,7 @@ def fit(
 
 
 def to_tensor(image: Image.Image, flip: bool = False) -> torch.Tensor:
-    """A picture, mirrored if `flip`, as (channels, height, width) in [0, 1]."""
+    """A image, mirrored if `flip`, as (channels, height, width) in [0, 1]."""
     array = np.array(ImageOps.mirror(image) if flip else image, dtype=np.float32) / 255
     return torch.from_numpy(array.reshape(image.height, image.width, -1)).permute(2, 0, 1).contiguous()
 

@@ -20,43 +20,43 @@ from customize.data.crops import (
 from customize.data.images import ImageFile, nothing_counts, read_image_file
 from customize.errors import UserError
 
-Key = tuple[int, Bucket, bool]  # index of the picture, bucket to crop it to, whether to mirror it
+Key = tuple[int, Bucket, bool]  # index of the image, bucket to crop it to, whether to mirror it
 
 
 class SubjectDataset(Dataset):
-    """Pictures as tensors; indexed by a key (index, (height, width), flip), as `BucketBatches` yields
+    """Images as tensors; indexed by a key (index, (height, width), flip), as `BucketBatches` yields
     them."""
 
-    def __init__(self, pictures: Sequence[ImageFile], config: DataConfig, factor: int):
-        """`factor`: what the sides of the model's pictures must be multiples of, in pixels."""
+    def __init__(self, images: Sequence[ImageFile], config: DataConfig, factor: int):
+        """`factor`: what the sides of the model's images must be multiples of, in pixels."""
         check_resolution(config.resolution, factor)
         square = [(config.resolution, config.resolution)]
-        self.pictures, self.config = list(pictures), config
+        self.images, self.config = list(images), config
         self.buckets = buckets(config.resolution, factor) if config.use_aspect_ratio_buckets else square
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def bucket_of(self, index: int) -> Bucket:
-        return nearest_bucket(self.pictures[index].size, self.buckets)
+        return nearest_bucket(self.images[index].size, self.buckets)
 
     def __getitem__(self, key: Key) -> dict:
         """`pixels` (3, H, W) in [-1, 1], loss weight `mask` (1, H, W) in [unmasked_weight, 1], and what
-        the picture is."""
+        the image is."""
         index, bucket, flip = key
-        picture = self.pictures[index]
-        image, mask = read_image_file(picture)
+        file = self.images[index]
+        image, mask = read_image_file(file)
         pixels = to_tensor(fit(image, *bucket), flip) * 2 - 1
         weight = torch.ones(1, *bucket)
         if mask is not None and self.config.masked_loss:
             weight = mask_weight(mask, *bucket, self.config.unmasked_weight, flip)
             if not weight.any():
-                raise nothing_counts(f"{picture.path}, as it is cropped,")
+                raise nothing_counts(f"{file.path}, as it is cropped,")
         about = {
-            "prompt": picture.caption,
+            "prompt": file.caption,
             "index": index,
-            "concept": picture.concept,
-            "is_prior": picture.is_prior,
+            "concept": file.concept,
+            "is_prior": file.is_prior,
         }
         return {"pixels": pixels, "mask": weight, **about}
 
@@ -82,21 +82,21 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def split_holdout(
-    pictures: Sequence[ImageFile], count: int, seed: int
+    images: Sequence[ImageFile], count: int, seed: int
 ) -> tuple[list[ImageFile], list[ImageFile]]:
-    """(train, held out): `count` instance pictures drawn at random, such that each concept keeps one or
+    """(train, held out): `count` instance images drawn at random, such that each concept keeps one or
     more for training."""
     rng = np.random.default_rng(seed)
-    instances = [index for index in rng.permutation(len(pictures)).tolist() if not pictures[index].is_prior]
-    concepts = group(instances, lambda index: pictures[index].concept)
+    instances = [index for index in rng.permutation(len(images)).tolist() if not images[index].is_prior]
+    concepts = group(instances, lambda index: images[index].concept)
     spare = [index for members in concepts.values() for index in members[1:]]
     if not 0 <= count <= len(spare):
         raise UserError(
-            f"--holdout {count} leaves a concept without a picture for training; choose 0 to {len(spare)}."
+            f"--holdout {count} leaves a concept without an image for training; choose 0 to {len(spare)}."
         )
     held = set(rng.permutation(spare)[:count].tolist())
     halves = [
-        [picture for index, picture in enumerate(pictures) if (index in held) == is_held]
+        [image for index, image in enumerate(images) if (index in held) == is_held]
         for is_held in (False, True)
     ]
     return halves[0], halves[1]

@@ -13,7 +13,7 @@ from customize.errors import UserError, shortened
 
 
 class Folders(References):
-    """A folder of pictures for each subject; an epoch shows every subject once, in an order that the seed
+    """A folder of images for each subject; an epoch shows every subject once, in an order that the seed
     decides."""
 
     def __init__(
@@ -29,17 +29,17 @@ class Folders(References):
         epoch, place = divmod(position, len(self.subjects))
         index = int(np.random.default_rng([self.seed, epoch]).permutation(len(self.subjects))[place])
         rng = np.random.default_rng([self.seed, epoch, place])
-        _, pictures = self.subjects[index]
-        target, *references = (pictures[i] for i in drawn(rng, len(pictures)))
-        views = [View(*read_image_file(picture)) for picture in references]
+        _, images = self.subjects[index]
+        target, *references = (images[i] for i in drawn(rng, len(images)))
+        views = [View(*read_image_file(image)) for image in references]
         prompt = named(target.caption)
-        target_view, twice = View(*read_image_file(target)), len(pictures) < 3
+        target_view, twice = View(*read_image_file(target)), len(images) < 3
         return item(target_view, [views], prompt, index, rng, self.config, self.pixels, shows_target=twice)
 
 
 def read_folders(config: ReferenceConfig) -> list[tuple[str, list[ImageFile]]]:
-    """Subjects by name with their pictures; UserError for a folder without subjects, or a subject with one
-    picture only."""
+    """Subjects by name with their images; UserError for a folder without subjects, or a subject with one
+    image only."""
     root = Path(config.train_data_dir)
     if not os.path.isdir(root):
         raise UserError(f"There is no folder '{shortened(str(root))}'; correct --train_data_dir.")
@@ -50,14 +50,14 @@ def read_folders(config: ReferenceConfig) -> list[tuple[str, list[ImageFile]]]:
     subjects: list[tuple[str, list[ImageFile]]] = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         prompt = config.instance_prompt.replace("{}", folder.name)
-        pictures = find_images(folder, prompt, len(subjects), **rules)
-        if len(pictures) < 2:
+        images = find_images(folder, prompt, len(subjects), **rules)
+        if len(images) < 2:
             raise UserError(
-                f"'{folder}' holds one picture: an encoder learns from two or more views of every subject."
+                f"'{folder}' holds one image: an encoder learns from two or more views of every subject."
             )
-        for picture in pictures:
-            named(picture.caption)
-        subjects.append((folder.name, pictures))
+        for image in images:
+            named(image.caption)
+        subjects.append((folder.name, images))
     if not subjects:
-        raise UserError(f"--train_data_dir '{root}' must hold a folder of pictures for each subject.")
+        raise UserError(f"--train_data_dir '{root}' must hold a folder of images for each subject.")
     return subjects

@@ -21,12 +21,12 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MASK_SUFFIX = ".mask.png"
 
 
-Decoded = tuple[Image.Image, Image.Image | None]  # picture, mask
+Decoded = tuple[Image.Image, Image.Image | None]  # image, mask
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A checked picture file; `size` is (width, height) upright, `digest` the sha256 of its and then its
+    """A checked image file; `size` is (width, height) upright, `digest` the sha256 of its and then its
     mask's bytes."""
 
     path: Path
@@ -43,7 +43,7 @@ class _Unreadable(UserError):
 
 
 class TooLarge(Exception):
-    """Says how large a picture is that has more pixels than it may have."""
+    """Says how large an image is that has more pixels than it may have."""
 
 
 def find_images(
@@ -57,13 +57,13 @@ def find_images(
     allow_outside_files: bool = False,
     masked_only: bool = False,
 ) -> list[ImageFile]:
-    """Every picture of `folder`, sorted by path and decoded once as a check.
+    """Every image of `folder`, sorted by path and decoded once as a check.
 
-    A caption is the text of NAME.txt, else of metadata.jsonl (`file_name`, `text`), else `prompt`. A picture
+    A caption is the text of NAME.txt, else of metadata.jsonl (`file_name`, `text`), else `prompt`. An image
     that cannot be read, or whose mask or NAME.txt is no file, is skipped with a warning, or a UserError when
-    `strict`. UserError too for a folder that is missing or has no readable picture, a picture above
-    `max_pixels`, a mask of another size than its picture, or (`masked_only`, where only masks count) a black
-    one, a picture without a caption, and a file_name outside the folder unless `allow_outside_files`; it
+    `strict`. UserError too for a folder that is missing or has no readable image, an image above
+    `max_pixels`, a mask of another size than its image, or (`masked_only`, where only masks count) a black
+    one, an image without a caption, and a file_name outside the folder unless `allow_outside_files`; it
     names `flag` as what to correct.
     """
     kind = "class" if is_prior else "instance"
@@ -77,7 +77,7 @@ def find_images(
         for path in folder.iterdir()
         if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
     }
-    pictures = []
+    images = []
     for path in sorted(
         {path for path in paths if not path.name.lower().endswith(MASK_SUFFIX)} | set(captions)
     ):
@@ -94,16 +94,14 @@ def find_images(
             raise UserError(
                 f"{path} has no caption; give --{kind}_prompt, or write {path.with_suffix('.txt')}."
             )
-        pictures.append(ImageFile(path, caption, _mask_of(path), concept, is_prior, digest, size))
-    if not pictures:
-        raise UserError(
-            f"{folder} holds no readable picture ({' '.join(sorted(EXTENSIONS))}); correct {flag}."
-        )
-    return pictures
+        images.append(ImageFile(path, caption, _mask_of(path), concept, is_prior, digest, size))
+    if not images:
+        raise UserError(f"{folder} holds no readable image ({' '.join(sorted(EXTENSIONS))}); correct {flag}.")
+    return images
 
 
 def _read_metadata(path: Path, allow_outside_files: bool) -> dict[Path, str]:
-    """Captions by picture of an imagefolder's metadata.jsonl; nothing if there is no such file."""
+    """Captions by image of an imagefolder's metadata.jsonl; nothing if there is no such file."""
     captions: dict[Path, str] = {}
     for number, line in enumerate(read_text(path).split("\n") if os.path.lexists(path) else [], 1):
         if not line.strip():
@@ -115,10 +113,10 @@ def _read_metadata(path: Path, allow_outside_files: bool) -> dict[Path, str]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             example = '{"file_name": "1.png", "text": "a caption"}'
             raise UserError(f"{where} is malformed; write it like {example}.") from error
-        picture = _listed(path.parent, name, where, allow_outside_files)
-        if picture in captions:
+        image = _listed(path.parent, name, where, allow_outside_files)
+        if image in captions:
             raise UserError(f"{where} lists {shortened(name)} again; remove one of the two lines.")
-        captions[picture] = text
+        captions[image] = text
     return captions
 
 
@@ -150,20 +148,20 @@ def _mask_of(path: Path) -> Path | None:
 
 
 def _check(path: Path, max_pixels: int, masked_only: bool) -> tuple[tuple[int, int], str]:
-    """Decode a picture and its mask once; the upright size and the digest of the two files."""
-    picture, mask = _decode(path, max_pixels=max_pixels)
+    """Decode an image and its mask once; the upright size and the digest of the two files."""
+    image, mask = _decode(path, max_pixels=max_pixels)
     digest = hashlib.sha256(path.read_bytes())
     if file := _mask_of(path):
         mask = _decode_mask(file, max_pixels)
-        if mask.size != picture.size:
+        if mask.size != image.size:
             raise UserError(
-                f"The mask {file} is {mask.size} but its picture {picture.size} pixels; make them equal or "
+                f"The mask {file} is {mask.size} but its image {image.size} pixels; make them equal or "
                 "remove it."
             )
         digest.update(file.read_bytes())
     if masked_only and mask and not mask.getbbox():
         raise nothing_counts(path)
-    return picture.size, digest.hexdigest()
+    return image.size, digest.hexdigest()
 
 
 def nothing_counts(what: object) -> UserError:
@@ -186,14 +184,14 @@ def _open(file: Path | BytesIO) -> Image.Image:
 
 
 def read_image(file: Path | BytesIO, max_pixels: float, upright: bool = True) -> Image.Image:
-    """The picture of an ordinary file or of its bytes, of 8 bits; `TooLarge` before it is decoded, anything
+    """The image of an ordinary file or of its bytes, of 8 bits; `TooLarge` before it is decoded, anything
     else if broken."""
     with _open(file if isinstance(file, BytesIO) else ordinary(file)) as image:
         return checked_image(image, max_pixels, upright)
 
 
 def checked_image(image: Image.Image, max_pixels: float, upright: bool = True) -> Image.Image:
-    """The same for a picture that is open, but perhaps not decoded yet."""
+    """The same for an image that is open, but perhaps not decoded yet."""
     width, height = image.size
     if not width * height:
         raise ValueError("it has no pixels")
@@ -205,7 +203,7 @@ def checked_image(image: Image.Image, max_pixels: float, upright: bool = True) -
 def _decode(
     path: Path, upright: bool = True, background: str = "white", max_pixels: float = math.inf
 ) -> Decoded:
-    """RGB picture composited on `background`, and its alpha channel (L) unless that is fully opaque."""
+    """RGB image composited on `background`, and its alpha channel (L) unless that is fully opaque."""
     try:
         return _to_rgb(read_image(path, max_pixels, upright), background)
     except TooLarge as error:
@@ -215,7 +213,7 @@ def _decode(
     except (
         Exception
     ) as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, ... for broken files
-        raise _Unreadable(f"{path} cannot be read as a picture ({error}); replace or remove it.") from error
+        raise _Unreadable(f"{path} cannot be read as an image ({error}); replace or remove it.") from error
 
 
 def _decode_mask(path: Path, max_pixels: float = math.inf) -> Image.Image:
@@ -224,7 +222,7 @@ def _decode_mask(path: Path, max_pixels: float = math.inf) -> Image.Image:
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """Pictures of more than 8 bits as gray ones of 8, which PIL would clip them to; they hold [0, 1] or
+    """Images of more than 8 bits as gray ones of 8, which PIL would clip them to; they hold [0, 1] or
     0..65535."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
@@ -241,15 +239,15 @@ def _to_rgb(image: Image.Image, background: str) -> Decoded:
     return flat, None if alpha.getextrema() == (255, 255) else alpha
 
 
-def read_image_file(picture: ImageFile) -> Decoded:
-    """The upright RGB picture and its mask (L, 255 is the subject) of the same size, or None.
+def read_image_file(file: ImageFile) -> Decoded:
+    """The upright RGB image and its mask (L, 255 is the subject) of the same size, or None.
 
     A mask file is taken as it is (upright already); without one, an alpha channel that is not fully opaque is
     the mask. Transparent parts are white. UserError if a file vanished or changed size since `find_images`.
     """
-    image, mask = _decode(picture.path)
-    if picture.mask:
-        mask = _decode_mask(picture.mask)
-    if image.size != picture.size or (mask and mask.size != picture.size):
-        raise UserError(f"{picture.path} or its mask changed its size during the run; start again.")
+    image, mask = _decode(file.path)
+    if file.mask:
+        mask = _decode_mask(file.mask)
+    if image.size != file.size or (mask and mask.size != file.size):
+        raise UserError(f"{file.path} or its mask changed its size during the run; start again.")
     return image, mask

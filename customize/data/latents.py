@@ -13,15 +13,15 @@ from customize.data.dataset import Key, SubjectDataset
 
 
 class LatentDataset(Dataset):
-    """A `SubjectDataset` whose pictures were encoded: items hold the latents' `mean` and `std` in place of
+    """A `SubjectDataset` whose images were encoded: items hold the latents' `mean` and `std` in place of
     `pixels`, and the mask at the latents' size."""
 
     def __init__(self, dataset: SubjectDataset, backbone: Backbone, cache: TensorCache):
-        self.pictures, self.config, self.bucket_of = dataset.pictures, dataset.config, dataset.bucket_of
+        self.images, self.config, self.bucket_of = dataset.images, dataset.config, dataset.bucket_of
         self.model = key_of("latents", fingerprint(backbone.vae))
         self.items = {
             key: self._encode(dataset, key, backbone, cache)
-            for key in tqdm(list(all_keys(dataset)), desc="encoding pictures")
+            for key in tqdm(list(all_keys(dataset)), desc="encoding images")
         }
 
     def _encode(self, dataset: SubjectDataset, key: Key, backbone: Backbone, cache: TensorCache) -> dict:
@@ -34,27 +34,27 @@ class LatentDataset(Dataset):
                 for name, value in backbone.moments(item["pixels"][None].to(backbone.device)).items()
             }
 
-        name = key_of(self.model, dataset.pictures[index].digest, bucket, flip)
+        name = key_of(self.model, dataset.images[index].digest, bucket, flip)
         latent = cache.get(name, moments)
         mask = F.interpolate(item.pop("mask")[None], size=latent["mean"].shape[-2:], mode="area")[0]
         item.pop("pixels")
         return item | {"mask": mask, **latent}
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, key: Key) -> dict:
         return self.items[key]
 
 
 def all_keys(dataset: SubjectDataset) -> Iterable[Key]:
-    """Every key that `BucketBatches` can ask for: prior pictures are cropped to the buckets of their
+    """Every key that `BucketBatches` can ask for: prior images are cropped to the buckets of their
     concept's instances."""
     used: dict[int, set[Bucket]] = {}
-    for i, picture in enumerate(dataset.pictures):
-        if not picture.is_prior:
-            used.setdefault(picture.concept, set()).add(dataset.bucket_of(i))
-    for i, picture in enumerate(dataset.pictures):
-        for bucket in sorted(used[picture.concept]) if picture.is_prior else [dataset.bucket_of(i)]:
+    for i, image in enumerate(dataset.images):
+        if not image.is_prior:
+            used.setdefault(image.concept, set()).add(dataset.bucket_of(i))
+    for i, image in enumerate(dataset.images):
+        for bucket in sorted(used[image.concept]) if image.is_prior else [dataset.bucket_of(i)]:
             for flip in (False, True) if dataset.config.random_flip else (False,):
                 yield i, bucket, flip

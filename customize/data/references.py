@@ -1,11 +1,11 @@
-"""What encoders learn from: many subjects, of each two reference views and one target picture with its
+"""What encoders learn from: many subjects, of each two reference views and one target image with its
 caption.
 
 Three sources: rendered sticker scenes (embedded), a folder of folders, and any Hugging Face `datasets`
 source. Items hold `pixels` (3, H, W) in [-1, 1], the target; `references` (subjects, 2, 3, h, w), normalised
 for the image encoder, the second of each subject always cut out on white where a mask is known; `prompt`,
 with each subject's word before its noun; and `identity`, the first subject's number; `shows_target`, whether
-the second references show the very target, as a subject has only two pictures; and `regions` (subjects, H,
+the second references show the very target, as a subject has only two images; and `regions` (subjects, H,
 W), where each may be: 1 everywhere, if that is not told. Only rendered scenes have a second subject
 (`second_subject_rate`), and are told regions (`region_rate`).
 """
@@ -39,8 +39,7 @@ class ReferenceConfig:
 
     train_data_dir: str = option(
         "",
-        "folder with one folder of pictures for each subject (NAME.txt: caption with <s>, "
-        "NAME.mask.png: mask)",
+        "folder with one folder of images for each subject (NAME.txt: caption with <s>, NAME.mask.png: mask)",
     )
     dataset_name: str = option(
         "", "a Hugging Face dataset: hub id, or imagefolder, parquet or webdataset with --data_files"
@@ -48,10 +47,10 @@ class ReferenceConfig:
     dataset_config_name: str = option("", "configuration of that dataset")
     data_files: str = option("", "files of that dataset, a path or pattern")
     image_column: str = option(
-        "image", "column of pictures: a list of views in each row, or one view with --subject_column"
+        "image", "column of images: a list of views in each row, or one view with --subject_column"
     )
     mask_column: str = option(
-        "", "column of masks, white where the subject is; a list where pictures are lists"
+        "", "column of masks, white where the subject is; a list where images are lists"
     )
     caption_column: str = option("text", "column of captions")
     subject_column: str = option(
@@ -62,10 +61,10 @@ class ReferenceConfig:
         1000, "subjects among which a stream is shuffled; 0: in their order", least=0
     )
     instance_prompt: str = option(
-        "a photo of <s>", "caption of pictures that have none; {} is the subject's name"
+        "a photo of <s>", "caption of images that have none; {} is the subject's name"
     )
     resolution: int = option(
-        0, "side of the target pictures in pixels; 0: what the model was trained at", least=0
+        0, "side of the target images in pixels; 0: what the model was trained at", least=0
     )
     holdout: int = option(
         0, "subjects, two or more, kept from training for the validation loss and the diagnostics", least=0
@@ -81,7 +80,7 @@ class ReferenceConfig:
     )
     noun_dropout: float = option(
         0.5,
-        "stickers: share of captions that do not name the class, so that pictures must tell",
+        "stickers: share of captions that do not name the class, so that images must tell",
         least=0,
         most=1,
     )
@@ -95,14 +94,14 @@ class ReferenceConfig:
         most=1,
     )
     world: str = option("", "stickers: an atlas folder of the whole world; empty: the drawings that ship")
-    max_pixels: int = option(100_000_000, "pictures with more pixels are refused", least=1)
-    strict: bool = option(False, "stop at an unreadable picture instead of skipping it with a warning")
+    max_pixels: int = option(100_000_000, "images with more pixels are refused", least=1)
+    strict: bool = option(False, "stop at an unreadable image instead of skipping it with a warning")
     allow_outside_files: bool = option(
         False, "read files outside the folder of the metadata.jsonl or dataset that names them"
     )
     dataloader_num_workers: int = option(
         0,
-        "processes that load pictures (a stream: 1 at most); 0 loads in the main process",
+        "processes that load images (a stream: 1 at most); 0 loads in the main process",
         least=0,
         most=1024,
     )
@@ -110,19 +109,19 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class View:
-    """One picture of a subject."""
+    """One image of a subject."""
 
-    picture: Image.Image
+    image: Image.Image
     mask: Image.Image | None = None
     caption: str = ""
 
     @property
     def cut_out(self) -> Image.Image:
         """The subject alone on white, if its mask is known."""
-        picture = opaque(self.picture)
+        image = opaque(self.image)
         if self.mask is None:
-            return picture
-        return Image.composite(picture, Image.new("RGB", picture.size, "white"), self.mask)
+            return image
+        return Image.composite(image, Image.new("RGB", image.size, "white"), self.mask)
 
 
 def item(
@@ -140,30 +139,30 @@ def item(
     shown = []
     for first, second in subjects:
         shown += [
-            first.cut_out if rng.random() < config.segment_rate else opaque(first.picture),
+            first.cut_out if rng.random() < config.segment_rate else opaque(first.image),
             second.cut_out,
         ]
     if config.augment:
-        shown = [moved(picture, rng) for picture in shown]
+        shown = [moved(image, rng) for image in shown]
     side = config.resolution, config.resolution
-    picture = to_tensor(fit(opaque(target.picture), *side)) * 2 - 1
+    image = to_tensor(fit(opaque(target.image), *side)) * 2 - 1
     weight = (
         torch.ones(1, *side)
         if target.mask is None
         else mask_weight(target.mask, *side, config.unmasked_weight)
     )
     if not weight.any():
-        raise nothing_counts(f"the picture of '{shortened(prompt)}', as it is cropped,")
+        raise nothing_counts(f"the image of '{shortened(prompt)}', as it is cropped,")
     references = pixels(shown).unflatten(0, (-1, 2))
     regions = torch.ones(len(subjects), *side) if regions is None else regions
     about = {"prompt": prompt, "identity": identity, "shows_target": shows_target, "regions": regions}
-    return {"pixels": picture, "mask": weight, "references": references} | about
+    return {"pixels": image, "mask": weight, "references": references} | about
 
 
-def moved(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+def moved(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Turned by up to 15 degrees, scaled, shifted and perhaps mirrored, on white."""
-    side = min(max(picture.size), 4096)  # the square of a panorama would not fit in memory
-    square = ImageOps.pad(picture, (side, side), color="white")
+    side = min(max(image.size), 4096)  # the square of a panorama would not fit in memory
+    square = ImageOps.pad(image, (side, side), color="white")
     square = ImageOps.mirror(square) if rng.random() < 0.5 else square
     scale, (x, y) = rng.uniform(0.7, 1.1), rng.uniform(-0.1, 0.1, 2) * side
     angle = np.deg2rad(rng.uniform(-15, 15))
@@ -193,15 +192,15 @@ class References(Dataset):
 
 
 def drawn(rng: np.random.Generator, count: int) -> list[int]:
-    """Three pictures of `count`: a target and two references, different ones as far as there are any."""
+    """Three images of `count`: a target and two references, different ones as far as there are any."""
     order = rng.permutation(count).tolist()
     return (order * 3)[:3] if count < 3 else order[:3]
 
 
 def collate_references(items: Sequence[dict]) -> dict:
     """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `references` (B, subjects, 2, 3, h, w), `present`
-    (B, subjects), False where a picture has fewer subjects than others, `identity` and `shows_target` (B,),
-    `prompt` a list, and `regions` (B, subjects, H, W) if any picture has several subjects: only then are they
+    (B, subjects), False where an image has fewer subjects than others, `identity` and `shows_target` (B,),
+    `prompt` a list, and `regions` (B, subjects, H, W) if any image has several subjects: only then are they
     told."""
     batch: dict = {name: torch.stack([entry[name] for entry in items]) for name in ("pixels", "mask")}
     several = any(len(entry["references"]) > 1 for entry in items)

@@ -18,7 +18,7 @@ from customize.data.references import Pixels, ReferenceConfig, View, drawn, item
 from customize.errors import UserError, shortened
 from customize.reading import inside
 
-Row = tuple[Any, Any, Any]  # picture and mask, undecoded, and caption
+Row = tuple[Any, Any, Any]  # image and mask, undecoded, and caption
 
 
 FORMATS = {
@@ -39,7 +39,7 @@ MISSED = 100  # subjects that cannot be read, one after another, end a run
 
 class Streamed(IterableDataset):
     """Rows of a Hugging Face dataset, endless. Process `rank` of `world` takes each `world`-th subject:
-    rows or files could not be shared out, as the views of a subject must stay together. Pictures are
+    rows or files could not be shared out, as the views of a subject must stay together. Images are
     decoded when they are shown, not before."""
 
     def __init__(
@@ -84,8 +84,8 @@ class Streamed(IterableDataset):
         except UserError as error:
             raise Unreadable(f"--dataset_name: of subject '{shortened(name)}', {error}") from error
 
-    def view(self, name: str, picture: Any, mask: Any, caption: str | None) -> View:
-        shown = decoded(picture, name, self.config)
+    def view(self, name: str, image: Any, mask: Any, caption: str | None) -> View:
+        shown = decoded(image, name, self.config)
         cut = None if mask is None else decoded(mask, name, self.config).convert("L").resize(shown.size)
         if not isinstance(caption or "", str):
             raise Unreadable(
@@ -108,7 +108,7 @@ class Streamed(IterableDataset):
                 )
 
     def listed(self) -> Iterator[tuple[str, Sequence[Row]]]:
-        """Each subject's name and views: a row's list of pictures, or the rows that follow each other
+        """Each subject's name and views: a row's list of images, or the rows that follow each other
         with one name."""
         config = self.config
         if config.subject_column:
@@ -117,21 +117,21 @@ class Streamed(IterableDataset):
                 yield called(name), [self.parts(row) for row in rows]
             return
         for i, row in enumerate(self.read()):
-            pictures, masks, captions = self.parts(row)
-            if not isinstance(pictures or [], list):
+            images, masks, captions = self.parts(row)
+            if not isinstance(images or [], list):
                 self.pass_over(
                     Unreadable(
-                        f"--image_column: subject '{i}' has {type(pictures).__name__}, no list of pictures."
+                        f"--image_column: subject '{i}' has {type(images).__name__}, no list of images."
                     )
                 )
                 continue
-            pictures = pictures or []
-            masks = (masks if isinstance(masks, list) else [masks]) if masks else [None] * len(pictures)
-            captions = captions if isinstance(captions, list) else [captions] * len(pictures)
-            if len(pictures) == len(masks) == len(captions):
-                yield str(i), list(zip(pictures, masks, captions, strict=True))
+            images = images or []
+            masks = (masks if isinstance(masks, list) else [masks]) if masks else [None] * len(images)
+            captions = captions if isinstance(captions, list) else [captions] * len(images)
+            if len(images) == len(masks) == len(captions):
+                yield str(i), list(zip(images, masks, captions, strict=True))
                 continue
-            counted = f"{len(pictures)} pictures, {len(masks)} masks and {len(captions)} captions"
+            counted = f"{len(images)} images, {len(masks)} masks and {len(captions)} captions"
             self.pass_over(Unreadable(f"--dataset_name: subject '{i}' has {counted}."))
 
     def read(self) -> Iterator[dict]:
@@ -148,7 +148,7 @@ class Streamed(IterableDataset):
         warnings.warn(f"{error} It is skipped.", stacklevel=2)
 
     def parts(self, row: dict) -> Row:
-        """A row's picture, mask and caption, or lists of them."""
+        """A row's image, mask and caption, or lists of them."""
         config = self.config
         return row[config.image_column], row.get(config.mask_column), row.get(config.caption_column)
 
@@ -157,14 +157,14 @@ class Unreadable(UserError):
     pass
 
 
-def decoded(picture: Any, name: str, config: ReferenceConfig) -> Image.Image:
-    """The upright picture of a row's undecoded one; `Unreadable` if it is none, too large, or a file that
+def decoded(image: Any, name: str, config: ReferenceConfig) -> Image.Image:
+    """The upright image of a row's undecoded one; `Unreadable` if it is none, too large, or a file that
     is not the dataset's. The datasets library could read it too, but would fetch whatever address a row
     names.
     """
-    which = f"--dataset_name: a picture of subject '{shortened(name)}'"
+    which = f"--dataset_name: an image of subject '{shortened(name)}'"
     try:
-        return read_image(source_of(picture, config), config.max_pixels)
+        return read_image(source_of(image, config), config.max_pixels)
     except TooLarge as error:
         raise Unreadable(
             f"{which} has more pixels than --max_pixels {config.max_pixels} ({error})."
@@ -173,11 +173,11 @@ def decoded(picture: Any, name: str, config: ReferenceConfig) -> Image.Image:
         raise Unreadable(f"{which} cannot be read ({error}).") from error
 
 
-def source_of(picture: Any, config: ReferenceConfig) -> BytesIO | Path:
-    """A picture's bytes, or the dataset's own file of it; ValueError if it has neither."""
-    if not isinstance(picture, dict):
-        raise ValueError(f"it is {type(picture).__name__}, not a dictionary with bytes or path")
-    content, path = picture.get("bytes"), picture.get("path")
+def source_of(image: Any, config: ReferenceConfig) -> BytesIO | Path:
+    """An image's bytes, or the dataset's own file of it; ValueError if it has neither."""
+    if not isinstance(image, dict):
+        raise ValueError(f"it is {type(image).__name__}, not a dictionary with bytes or path")
+    content, path = image.get("bytes"), image.get("path")
     if isinstance(content, bytes):
         return BytesIO(content)
     if not isinstance(path, str):
@@ -185,7 +185,7 @@ def source_of(picture: Any, config: ReferenceConfig) -> BytesIO | Path:
     if "://" in path:
         where = f"the address '{shortened(path)}' is never fetched"
         raise ValueError(
-            f"{where}: download the dataset and name its folder, or store the pictures in its rows"
+            f"{where}: download the dataset and name its folder, or store the images in its rows"
         )
     if not config.allow_outside_files and not inside(os.path.abspath(path), own_folders(config)):
         outside = f"'{shortened(path)}' lies outside the dataset's folder"

@@ -99,6 +99,6 @@ def cache_text(
 
 
 def held_out_batches(dataset: SubjectDataset | LatentDataset, device: torch.device) -> list[dict]:
-    """One batch for each held-out picture, on the device."""
+    """One batch for each held-out image, on the device."""
     items = [dataset[i, dataset.bucket_of(i), False] for i in range(len(dataset))]
     return [to_device(collate([item]), device) for item in items]

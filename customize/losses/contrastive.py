@@ -85,7 +85,7 @@ def appearance_contrast(
     look.
 
     `anchors` (layers, n, dim), `positives` (layers, m, dim), `similarity` (n, m) cosines of the real
-    pictures, any range. How the factor enters could not be read in the paper; with c the cosine of two S+, S
+    images, any range. How the factor enters could not be read in the paper; with c the cosine of two S+, S
     in [0, 1] the stretched similarity: `ratio` logits c / (S tau), S at least 0.2; `weight` c / tau + log w,
     w = (1 - S) / mean(1 - S) of the negatives; `soft` plain logits against softmax(S / 0.2); `product` S c /
     tau, which repels look-alikes most (the opposite of the paper's aim); `plain` c / tau.
@@ -105,7 +105,7 @@ def appearance_contrast(
     else:
         logits = cosine / temperature
     if form == "soft":
-        # other pictures of the subject are neither asked for nor forbidden
+        # other images of the subject are neither asked for nor forbidden
         target = (appearance / 0.2).masked_fill(same & ~positive, -torch.inf).softmax(1)
     log_likelihood = _without_false_negatives(logits, same).log_softmax(-1)
     return -torch.where(target > 0, target * log_likelihood, 0.0).sum(-1).mean()

@@ -1,4 +1,4 @@
-"""Models that turn pictures and prompts into features, each with a stamp that says exactly which and how."""
+"""Models that turn images and prompts into features, each with a stamp that says exactly which and how."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,9 +24,9 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class MetricEncoder:
-    """Pictures to unit vectors.
+    """Images to unit vectors.
 
-    `features` maps pixels (batch, 3, height, width) to (batch, d); `prepare` maps one picture to pixels (3,
+    `features` maps pixels (batch, 3, height, width) to (batch, d); `prepare` maps one image to pixels (3,
     height, width). `stamp` names the model and the preprocessing, and goes into every result.
     """
 
@@ -46,11 +46,11 @@ class MetricEncoder:
         return next(self.model.parameters()).device
 
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (n, d), float32 on the CPU."""
-        starts = range(0, len(pictures), self.batch_size)
+        starts = range(0, len(images), self.batch_size)
         batches = (
-            torch.stack([self.prepare(p.convert("RGB")) for p in pictures[i : i + self.batch_size]])
+            torch.stack([self.prepare(p.convert("RGB")) for p in images[i : i + self.batch_size]])
             for i in starts
         )
         return torch.cat(
@@ -59,7 +59,7 @@ class MetricEncoder:
 
 
 class ClipEncoder(MetricEncoder):
-    """Pictures and prompts to unit vectors of one space. `texts` maps prompts to (n, d).
+    """Images and prompts to unit vectors of one space. `texts` maps prompts to (n, d).
 
     Raises UserError where the two widths differ, before anything is drawn.
     """
@@ -70,7 +70,7 @@ class ClipEncoder(MetricEncoder):
         widths = self([Image.new("RGB", (64, 64))]).shape[1], self.texts(["a"]).shape[1]
         if widths[0] != widths[1]:
             raise UserError(
-                f"'{self.stamp}' gives {widths[0]} numbers a picture but {widths[1]} a prompt; give a CLIP "
+                f"'{self.stamp}' gives {widths[0]} numbers an image but {widths[1]} a prompt; give a CLIP "
                 "model."
             )
 
@@ -128,8 +128,8 @@ def load_clip(name: str, flag: str = "clip") -> ClipEncoder:
         )
         return model.get_text_features(**words.to(model.device)).pooler_output
 
-    def pixels(picture: Image.Image) -> Tensor:
-        return processor(picture, return_tensors="pt").pixel_values[0]
+    def pixels(image: Image.Image) -> Tensor:
+        return processor(image, return_tensors="pt").pixel_values[0]
 
     sides = processor.to_dict()["crop_size" if processor.do_center_crop else "size"]
     resampling = Image.Resampling(processor.resample).name.lower()
@@ -168,8 +168,8 @@ def load_sticker_clip() -> ClipEncoder:
         )
         return text(words.input_ids).last_hidden_state.mean(1)
 
-    def pixels(picture: Image.Image) -> Tensor:
-        return processor(picture, return_tensors="pt").pixel_values[0]
+    def pixels(image: Image.Image) -> Tensor:
+        return processor(image, return_tensors="pt").pixel_values[0]
 
     side = vision.config.image_size
     stamp = f"{_named('stickers', vision)}, resized {side}x{side}"
@@ -195,28 +195,28 @@ def load_dino(name: str, flag: str = "dino") -> MetricEncoder:
     size = 224 if kind != "vit" else model.config.image_size
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
 
-    def pixels(picture: Image.Image) -> Tensor:
-        return (_to_tensor(cropped(picture, round(size * 256 / 224), size)) - mean) / std
+    def pixels(image: Image.Image) -> Tensor:
+        return (_to_tensor(cropped(image, round(size * 256 / 224), size)) - mean) / std
 
     stamp = f"{_named(name, model)}, class token, bicubic {round(size * 256 / 224)}, centre crop {size}"
     return MetricEncoder(model, lambda batch: model(batch).last_hidden_state[:, 0], pixels, stamp)
 
 
-def cropped(picture: Image.Image, shorter: int, size: int) -> Image.Image:
-    """The picture with its shorter side at `shorter` pixels (bicubic), and of that the middle `size` x
+def cropped(image: Image.Image, shorter: int, size: int) -> Image.Image:
+    """The image with its shorter side at `shorter` pixels (bicubic), and of that the middle `size` x
     `size`."""
-    scale = shorter / min(picture.size)
-    resized = picture.resize(
-        [max(round(side * scale), shorter) for side in picture.size], Image.Resampling.BICUBIC
+    scale = shorter / min(image.size)
+    resized = image.resize(
+        [max(round(side * scale), shorter) for side in image.size], Image.Resampling.BICUBIC
     )
     left, top = ((side - size) // 2 for side in resized.size)
     return resized.crop((left, top, left + size, top + size))
 
 
-def _to_tensor(picture: Image.Image) -> Tensor:
+def _to_tensor(image: Image.Image) -> Tensor:
     return (
-        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        .view(picture.height, picture.width, 3)
+        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        .view(image.height, image.width, 3)
         .permute(2, 0, 1)
         .float()
         / 255

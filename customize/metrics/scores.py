@@ -1,4 +1,4 @@
-"""The field's measures as functions of features: rows are pictures or prompts, of any length (cosines
+"""The field's measures as functions of features: rows are images or prompts, of any length (cosines
 normalise them)."""
 
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from torchmetrics.functional import pairwise_cosine_similarity
 
 
 def subject_score(generated: Tensor, references: Tensor) -> float:
-    """CLIP-I, DINO and DINOv2: the mean cosine of every generated picture (n, d) with every real one (m, d),
+    """CLIP-I, DINO and DINOv2: the mean cosine of every generated image (n, d) with every real one (m, d),
     -1 to 1 (Ruiz et al., 2023, arXiv 2208.12242, section 4.1)."""
     _same_width(generated, references)
     return pairwise_cosine_similarity(generated, references, zero_diagonal=False).mean().item()
 
 
 def ceiling_score(references: Tensor) -> float:
-    """What real pictures of the subject (m, d) score: the mean cosine of each with each *other* one; 1 of a
-    single picture."""
+    """What real images of the subject (m, d) score: the mean cosine of each with each *other* one; 1 of a
+    single image."""
     count = len(references)
     if count == 1:
         return 1.0
@@ -28,11 +28,11 @@ def ceiling_score(references: Tensor) -> float:
 
 
 def prompt_score(images: Tensor, texts: Tensor) -> float:
-    """CLIP-T: the mean cosine of each picture (n, d) with its own prompt (n, d), -1 to 1, neither clipped nor
+    """CLIP-T: the mean cosine of each image (n, d) with its own prompt (n, d), -1 to 1, neither clipped nor
     scaled."""
     if images.shape != texts.shape:
         raise ValueError(
-            f"pictures and prompts pair one to one: {tuple(images.shape)} is not {tuple(texts.shape)}"
+            f"images and prompts pair one to one: {tuple(images.shape)} is not {tuple(texts.shape)}"
         )
     return torch.cosine_similarity(images, texts, dim=-1).mean().item()
 
@@ -42,32 +42,29 @@ def drift(before: Tensor, after: Tensor) -> float:
     the customized one (n, d) draw from the same noise for a prompt without the subject."""
     if before.shape != after.shape:
         raise ValueError(
-            f"the pictures before and after pair one to one: {tuple(before.shape)} is not "
-            f"{tuple(after.shape)}"
+            f"the images before and after pair one to one: {tuple(before.shape)} is not {tuple(after.shape)}"
         )
     return ((1 - torch.cosine_similarity(before, after, dim=-1)) / 2).mean().item()
 
 
 def diversity(features: Tensor) -> float:
-    """The mean distance (1 - cosine, 0 to 2) between two pictures of one prompt, for features (prompts,
-    pictures, d)."""
+    """The mean distance (1 - cosine, 0 to 2) between two images of one prompt, for features (prompts,
+    images, d)."""
     if features.ndim != 3 or features.shape[1] < 2:
-        raise ValueError(
-            f"diversity needs (prompts, two or more pictures, width), not {tuple(features.shape)}"
-        )
+        raise ValueError(f"diversity needs (prompts, two or more images, width), not {tuple(features.shape)}")
     count = features.shape[1]
     distances = [1 - pairwise_cosine_similarity(some, some, zero_diagonal=False) for some in features]
     return (torch.stack([d.sum() - d.trace() for d in distances]) / (count * (count - 1))).mean().item()
 
 
 def copy_rate(generated: Tensor, training: Tensor, other_views: Tensor) -> float:
-    """How much more the pictures (n, d) resemble the training picture (m, d) nearest to them than another
+    """How much more the images (n, d) resemble the training image (m, d) nearest to them than another
     true view of the subject in the scene that was asked for (n, d), a difference of cosines: above 0 they
     copy."""
     _same_width(generated, training)
     if generated.shape != other_views.shape:
         raise ValueError(
-            f"pictures and other views pair one to one: {tuple(generated.shape)} is not "
+            f"images and other views pair one to one: {tuple(generated.shape)} is not "
             f"{tuple(other_views.shape)}"
         )
     nearest = pairwise_cosine_similarity(generated, training, zero_diagonal=False).amax(1)
@@ -75,8 +72,8 @@ def copy_rate(generated: Tensor, training: Tensor, other_views: Tensor) -> float
 
 
 def nearest_score(generated: Tensor, references: Tensor | None = None) -> float:
-    """The mean cosine of each picture (n, d) with the reference (m, d) nearest to it; without references,
-    with the nearest other picture, which says how alike real pictures are."""
+    """The mean cosine of each image (n, d) with the reference (m, d) nearest to it; without references,
+    with the nearest other image, which says how alike real images are."""
     cosines = pairwise_cosine_similarity(generated, references, zero_diagonal=False)
     if references is None:
         cosines.fill_diagonal_(-1.0 if len(generated) > 1 else 1.0)
@@ -84,11 +81,11 @@ def nearest_score(generated: Tensor, references: Tensor | None = None) -> float:
 
 
 def multi_subject_score(crops: Sequence[Tensor], references: Sequence[Tensor]) -> float:
-    """For pictures of several subjects: each picture counts as its worst subject, so that leaving one out
+    """For images of several subjects: each image counts as its worst subject, so that leaving one out
     costs all.
 
-    `crops[s]` (n, d) shows where subject `s` should be in each picture, `references[s]` (m, d) are its real
-    pictures.
+    `crops[s]` (n, d) shows where subject `s` should be in each image, `references[s]` (m, d) are its real
+    images.
     """
     if len(crops) != len(references):
         raise ValueError(f"{len(crops)} subjects were cropped but {len(references)} have references")
@@ -99,16 +96,16 @@ def multi_subject_score(crops: Sequence[Tensor], references: Sequence[Tensor]) -
     return torch.stack(each).amin(0).mean().item()
 
 
-def subject_only(picture: Image.Image, mask: Image.Image) -> Image.Image:
+def subject_only(image: Image.Image, mask: Image.Image) -> Image.Image:
     """The subject on white, cropped to its mask (L, 255 where the subject is): for the masked variants of the
     scores.
 
-    A mask without a subject gives the picture as it is.
+    A mask without a subject gives the image as it is.
     """
     inside = mask.point(lambda value: 255 * (value > 127))
     if inside.getbbox() is None:
-        return picture.convert("RGB")
-    return Image.composite(picture.convert("RGB"), Image.new("RGB", picture.size, "white"), mask).crop(
+        return image.convert("RGB")
+    return Image.composite(image.convert("RGB"), Image.new("RGB", image.size, "white"), mask).crop(
         inside.getbbox()
     )
 

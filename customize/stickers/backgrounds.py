@@ -21,7 +21,7 @@ PLAIN = {"white": (250, 250, 250), "pink": (250, 180, 200), "yellow": (250, 220,
 
 
 def draw_background(name: str, rng: np.random.Generator, size: int) -> Image.Image:
-    """A square RGB picture of `size` pixels; `rng` decides horizon, texture and a slight tint."""
+    """A square RGB image of `size` pixels; `rng` decides horizon, texture and a slight tint."""
     row = np.linspace(0, 1, size, dtype=np.float32)[:, None, None]
     pixels = _plain(PLAIN[name], row) if name in PLAIN else _DRAW[name](row, rng, size)
     jitter = rng.uniform(-5, 5, 3).astype(np.float32)
@@ -37,7 +37,7 @@ def _plain(rgb, row):
 
 
 def _speckle(rng, height: int, width: int, size: int, amplitude: float) -> np.ndarray:
-    """Smooth random texture, grains of a sixteenth of a 64-pixel picture's side."""
+    """Smooth random texture, grains of a sixteenth of a 64-pixel image's side."""
     grain = max(size // 16, 1)
     coarse = rng.normal(128, 40, (height // grain + 2, width // grain + 2)).clip(0, 255).astype(np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)

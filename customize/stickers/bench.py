@@ -1,4 +1,4 @@
-"""StickerBench's subjects, prompts and reference pictures: what DreamBench is for photographs, with known
+"""StickerBench's subjects, prompts and reference images: what DreamBench is for photographs, with known
 truth."""
 
 import json
@@ -16,7 +16,7 @@ from customize.stickers.backgrounds import BACKGROUNDS
 from customize.stickers.scene import COUNTS, FACTORS, Scene, draw_pose, draw_scene
 from customize.stickers.world import DATA, Drawing, World
 
-SEEN = ("white", "grass", "stone", "yellow")  # backgrounds of the reference pictures
+SEEN = ("white", "grass", "stone", "yellow")  # backgrounds of the reference images
 PHRASES: dict[str, dict[str, object]] = {  # fields of a scene, and what a prompt says for each value
     "background": {phrase: name for name, phrase in BACKGROUNDS.items()},
     **{
@@ -62,7 +62,7 @@ def parse_prompt(prompt: str) -> dict[str, object]:
 
 
 def reference_scenes(subject: Drawing, seed: int = 0) -> list[Scene]:
-    """Four scenes of the subject in different poses: the pictures that a user brings."""
+    """Four scenes of the subject in different poses: the images that a user brings."""
     rng = np.random.default_rng(seed)
     return [
         Scene(subject, background, pose=draw_pose(rng), seed=seed + i) for i, background in enumerate(SEEN)
@@ -70,26 +70,26 @@ def reference_scenes(subject: Drawing, seed: int = 0) -> list[Scene]:
 
 
 def write_references(folder: Path, subject: Drawing, words: str, seed: int = 0) -> list[Image.Image]:
-    """Writes the reference pictures as a user's folder of pictures, each with a caption that calls the
+    """Writes the reference images as a user's folder of images, each with a caption that calls the
     subject `words`."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
+    images = []
     for i, scene in enumerate(reference_scenes(subject, seed)):
-        picture, _ = draw_scene(scene, World())
-        save_image(picture, folder / f"{i}.png")
-        pictures.append(picture)
+        image, _ = draw_scene(scene, World())
+        save_image(image, folder / f"{i}.png")
+        images.append(image)
     for i, text in enumerate(reference_captions(subject, words)):
         write_text(folder / f"{i}.txt", text)
-    return pictures
+    return images
 
 
 def reference_captions(subject: Drawing, words: str) -> list[str]:
-    """The captions of the reference pictures, which call the subject `words`."""
+    """The captions of the reference images, which call the subject `words`."""
     return [f"a {words} {BACKGROUNDS[scene.background]}" for scene in reference_scenes(subject)]
 
 
 def true_scene(subject: Drawing, prompt: str, seed: int) -> Image.Image:
-    """A real picture of the subject as the prompt asks: what a perfect method could draw."""
+    """A real image of the subject as the prompt asks: what a perfect method could draw."""
     rng = np.random.default_rng(seed)
     fields = dict(parse_prompt(prompt))
     if "companion" in fields:

@@ -1,4 +1,4 @@
-"""The judge of the sticker world: a small network that says what is in a picture. For evaluation, and for
+"""The judge of the sticker world: a small network that says what is in an image. For evaluation, and for
 choosing among finished steps: it has seen the held-out drawings, so no method may learn from it."""
 
 import json
@@ -70,9 +70,9 @@ class Judge(nn.Module):
         return {"drawing": places.logsumexp(1), **{name: head(both) for name, head in self.factors.items()}}
 
 
-def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
-    """RGB pictures of any size as (n, 3, 64, 64) in [-1, 1]."""
-    small = [np.asarray(p.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)) for p in pictures]
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of any size as (n, 3, 64, 64) in [-1, 1]."""
+    small = [np.asarray(p.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)) for p in images]
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -104,7 +104,7 @@ class Verdicts:
         return self.words.index(word) in self.pair_probability[i].topk(2).indices.tolist()
 
     def belief(self, i: int, drawing: Drawing) -> float:
-        """The probability, 0 to 1, that picture `i` shows the drawing."""
+        """The probability, 0 to 1, that image `i` shows the drawing."""
         return float(self.probability[i, self.drawings.index(drawing)])
 
     def best(self, i: int) -> Drawing:
@@ -112,7 +112,7 @@ class Verdicts:
 
     def obeys(self, i: int, asked: dict[str, object]) -> dict[str, float]:
         """For each factor that a prompt speaks of (`bench.parse_prompt`) and the judge is trusted with: 1 if
-        picture `i` shows it."""
+        image `i` shows it."""
         found = {}
         for name, value in asked.items():
             if trusted(name):
@@ -123,11 +123,11 @@ class Verdicts:
         return found
 
     def most_seen(self) -> Drawing:
-        """The drawing that most of the pictures show."""
+        """The drawing that most of the images show."""
         return Counter(self.best(i) for i in range(len(self.probability))).most_common(1)[0][0]
 
     def factor(self, i: int, name: str):
-        """The value of a field of `Scene` that picture `i` seems to have."""
+        """The value of a field of `Scene` that image `i` seems to have."""
         return FACTORS[name][int(self.logits[name][i].argmax())]
 
 

@@ -1,4 +1,4 @@
-"""What is in a picture of the sticker world: measures that need no trained judge."""
+"""What is in an image of the sticker world: measures that need no trained judge."""
 
 from functools import lru_cache
 from itertools import product
@@ -14,15 +14,15 @@ from customize.stickers.backgrounds import BACKGROUNDS
 from customize.stickers.scene import Scene, draw_pose, draw_scene
 from customize.stickers.world import World
 
-SCALES = (0.5, 0.57, 0.64, 0.72, 0.8, 0.88)  # of the picture's side
+SCALES = (0.5, 0.57, 0.64, 0.72, 0.8, 0.88)  # of the image's side
 GRID = 64  # pixels of a side in which fits are searched
 ANGLES = (-15.0, -7.5, 0.0, 7.5, 15.0)  # degrees
 POSES = tuple(product(SCALES, ANGLES, (False, True)))  # scale, tilt, mirrored
 
 
 class Fit(NamedTuple):
-    """Where a drawing fits a picture best: the correlation there (-1 to 1), and the drawing's size (sides of
-    the picture), tilt (degrees), mirroring and upper left corner (sides of the picture)."""
+    """Where a drawing fits an image best: the correlation there (-1 to 1), and the drawing's size (sides of
+    the image), tilt (degrees), mirroring and upper left corner (sides of the image)."""
 
     correlation: float
     scale: float
@@ -31,7 +31,7 @@ class Fit(NamedTuple):
     corner: tuple[float, float]
 
     def mask(self, sprite: np.ndarray, side: int) -> Image.Image:
-        """What the drawing covers of a picture of `side` pixels (L, 255 inside)."""
+        """What the drawing covers of an image of `side` pixels (L, 255 inside)."""
         layer = _turned(Image.fromarray(sprite), self.scale, self.angle, self.mirrored, side)
         mask = Image.new("L", (side, side))
         x, y = self.corner
@@ -39,31 +39,31 @@ class Fit(NamedTuple):
         return mask
 
 
-def masked_correlation(picture: Image.Image, sprite: np.ndarray) -> float:
-    """How well a drawing fits a picture, -1 to 1, at its best: see `best_fit`."""
-    return best_fit(picture, sprite).correlation
+def masked_correlation(image: Image.Image, sprite: np.ndarray) -> float:
+    """How well a drawing fits an image, -1 to 1, at its best: see `best_fit`."""
+    return best_fit(image, sprite).correlation
 
 
-def best_fit(picture: Image.Image, sprite: np.ndarray) -> Fit:
-    """The best fit of a drawing over place, scale, tilt and mirroring in a square picture.
+def best_fit(image: Image.Image, sprite: np.ndarray) -> Fit:
+    """The best fit of a drawing over place, scale, tilt and mirroring in a square image.
 
     `sprite` is RGBA uint8, (size, size, 4). Each colour's mean, weighted by the drawing's alpha, is taken
     out, so that the pattern counts and not the overall hue. Real scenes of a drawing correlate 0.83 on
     average, those of another studio's drawing of the same class 0.49, of any other drawing 0.38.
     """
-    small = picture.convert("RGB").resize((GRID, GRID), Image.Resampling.LANCZOS)
+    small = image.convert("RGB").resize((GRID, GRID), Image.Resampling.LANCZOS)
     pixels, margin = torch.from_numpy(np.asarray(small, np.float32) / 255).permute(2, 0, 1), GRID // 4
     templates = _templates(sprite.tobytes(), len(sprite), GRID)
     padded = F.pad(pixels, [margin] * 4)
-    image, squares = torch.fft.rfft2(padded), torch.fft.rfft2(padded**2)
+    colours, squares = torch.fft.rfft2(padded), torch.fft.rfft2(padded**2)
 
     def back(spectrum: Tensor) -> Tensor:
         return torch.fft.irfft2(spectrum, s=padded.shape[-2:])
 
-    # (n, 3, height, width): the picture's weighted mean under the template, at every shift
-    means = back(image * templates.weights)
+    # (n, 3, height, width): the image's weighted mean under the template, at every shift
+    means = back(colours * templates.weights)
     variance = back((squares * templates.weights).sum(1)) - (means**2).sum(1)
-    covariance = back((image * templates.colours).sum(1)) - (means * templates.means).sum(1)
+    covariance = back((colours * templates.colours).sum(1)) - (means * templates.means).sum(1)
     inside = (
         back(torch.fft.rfft2(F.pad(torch.ones(1, GRID, GRID), [margin] * 4)) * templates.weights)[:, 0] > 0.75
     )
@@ -123,9 +123,9 @@ def _background_statistics() -> tuple[Tensor, Tensor]:
     return torch.stack(means), torch.stack(spreads)
 
 
-def _surroundings(picture: Image.Image) -> Tensor:
-    """Colours along the picture's edges, and how much they change from pixel to pixel."""
-    pixels = torch.from_numpy(np.asarray(picture.convert("RGB").resize((64, 64)), np.float32) / 255)
+def _surroundings(image: Image.Image) -> Tensor:
+    """Colours along the image's edges, and how much they change from pixel to pixel."""
+    pixels = torch.from_numpy(np.asarray(image.convert("RGB").resize((64, 64)), np.float32) / 255)
     edge = torch.cat([pixels[:, :6].flip(1), pixels[:, -6:]], 1).reshape(
         8, 8, 12, 3
     )  # eight heights, left and right
@@ -133,12 +133,12 @@ def _surroundings(picture: Image.Image) -> Tensor:
     return torch.cat([edge.mean((1, 2)).flatten(), 2 * rough])
 
 
-def background_of(picture: Image.Image) -> str:
-    """The background whose scenes look most like the picture along its left and right edges (Gaussian,
+def background_of(image: Image.Image) -> str:
+    """The background whose scenes look most like the image along its left and right edges (Gaussian,
     independent features).
 
     It was right for each of 600 fresh scenes of any drawing (without light, weather or frame).
     """
     means, spreads = _background_statistics()
-    distance = (((_surroundings(picture) - means) / spreads) ** 2 / 2 + spreads.log()).sum(-1)
+    distance = (((_surroundings(image) - means) / spreads) ** 2 / 2 + spreads.log()).sum(-1)
     return list(BACKGROUNDS)[int(distance.argmin())]

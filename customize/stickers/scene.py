@@ -1,7 +1,7 @@
-"""Scenes of the sticker world: what can be varied, the sentence that says it, and the picture that shows it.
+"""Scenes of the sticker world: what can be varied, the sentence that says it, and the image that shows it.
 
 Every word of a caption is answered by something drawn. What a caption never mentions (place, tilt, mirror,
-perspective, light direction, shadow, texture) is drawn at random: it is the part of a picture that does not
+perspective, light direction, shadow, texture) is drawn at random: it is the part of an image that does not
 belong to the subject.
 """
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from customize.stickers.backgrounds import BACKGROUNDS, draw_background
 from customize.stickers.world import Drawing, World
 
-SIDE = 128  # pixels of a picture's side
+SIDE = 128  # pixels of an image's side
 TINTS = {
     "red": (235, 60, 50),
     "blue": (60, 110, 235),
@@ -22,7 +22,7 @@ TINTS = {
     "golden": (240, 190, 50),
     "gray": (150, 150, 150),
 }
-SIZES = {"tiny": (0.3, 0.38), "": (0.62, 0.82), "huge": (0.98, 1.12)}  # of the picture's side
+SIZES = {"tiny": (0.3, 0.38), "": (0.62, 0.82), "huge": (0.98, 1.12)}  # of the image's side
 ORIENTATIONS = {"": 0, "upside down": 180, "lying sideways": 90}  # degrees, counter-clockwise
 LIGHTS = {
     "": (1.0, 1.0, 1.0),
@@ -49,12 +49,12 @@ ARRANGEMENTS = (
     "above",
     "over",
 )  # of the subject and its companion; captions do not tell them apart
-PREFIXES = ("", "", "", "a photo of ", "a picture of ", "a sticker of ")
+PREFIXES = ("", "", "", "a photo of ", "a image of ", "a sticker of ")
 
 
 @dataclass(frozen=True)
 class Pose:
-    """What a caption never mentions; lengths are in sides of the picture, angles in degrees."""
+    """What a caption never mentions; lengths are in sides of the image, angles in degrees."""
 
     x: float = 0.0
     y: float = 0.0
@@ -68,7 +68,7 @@ class Pose:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: the words of its caption, and the pose and texture seed that complete it."""
+    """One image: the words of its caption, and the pose and texture seed that complete it."""
 
     subject: Drawing
     background: str = "white"
@@ -181,10 +181,10 @@ def draw_caption(rng: np.random.Generator, scene: Scene) -> str:
 def draw_scene(
     scene: Scene, world: World, size: int = SIDE, mask_companion: bool = False
 ) -> tuple[Image.Image, Image.Image]:
-    """The picture (RGB) and the subject's mask (L, 255 where the subject covers the background), squares of
+    """The image (RGB) and the subject's mask (L, 255 where the subject covers the background), squares of
     `size` pixels; with `mask_companion` it also covers the companion."""
     rng = np.random.default_rng(scene.seed)
-    picture = draw_background(scene.background, rng, size)
+    image = draw_background(scene.background, rng, size)
     mask = Image.new("L", (size, size))
     for drawing, place, is_subject in _placements(scene, rng):
         sprite = _tinted(world.sprite(drawing), scene.tint) if is_subject else world.sprite(drawing)
@@ -192,11 +192,11 @@ def draw_scene(
         if scene.border and is_subject:
             layer = _bordered(layer, size)
         if scene.pose.shadow:
-            picture.paste((0, 0, 0), (0, 0), _shadow(layer, scene.pose.shadow, size))
-        picture.paste(layer, (0, 0), layer)
+            image.paste((0, 0, 0), (0, 0), _shadow(layer, scene.pose.shadow, size))
+        image.paste(layer, (0, 0), layer)
         alpha = layer.getchannel("A")
         mask.paste(255 if is_subject or mask_companion else 0, (0, 0), alpha)
-    return _finished(picture, scene, rng, size), mask
+    return _finished(image, scene, rng, size), mask
 
 
 def _placements(scene: Scene, rng: np.random.Generator) -> list[tuple[Drawing, Pose, bool]]:
@@ -246,12 +246,12 @@ def _tinted(sprite: np.ndarray, tint: str) -> np.ndarray:
 
 
 def _placed(sprite: np.ndarray, pose: Pose, turn: float, size: int) -> Image.Image:
-    """The sprite on an empty canvas of the picture's size, under the pose."""
-    picture = Image.fromarray(sprite)
+    """The sprite on an empty canvas of the image's size, under the pose."""
+    image = Image.fromarray(sprite)
     if pose.mirror:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     side = max(4, round(pose.scale * size))
-    picture = picture.resize((side, side), Image.Resampling.LANCZOS)
+    image = image.resize((side, side), Image.Resampling.LANCZOS)
     a = np.deg2rad(pose.angle + turn)
     # from canvas pixels to sprite pixels: centre, rotate back, undo the perspective, centre in the sprite
     to_centre = np.array([[1, 0, -(0.5 + pose.x) * size], [0, 1, -(0.52 + pose.y) * size], [0, 0, 1]])
@@ -260,7 +260,7 @@ def _placed(sprite: np.ndarray, pose: Pose, turn: float, size: int) -> Image.Ima
     to_sprite = np.array([[1, 0, side / 2], [0, 1, side / 2], [0, 0, 1]])
     m = to_sprite @ lean @ rotate @ to_centre
     m = m / m[2, 2]
-    layer = picture.transform(
+    layer = image.transform(
         (size, size), Image.Transform.PERSPECTIVE, m.flatten()[:8], Image.Resampling.BICUBIC
     )
     return _shaded(layer, pose.shade, size) if pose.shade else layer
@@ -293,11 +293,11 @@ def _shadow(layer: Image.Image, opacity: float, size: int) -> Image.Image:
     return thrown.filter(ImageFilter.BoxBlur(size / 48))
 
 
-def _finished(picture: Image.Image, scene: Scene, rng: np.random.Generator, size: int) -> Image.Image:
+def _finished(image: Image.Image, scene: Scene, rng: np.random.Generator, size: int) -> Image.Image:
     """Light, weather and frame, which lie over everything."""
     if not (scene.light or scene.weather or scene.frame):
-        return picture
-    pixels = np.asarray(picture, np.float32) * np.array(LIGHTS[scene.light], np.float32)
+        return image
+    pixels = np.asarray(image, np.float32) * np.array(LIGHTS[scene.light], np.float32)
     if scene.weather == "in fog":
         haze = np.linspace(0.75, 0.45, size, dtype=np.float32)[:, None, None]
         pixels = pixels * (1 - haze) + 225 * haze

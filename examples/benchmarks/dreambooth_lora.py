@@ -6,7 +6,7 @@ wall time, peak memory.
     diffusers/examples/dreambooth/train_dreambooth_lora.py
 
 Take the checkout at the installed version. The trainers run one after the other, each in a process of its
-own with the same model, pictures and flags, in turn (A B C A B C ...). A process is `python THIS_FILE
+own with the same model, images and flags, in turn (A B C A B C ...). A process is `python THIS_FILE
 --child ...`, which only adds a hook that writes its peak memory at exit.
 
 Both trainers redraw a tqdm bar after every step, so both are timed from outside in the same way: stderr
@@ -108,8 +108,8 @@ def stand_in_for_torchvision() -> None:
     vars(sys.modules["torchvision"])["transforms"] = SimpleNamespace(**parts)
 
 
-def draw_pictures(folder: Path, world: Any) -> str:
-    """Writes four pictures of a drawing that the embedded model has not seen; returns the prompt."""
+def draw_images(folder: Path, world: Any) -> str:
+    """Writes four images of a drawing that the embedded model has not seen; returns the prompt."""
     from customize.stickers import BACKGROUNDS, Scene, draw_scene
 
     subject = world.drawings(held_out=True)[0]
@@ -236,7 +236,7 @@ def main() -> None:
         ]
         words += [
             "--instance_prompt",
-            draw_pictures(work / "data", world),
+            draw_images(work / "data", world),
             "--instance_data_dir",
             str(work / "data"),
         ]

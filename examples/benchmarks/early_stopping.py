@@ -3,7 +3,7 @@ runs/early_stopping]`
 
 DreamBooth LoRA on StickerBench's six quick subjects, validated every 50 of 300 steps. Three choices among
 the checkpoints of each run are compared on prompts and noises that no choice has seen: the last step, the
-lowest fixed-seed validation loss on a held-out picture (`--validation_metric loss`), and the best
+lowest fixed-seed validation loss on a held-out image (`--validation_metric loss`), and the best
 likeness x obedience on four validation prompts (`score`). Prints a Markdown table with 95 % bootstrap
 intervals over subjects. Resumable.
 """
@@ -62,10 +62,10 @@ def measure(folder: Path, run_folder: Path, step: int, drawing: Drawing, clip) -
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    pictures = draw_missing(load, shots, folder / f"step-{step}", SAMPLING)
+    images = draw_missing(load, shots, folder / f"step-{step}", SAMPLING)
     references = write_references(folder / "pictures", drawing, words)
     scores, _, _ = score(
-        Taken(Subject("", drawing.word, "", tuple(prompts), drawing), pictures, references, [], [], 1), clip
+        Taken(Subject("", drawing.word, "", tuple(prompts), drawing), images, references, [], [], 1), clip
     )
     kept = {name: scores[name] for name in ("identity", "likeness", "control")}
     likeness = kept["likeness"] if kept["identity"] is None else kept["identity"]

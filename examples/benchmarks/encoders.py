@@ -9,7 +9,7 @@ apart.
 
 Both kinds of encoder are fitted to the drawings' names first (examples/stickers/names.py). All variants of
 CustomContrast then go on from one encoder that was trained without contrast and location (`start`),
-IP-Adapter from one of its own kind (`ip_start`), with as many pictures each.
+IP-Adapter from one of its own kind (`ip_start`), with as many images each.
 """
 
 import argparse
@@ -87,12 +87,12 @@ def table(options) -> None:
         rows = {Path(method["name"]).name: method["subjects"] for method in bench.run()["methods"]}
         print(
             f"\n{group} classes: mean (95 % bootstrap over subjects)\n\n| | {' | '.join(SHOWN)} | seconds "
-            "a picture |"
+            "a image |"
         )
         print("|---" * (len(SHOWN) + 2) + "|")
         for name, subjects in rows.items():
             cells = [interval([subject["scores"][metric] for subject in subjects]) for metric in SHOWN]
-            seconds = [subject["cost"].get("seconds a picture", 0.0) for subject in subjects]
+            seconds = [subject["cost"].get("seconds an image", 0.0) for subject in subjects]
             print(f"| {name} | {' | '.join(cells)} | {sum(seconds) / len(seconds):.2f} |")
         if "words" in rows:
             print(
@@ -138,8 +138,8 @@ def sheet(name: str, output: Path, size: int = 128) -> None:
         ).images
         scenes = [f"a <s> {drawing.word} {place}" for place in prompts]
         drawn = pipe(scenes, subject_images=references, generator=generators, **options).images
-        for column, picture in enumerate([*references[:2], *base, *drawn]):
-            page.paste(picture.resize((size, size), Image.Resampling.NEAREST), (column * size, row * size))
+        for column, image in enumerate([*references[:2], *base, *drawn]):
+            page.paste(image.resize((size, size), Image.Resampling.NEAREST), (column * size, row * size))
     page.save(output)
 
 

@@ -72,12 +72,12 @@ def saving() -> bool:
     return False
 
 
-def train(output: Path, pictures: Path, *more: str) -> int:
+def train(output: Path, images: Path, *more: str) -> int:
     words = [
         "train",
         "dreambooth",
         "--instance_data_dir",
-        str(pictures),
+        str(images),
         "--instance_prompt",
         "a sks fox",
         *FLAGS.split(),
@@ -85,9 +85,9 @@ def train(output: Path, pictures: Path, *more: str) -> int:
     return customize([*words, "--learning_rate", "1e-3", "--output_dir", str(output), *more])
 
 
-def interrupted(case: tuple, output: Path, pictures: Path) -> int:
+def interrupted(case: tuple, output: Path, images: Path) -> int:
     trap(*case)
-    return train(output, pictures)
+    return train(output, images)
 
 
 def cases(number: int, count: int, rng: np.random.Generator) -> list[tuple]:

@@ -3,7 +3,7 @@ pipeline.
 
     python examples/benchmarks/subject_overhead.py [RUN]
 
-Medians over interleaved repeats in one process, of one prompt with guidance and four reference pictures.
+Medians over interleaved repeats in one process, of one prompt with guidance and four reference images.
 """
 
 import argparse

@@ -3,7 +3,7 @@ examples/benchmarks/two_subjects.py [RUN]`
 
 Fifty pairs of held-out drawings of different classes, "a <s> A next to a <s2> B", once freely and once with
 each subject's region given (left and right half). The judge names the drawings in the left and in the right
-half of a picture:
+half of an image:
 
 * both: either order, each half shows one of the two subjects;
 * one: only one of them is found;
@@ -45,10 +45,10 @@ def references(drawing: Drawing) -> list[Image.Image]:
     return [draw_scene(scene, World())[0] for scene in reference_scenes(drawing)]
 
 
-def halves(picture: Image.Image) -> list[Image.Image]:
+def halves(image: Image.Image) -> list[Image.Image]:
     """The middle squares of the left and of the right half."""
-    side = picture.width
-    return [picture.crop((x, side // 4, x + side // 2, side // 4 + side // 2)) for x in (0, side // 2)]
+    side = image.width
+    return [image.crop((x, side // 4, x + side // 2, side // 4 + side // 2)) for x in (0, side // 2)]
 
 
 def region(left: bool, side: int = 64) -> Image.Image:
@@ -57,8 +57,8 @@ def region(left: bool, side: int = 64) -> Image.Image:
     return mask
 
 
-def verdict(picture: Image.Image, a: Drawing, b: Drawing) -> str:
-    seen = judge(halves(picture))
+def verdict(image: Image.Image, a: Drawing, b: Drawing) -> str:
+    seen = judge(halves(image))
     found = [seen.best(i) for i in range(2)]
     if set(found) == {a, b}:
         return "both"
@@ -67,9 +67,9 @@ def verdict(picture: Image.Image, a: Drawing, b: Drawing) -> str:
     return "one" if a in found or b in found else "neither"
 
 
-def classes(picture: Image.Image, a: Drawing, b: Drawing) -> str:
-    """The verdict for pictures that were told the class words only."""
-    seen = judge(halves(picture))
+def classes(image: Image.Image, a: Drawing, b: Drawing) -> str:
+    """The verdict for images that were told the class words only."""
+    seen = judge(halves(image))
     found = {seen.best(i).word for i in range(2)}
     return "both" if found == {a.word, b.word} else "one" if found & {a.word, b.word} else "neither"
 
@@ -106,9 +106,9 @@ def main():
                 prompts, **subjects, guidance_scale=4.0, num_inference_steps=25, generator=generators
             ).images
             say = verdict if subjects else classes
-            counts[name] += [say(picture, a, b) for picture, (a, b) in zip(drawn, some, strict=True)]
-            for k, picture in enumerate(drawn):
-                save_image(picture, options.output / f"{i + k:02d}-{name.split()[0]}.png")
+            counts[name] += [say(image, a, b) for image, (a, b) in zip(drawn, some, strict=True)]
+            for k, image in enumerate(drawn):
+                save_image(image, options.output / f"{i + k:02d}-{name.split()[0]}.png")
     for name, found in counts.items():
         shares = {
             verdict: f"{found.count(verdict) / len(found):.0%}"

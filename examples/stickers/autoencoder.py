@@ -36,7 +36,7 @@ def build() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=WIDTHS,
         latent_channels=LATENTS,
-        norm_num_groups=1,  # more groups would take each picture's own contrast and colour away
+        norm_num_groups=1,  # more groups would take each image's own contrast and colour away
         layers_per_block=1,
         mid_block_add_attention=False,
         sample_size=SIDE,

@@ -1,4 +1,4 @@
-"""Stage 5: puts the trained parts together as a diffusers folder, measures them, and writes the model card and its pictures.
+"""Stage 5: puts the trained parts together as a diffusers folder, measures them, and writes the model card and its images.
 
 python examples/stickers/export.py [--output customize/stickers/model]
 """
@@ -58,12 +58,12 @@ def loaded_as_float32(path: Path) -> None:
 
 
 def draw(pipe, prompts: list[str], seed: int = 0) -> list[Image.Image]:
-    pictures = []
+    images = []
     for start in range(0, len(prompts), 16):
         part = prompts[start : start + 16]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        pictures += pipe(part, num_inference_steps=STEPS, guidance_scale=SCALE, generator=generators).images
-    return pictures
+        images += pipe(part, num_inference_steps=STEPS, guidance_scale=SCALE, generator=generators).images
+    return images
 
 
 def contact_sheet(pipe, world) -> Image.Image:
@@ -76,27 +76,27 @@ def contact_sheet(pipe, world) -> Image.Image:
     prompts = [caption(scene) for scene in scenes]
     side, label, font = 160, 40, ImageFont.load_default(13)
     page = Image.new("RGB", (8 * side, 2 * (side + label)), "white")
-    for i, (scene, picture) in enumerate(zip(scenes, draw(pipe, prompts), strict=True)):
+    for i, (scene, image) in enumerate(zip(scenes, draw(pipe, prompts), strict=True)):
         x, y = (i % 8) * side, (i // 8) * (side + label)
-        page.paste(picture.resize((side - 4, side - 4), Image.Resampling.LANCZOS), (x + 2, y + 2))
+        page.paste(image.resize((side - 4, side - 4), Image.Resampling.LANCZOS), (x + 2, y + 2))
         ImageDraw.Draw(page).text(
             (x + 4, y + side), f"a {scene.subject}\n{BACKGROUNDS[scene.background]}", "black", font
         )
     return page
 
 
-def recognised(pictures: list[Image.Image], scenes: list[Scene], world) -> dict[str, float]:
-    """By correlation alone: is the drawing asked for more like the picture than 20 others are, and than the other studios'?"""
+def recognised(images: list[Image.Image], scenes: list[Scene], world) -> dict[str, float]:
+    """By correlation alone: is the drawing asked for more like the image than 20 others are, and than the other studios'?"""
     rng = np.random.default_rng(12)
     others = [d for d in rng.permutation(np.array(world.drawings(core=True), dtype=object))[:20]]
     right = {"thing": [], "studio": [], "likeness": []}
-    for picture, scene in zip(pictures, scenes, strict=True):
-        likeness = masked_correlation(picture, world.sprite(scene.subject))
+    for image, scene in zip(images, scenes, strict=True):
+        likeness = masked_correlation(image, world.sprite(scene.subject))
         strangers = [d for d in others if d.word != scene.subject.word]
         siblings = [Drawing(scene.subject.word, s) for s in world.studios if s != scene.subject.studio]
         right["likeness"].append(likeness)
-        right["thing"].append(all(likeness > masked_correlation(picture, world.sprite(d)) for d in strangers))
-        right["studio"].append(all(likeness > masked_correlation(picture, world.sprite(d)) for d in siblings))
+        right["thing"].append(all(likeness > masked_correlation(image, world.sprite(d)) for d in strangers))
+        right["studio"].append(all(likeness > masked_correlation(image, world.sprite(d)) for d in siblings))
     return {name: float(np.mean(values)) for name, values in right.items()}
 
 
@@ -106,7 +106,7 @@ def measure(pipe, vision, read, world, count: int) -> dict:
     drawn = [draw_factors(rng, world, world.drawings(core=True), extras=0) for _ in range(count)]
     scenes = [Scene(s.subject, s.background) for s in drawn]
     begin = time.time()
-    pictures = draw(pipe, [caption(scene) for scene in scenes], seed=100)
+    images = draw(pipe, [caption(scene) for scene in scenes], seed=100)
     seconds = (time.time() - begin) / count
     begin = time.time()
     draw(pipe, ["a fox"])
@@ -114,12 +114,12 @@ def measure(pipe, vision, read, world, count: int) -> dict:
     real = [draw_scene(s, world)[0] for s in drawn]
     places = [
         [background_of(p) == s.background for p, s in zip(some, scenes, strict=True)]
-        for some in (pictures, real)
+        for some in (images, real)
     ]
     return {
         "background": [float(np.mean(hits)) for hits in places],
-        "correlation": [recognised(some[:96], scenes[:96], world) for some in (pictures, real)],
-        "tower": [accuracy(vision, read, world, some, scenes) for some in (pictures, real)],
+        "correlation": [recognised(some[:96], scenes[:96], world) for some in (images, real)],
+        "tower": [accuracy(vision, read, world, some, scenes) for some in (images, real)],
         "seconds in a batch of 16": round(seconds, 2),
         "seconds alone": round(alone, 2),
     }
@@ -159,13 +159,13 @@ On {count} random prompts "a STUDIO THING BACKGROUND" of trained drawings, {step
 | | generated | fresh real scenes |
 |---|---|---|
 | background as asked (edge statistics, `background_of`) | {background[0]:.0%} | {background[1]:.0%} |
-| thing as asked (its drawing correlates more than each of 20 others, 96 pictures) | {correlation[0][thing]:.0%} | {correlation[1][thing]:.0%} |
+| thing as asked (its drawing correlates more than each of 20 others, 96 images) | {correlation[0][thing]:.0%} | {correlation[1][thing]:.0%} |
 | studio as asked (its drawing correlates more than the two other studios') | {correlation[0][studio]:.0%} | {correlation[1][studio]:.0%} |
 | likeness of the drawing (`masked_correlation`) | {correlation[0][likeness]:.2f} | {correlation[1][likeness]:.2f} |
 | thing, studio, background by the image tower (zero-shot among 387 drawings) | {tower[0][class]:.0%}, {tower[0][studio]:.0%}, {tower[0][background]:.0%} | {tower[1][class]:.0%}, {tower[1][studio]:.0%}, {tower[1][background]:.0%} |
 
 The image tower's share for real scenes is its own limit as a judge; the correlations are stricter, and need no training.
-Autoencoder: {psnr:.1f} dB on fresh scenes. One picture: {alone} s on two CPU cores ({batch} s each in a batch of 16).
+Autoencoder: {psnr:.1f} dB on fresh scenes. One image: {alone} s on two CPU cores ({batch} s each in a batch of 16).
 
 ## Limits
 
@@ -206,7 +206,7 @@ def main():
 
     pipe = StableDiffusionPipeline.from_pretrained(options.output, dtype=torch.float32, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
-    contact_sheet(pipe, world).save(options.pictures / "stickers.png")
+    contact_sheet(pipe, world).save(options.images / "stickers.png")
     vision = vision.float()
     found = measure(pipe, vision, Reader(), world, options.count)
     print(json.dumps(found, indent=1))

@@ -64,23 +64,23 @@ def pair_scenes(world: World, count: int) -> list[Scene]:
     return scenes
 
 
-def both_found(pictures: list, scenes: list[Scene], world: World) -> float:
-    """Share of pictures in which each of the two drawings correlates more than twenty others do."""
+def both_found(images: list, scenes: list[Scene], world: World) -> float:
+    """Share of images in which each of the two drawings correlates more than twenty others do."""
     rng = np.random.default_rng(13)
     others = list(rng.permutation(np.array(world.drawings(core=True), dtype=object))[:20])
     hits = []
-    for picture, scene in zip(pictures, scenes, strict=True):
+    for image, scene in zip(images, scenes, strict=True):
         words = {scene.subject.word, scene.companion.word}
-        best = max(masked_correlation(picture, world.sprite(d)) for d in others if d.word not in words)
+        best = max(masked_correlation(image, world.sprite(d)) for d in others if d.word not in words)
         hits.append(
-            all(masked_correlation(picture, world.sprite(d)) > best for d in (scene.subject, scene.companion))
+            all(masked_correlation(image, world.sprite(d)) > best for d in (scene.subject, scene.companion))
         )
     return float(np.mean(hits))
 
 
-def both_judged(pictures: list, scenes: list[Scene]) -> float:
-    """Share of pictures in which the judge sees both classes, among its first two."""
-    verdicts = judge(pictures)
+def both_judged(images: list, scenes: list[Scene]) -> float:
+    """Share of images in which the judge sees both classes, among its first two."""
+    verdicts = judge(images)
     words = [(scene.subject.word, scene.companion.word) for scene in scenes]
     return float(
         np.mean([all(verdicts.shows_beside(i, word) for word in both) for i, both in enumerate(words)])
@@ -100,10 +100,10 @@ def measure(pipe: StableDiffusionPipeline, world: World, count: int = 48) -> dic
     """What the denoiser's running average draws: things, pairs and factors as asked; no method learns
     from this."""
     single, pairs = single_scenes(world, count), pair_scenes(world, count // 2)
-    pictures = draw(pipe, [caption(scene) for scene in single], seed=100)
-    found = recognised(pictures, single, world)
+    images = draw(pipe, [caption(scene) for scene in single], seed=100)
+    found = recognised(images, single, world)
     found["background"] = float(
-        np.mean([background_of(p) == s.background for p, s in zip(pictures, single, strict=True)])
+        np.mean([background_of(p) == s.background for p, s in zip(images, single, strict=True)])
     )
     drawn = draw(pipe, [caption(scene) for scene in pairs], seed=200)
     found["two things"] = both_found(drawn, pairs, world)

@@ -2,7 +2,7 @@
 
 A small CLIP vision model is fitted to the frozen text tower (LiT, arXiv 2111.07991): its embedding of a scene
 is pulled to the mean of the text tower's states for the scene's caption, against the other captions of the
-batch. As the text tower knows looks, each picture must also let linear layers read the drawing's thumbnail
+batch. As the text tower knows looks, each image must also let linear layers read the drawing's thumbnail
 code and the background from its embedding.
 """
 
@@ -57,7 +57,7 @@ class Student(nn.Module):
 
 
 def processor() -> CLIPImageProcessorPil:
-    """Pixels from -1 to 1, whole pictures rather than their middle."""
+    """Pixels from -1 to 1, whole images rather than their middle."""
     half, size = [0.5, 0.5, 0.5], {"height": SIDE, "width": SIDE}
     return CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=half, image_std=half)
 
@@ -101,11 +101,11 @@ class Pieces:
 
 
 @torch.no_grad()
-def accuracy(vision, read: Reader, world, pictures: list, scenes: list[Scene]) -> dict[str, float]:
-    """Zero-shot accuracy on pictures of core drawings: the class and the studio that the best of all captions
+def accuracy(vision, read: Reader, world, images: list, scenes: list[Scene]) -> dict[str, float]:
+    """Zero-shot accuracy on images of core drawings: the class and the studio that the best of all captions
     names when the background is given, and the background when the drawing is."""
     drawings = world.drawings(core=True)
-    features = F.normalize(vision(scaled(to_pixels(pictures))).image_embeds, dim=-1)
+    features = F.normalize(vision(scaled(to_pixels(images))).image_embeds, dim=-1)
     texts = {
         b: F.normalize(read([caption(Scene(d, b)) for d in drawings]), dim=-1)
         for b in {s.background for s in scenes}

@@ -94,7 +94,7 @@ def small(pixels: Tensor) -> Tensor:
 
 
 def worn(pixels: Tensor) -> Tensor:
-    """Blurs every third picture and makes every third noisy."""
+    """Blurs every third image and makes every third noisy."""
     shape = (len(pixels), 1, 1, 1)
     blurred, noisy = (torch.rand(shape, device=pixels.device) < 1 / 3 for _ in range(2))
     few = F.interpolate(pixels, size=int(torch.randint(28, 52, ())), mode="area")

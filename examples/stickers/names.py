@@ -9,7 +9,7 @@ on one core:
   each patch;
 * S+ (custom_contrast): the states of "a <s> fox on the beach" to those of "a flat fox on the beach", at
   random times and slots,
-  and of "a <s> sticker on the beach" too, where only the picture can tell.
+  and of "a <s> sticker on the beach" too, where only the image can tell.
 
 This carries over to drawings without a name. The visual branches then start from the text's own values, as
 strong as suits the denoiser best. Writes .furnace/names-METHOD and goes on from it; so does training by
@@ -76,18 +76,18 @@ class PromptBatches(IterableDataset):
 
 def batch(data: Rendered, rng: np.random.Generator, size: int):
     """References, prompts with S+, the same prompts with the drawings' names, and the drawings' numbers."""
-    pictures, prompts, names, numbers = [], [], [], []
+    images, prompts, names, numbers = [], [], [], []
     for _ in range(size):
         drawing = data.pool[rng.integers(len(data.pool))]
         scene = draw_factors(rng, data.world, [drawing], extras=0.1)
         noun = "sticker" if rng.random() < 0.5 else drawing.word
         prefix, setting = PREFIXES[rng.integers(len(PREFIXES))], rng.random() < 0.92
         view = data.view(drawing, rng)
-        pictures.append(view.cut_out if rng.random() < 0.5 else view.picture)
+        images.append(view.cut_out if rng.random() < 0.5 else view.image)
         prompts.append(caption(scene, f"{WORDS[0]} {noun}", prefix, setting=setting))
         names.append(caption(scene, str(drawing), prefix, setting=setting))
         numbers.append(data.number[drawing])
-    return data.pixels(pictures), prompts, names, numbers
+    return data.pixels(images), prompts, names, numbers
 
 
 def word_loss(method: SubjectMethod, encoded, prompts: list[str], names: list[str]) -> Tensor:

@@ -45,8 +45,8 @@ def read_drawings(folder: Path, size: int) -> dict[str, dict[str, Image.Image]]:
         with tarfile.open(folder / package) as archive:
             for member in archive:
                 if member.name.startswith(prefix) and member.name.endswith(suffix):
-                    picture = Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGBA")
-                    drawings[studio][member.name[len(prefix) : -len(suffix)]] = picture.resize(
+                    image = Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGBA")
+                    drawings[studio][member.name[len(prefix) : -len(suffix)]] = image.resize(
                         (size, size), Image.LANCZOS
                     )
     return drawings
@@ -92,7 +92,7 @@ def hold_out(classes: list[dict]) -> None:
 
 
 def write_atlas(folder: Path, classes: list[dict], drawings: dict, size: int) -> None:
-    """One lossless picture, a row for each class and a column for each studio, wrapped into 8 columns of
+    """One lossless image, a row for each class and a column for each studio, wrapped into 8 columns of
     classes."""
     folder.mkdir(parents=True, exist_ok=True)
     columns, studios = stickers.ATLAS_COLUMNS, list(PACKAGES)

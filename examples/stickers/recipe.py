@@ -79,7 +79,7 @@ def part(name: str) -> Path:
 
 
 def shipped_images(name: str) -> int:
-    """How many pictures or captions a shipped part was trained on."""
+    """How many images or captions a shipped part was trained on."""
     log = stickers.MODEL / "training.json"
     return json.loads(log.read_text()).get(name, 0) if log.exists() else 0
 
@@ -195,12 +195,10 @@ def worlds() -> World:
     return World(full) if full.exists() else World()
 
 
-def to_pixels(pictures) -> torch.Tensor:
-    """RGB pictures of one size as uint8, (n, 3, side, side)."""
+def to_pixels(images) -> torch.Tensor:
+    """RGB images of one size as uint8, (n, 3, side, side)."""
     return (
-        torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-        .permute(0, 3, 1, 2)
-        .contiguous()
+        torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
     )
 
 

@@ -1,6 +1,6 @@
 """Stage 2: tokenizer and text tower. `python examples/stickers/text_tower.py [--minutes 15]`, resumable.
 
-What hundreds of millions of pictures give CLIP's text tower, this one is told directly: what a drawing looks
+What hundreds of millions of images give CLIP's text tower, this one is told directly: what a drawing looks
 like. From the noun on, its states must let a linear layer read the drawing's thumbnail, and from the second
 noun on that of the second drawing; padding positions `FIRST_PATCH` and up each give one 4 x 4 patch of the
 first, `SECOND_PATCH` and up of the second, so that the denoiser can route patches to places; the pooled state
@@ -97,7 +97,7 @@ def build(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def thumbnails(world, drawings) -> np.ndarray:
-    """16 x 16 pictures with premultiplied alpha, values around 0, shape (drawings, 16, 16, 4)."""
+    """16 x 16 images with premultiplied alpha, values around 0, shape (drawings, 16, 16, 4)."""
     small = [
         np.asarray(Image.fromarray(world.sprite(d)).resize((16, 16), Image.Resampling.BOX), np.float32) / 255
         for d in drawings
@@ -121,15 +121,15 @@ class Looks:
     def __init__(self, world):
         drawings = world.drawings()
         self.index = {d: i for i, d in enumerate(drawings)}
-        pictures = thumbnails(world, drawings)
-        flat = torch.from_numpy(pictures).flatten(1)
+        images = thumbnails(world, drawings)
+        flat = torch.from_numpy(images).flatten(1)
         _, _, axes = torch.pca_lowrank(flat - flat.mean(0), LOOK, niter=6)
         code = (flat - flat.mean(0)) @ axes
         self.code = (
             code / code.std(0).sqrt() / code.std(0).sqrt().mean()
         )  # halfway to whitened: outlines count too
         patches = (
-            torch.from_numpy(pictures).unflatten(2, (4, 4)).unflatten(1, (4, 4))
+            torch.from_numpy(images).unflatten(2, (4, 4)).unflatten(1, (4, 4))
         )  # (n, row, y, column, x, 4)
         self.patches = patches.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)  # (n, 16, 64)
 

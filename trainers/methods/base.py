@@ -126,17 +126,17 @@ class Method(nn.Module):
         self.backbone.denoiser.enable_gradient_checkpointing()
 
     def draw(self, prompt: str, **options):
-        """One picture by the very modules that are being trained; `options` are those of the pipeline's
+        """One image by the very modules that are being trained; `options` are those of the pipeline's
         call."""
         return self.backbone.pipe(**self.backbone.prompt_arguments(prompt), **options).images[0]
 
     def diagnose(self, batches: list[dict], folder: Path, step: int) -> dict[str, float]:
-        """Numbers to log beside the validation loss, from held-out batches; pictures may go into
+        """Numbers to log beside the validation loss, from held-out batches; images may go into
         `folder`."""
         return {}
 
     def prompts(self) -> list[str]:
-        """Prompts beyond the pictures' own that training will ask for."""
+        """Prompts beyond the images' own that training will ask for."""
         return []
 
     @property

@@ -1,4 +1,4 @@
-"""What contrastive training does to S+: numbers and a picture for every validation."""
+"""What contrastive training does to S+: numbers and an image for every validation."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def appearance_correlation(
     anchors: Tensor, positives: Tensor, image_embeds: Tensor, identity: Tensor
 ) -> float:
     """Spearman's correlation, over pairs of different subjects, of the cosine of their Z (mean over layers)
-    with that of their pictures: 1 if subjects are as unlike in S+ as they look; NaN where there are no two
+    with that of their images: 1 if subjects are as unlike in S+ as they look; NaN where there are no two
     pairs to compare."""
     other = (identity[:, None] != identity).cpu().numpy()
     if other.sum() < 4:  # each pair is there twice
@@ -40,13 +40,13 @@ def similarity_image(
     anchors: Tensor, positives: Tensor, image_embeds: Tensor, side: int = 240
 ) -> Image.Image:
     """Two matrices side by side, black for the lowest and white for the highest cosine of each: S+ of first
-    against second views (mean over layers), and the pictures themselves."""
+    against second views (mean over layers), and the images themselves."""
     page = Image.new("L", (2 * side + side // 20, side), 255)
     for i, matrix in enumerate((cosines(anchors, positives).mean(0), cosines(image_embeds, image_embeds))):
         values = matrix.float().cpu().numpy()
         values = (values - values.min()) / max(float(np.ptp(values)), 1e-6)
-        picture = Image.fromarray((values * 255).astype(np.uint8))
-        page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (i * (side + side // 20), 0))
+        image = Image.fromarray((values * 255).astype(np.uint8))
+        page.paste(image.resize((side, side), Image.Resampling.NEAREST), (i * (side + side // 20), 0))
     return page
 
 

@@ -29,10 +29,10 @@ class DreamBoothConfig(LoraFields, MethodConfig):
     prior_loss_weight: float = option(1.0, "weight of the prior loss", least=0)
     prior_source: Literal["images", "teacher"] = option(
         "images",
-        "images: pictures of the class, made by the base model; teacher: the base model's own prediction",
+        "images: images of the class, made by the base model; teacher: the base model's own prediction",
     )
-    sample_batch_size: int = option(4, "class pictures drawn at once", least=1)
-    num_class_images: int = option(100, "pictures of each class to have in --class_data_dir", least=1)
+    sample_batch_size: int = option(4, "class images drawn at once", least=1)
+    num_class_images: int = option(100, "images of each class to have in --class_data_dir", least=1)
 
 
 class DreamBooth(Method):

@@ -32,11 +32,11 @@ class SubjectConfig(MethodConfig):
     )
     pretrained_adapter: str = option("", "an encoder file to go on from, ours or a released IP-Adapter")
     validation_images: list[str] = field(
-        default_factory=list, metadata={"help": "pictures of the subject that --validation_prompt calls <s>"}
+        default_factory=list, metadata={"help": "images of the subject that --validation_prompt calls <s>"}
     )
     timestep_sampling: Literal["uniform", "cubic"] = option(
         "uniform",
-        "cubic: mostly noisy times, t = 1 - u^3, where a picture's content is decided (arXiv 2402.18078)",
+        "cubic: mostly noisy times, t = 1 - u^3, where an image's content is decided (arXiv 2402.18078)",
     )
     dropout_text: float = option(
         0.05, "share of samples that are learned without their prompt, for guidance", least=0, most=1
@@ -153,7 +153,7 @@ class SubjectMethod(Method):
         return pipe
 
     def check_drawing(self, prompts: list[str]) -> None:
-        """UserError if these validation prompts or the pictures given for them could not be drawn with."""
+        """UserError if these validation prompts or the images given for them could not be drawn with."""
         if not prompts:
             return
         subjects = {WORDS[0]: self.pipe.encode_references(self.config.validation_images)}
@@ -161,7 +161,7 @@ class SubjectMethod(Method):
             check_words(prompt, subjects, self.adapter.has_words)
 
     def draw(self, prompt, **options):
-        """With the pictures of `--validation_images`."""
+        """With the images of `--validation_images`."""
         return self.pipe(prompt, subject_images=self.config.validation_images, **options).images[0]
 
     def dropped(self, count: int) -> tuple[Tensor, Tensor]:
@@ -178,7 +178,7 @@ class SubjectMethod(Method):
 
     def encode(self, features: Tensor, t: Tensor, shows_target: Tensor | None = None) -> Encoded:
         """Features (batch, references, tokens, features); where `shows_target` (batch,) only the first
-        reference counts, as the second is the picture to be drawn."""
+        reference counts, as the second is the image to be drawn."""
         used = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         if shows_target is not None:
             used[:, 1:] &= ~shows_target[:, None]
@@ -206,6 +206,6 @@ class SubjectMethod(Method):
 
 
 def of_subjects(values: Tensor, present: Tensor) -> Tensor:
-    """What is said of each picture (rows,), for each of its subjects: `present` (rows, subjects) says which
+    """What is said of each image (rows,), for each of its subjects: `present` (rows, subjects) says which
     are there."""
     return values[:, None].expand_as(present)[present]

@@ -21,7 +21,7 @@ OPENAI = {
 
 class ImageEncoder(nn.Module):
     """`vision`, in evaluation mode and without gradients, and the preprocessing that it was trained with,
-    except that pictures of any shape are resized whole: a subject at the edge must not be cropped away."""
+    except that images of any shape are resized whole: a subject at the edge must not be cropped away."""
 
     def __init__(self, vision: CLIPVisionModelWithProjection, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -45,9 +45,9 @@ class ImageEncoder(nn.Module):
     def depth(self) -> int:
         return self.vision.config.num_hidden_layers
 
-    def pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Pictures to (n, 3, side, side); what is transparent becomes white."""
-        return self.processor([opaque(picture) for picture in pictures], return_tensors="pt").pixel_values
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Images to (n, 3, side, side); what is transparent becomes white."""
+        return self.processor([opaque(image) for image in images], return_tensors="pt").pixel_values
 
     @torch.no_grad()
     def forward(self, pixels: Tensor):
@@ -59,12 +59,12 @@ class ImageEncoder(nn.Module):
         return self.vision(pixels.to(self.vision.dtype), output_hidden_states=True)
 
 
-def opaque(picture: Image.Image) -> Image.Image:
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    picture = picture.convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+def opaque(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def load_image_encoder(name: str, dtype: torch.dtype = torch.float32) -> ImageEncoder:

@@ -60,7 +60,7 @@ class ImagePrompt(nn.Module):
         return output.hidden_states[-2] if self.plus else output.image_embeds.unsqueeze(1)
 
     def blank(self, image_encoder: ImageEncoder, pixels: Tensor) -> Tensor:
-        """The features (1, tokens, features) of no picture, as the unconditional half was trained: a black
+        """The features (1, tokens, features) of no image, as the unconditional half was trained: a black
         one for Plus, zeros for plain."""
         features = self.read(image_encoder(pixels[:1] * 0))
         return features if self.plus else features * 0

@@ -1,7 +1,7 @@
 """CustomContrast's multimodal feature-injection (MFI) encoder (Chen et al., 2025, arXiv 2409.05606, section
 3.2).
 
-Pictures of a subject become visual tokens, for the visual cross-attention of every layer, and S+: one
+Images of a subject become visual tokens, for the visual cross-attention of every layer, and S+: one
 pseudo-word for each slot of cross-attention layers, which changes with the denoising time. The paper gives
 the parts and their wiring; their sizes, the fusion's normalisation and what tells a location of its subject
 are choices of this project.
@@ -166,7 +166,7 @@ class MultimodalEncoder(nn.Module):
         return self.config.dim if self.config.location else 0
 
     def read(self, output) -> Tensor:
-        """What is used of the image encoder's output: hidden states of several layers (pictures, tokens,
+        """What is used of the image encoder's output: hidden states of several layers (images, tokens,
         layers * image_dim)."""
         return torch.cat([output.hidden_states[layer] for layer in self.layers], -1)
 

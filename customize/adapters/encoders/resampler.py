@@ -1,4 +1,4 @@
-"""The perceiver resampler (Flamingo, arXiv 2204.14198): a few learned queries read a picture's features.
+"""The perceiver resampler (Flamingo, arXiv 2204.14198): a few learned queries read an image's features.
 
 Parameters are named and shaped as in released IP-Adapter-Plus files, which therefore load as they are.
 """
