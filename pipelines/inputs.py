@@ -58,7 +58,7 @@ def each_prompt(images: Any, count: int) -> list[Any]:
 
 
 def opened(image: Any, kind: str = "reference") -> Image.Image:
-    """A image, or the file of one, upright and of 8 bits; UserError if it is neither, or too large. Nothing
+    """An image, or the file of one, upright and of 8 bits; UserError if it is neither, or too large. Nothing
     is fetched."""
     if not isinstance(image, Image.Image | str | Path):
         raise UserError(f"a {kind} must be an image or the path of one, not {type(image).__name__}.")

@@ -69,7 +69,7 @@ class SubjectMixin(Stock):
         """Loads a subject encoder: a run folder, a file of ours or of a released IP-Adapter, or
         `stickers`.
 
-        `image_encoder` (folder, hub id, OWNER/NAME/FOLDER or a image_encoder) is read from the run, or
+        `image_encoder` (folder, hub id, OWNER/NAME/FOLDER or an image_encoder) is read from the run, or
         else must be given. Raises UserError if there is no encoder, it was made for another base model,
         or the pipeline is offloaded already.
         """

@@ -112,7 +112,7 @@ def test_the_best_fit_covers_the_drawing():
     ("prompt", "words"),
     [
         ("a photo of a sks dog", "sks dog"),
-        ("A image of the <toy>", "<toy>"),
+        ("A picture of the <toy>", "<toy>"),
         ("a <s> fox on grass", "<s> fox on grass"),
         ("photo of sks", "sks"),
         ("another one", "another one"),

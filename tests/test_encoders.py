@@ -64,7 +64,7 @@ def eye() -> ImageEncoder:
 
 
 def noise(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
-    """A image of coarse noise, width x height."""
+    """An image of coarse noise, width x height."""
     small = np.random.default_rng(seed).integers(0, 255, (4, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size)
 

@@ -484,7 +484,7 @@ def save_dinov2_with_registers(folder) -> Dinov2WithRegistersModel:
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A image with coarse and fine detail."""
+    """An image with coarse and fine detail."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (3, 3, 3), dtype=np.uint8)).resize((width, height))
     return Image.blend(coarse, Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)), 0.4)

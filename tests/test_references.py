@@ -35,7 +35,7 @@ def pixels(images) -> torch.Tensor:
 
 
 def flat(subject: int, view: int = 0, size=(8, 8)) -> Image.Image:
-    """A image that says of which subject it is, and which of its views."""
+    """An image that says of which subject it is, and which of its views."""
     return Image.new("RGB", size, (subject, view, 0))
 
 
@@ -810,11 +810,11 @@ def encoded(image: Image.Image) -> bytes:
 def test_images_of_rows_that_cannot_be_read_are_skipped_or_refused(hf, tmp_path, streaming):
     folder = spoilt(hf, tmp_path / "rows")
     with pytest.warns(
-        UserWarning, match=r"a image of subject '(2' cannot be read|4' has more pixels).*It is skipped"
+        UserWarning, match=r"an image of subject '(2' cannot be read|4' has more pixels).*It is skipped"
     ):
         entries = take(6, streamed(parquet(folder, max_pixels=1000, streaming=streaming)))
     assert shown(entries) == [0, 1, 3, 5, 6, 7]
-    with pytest.raises(UserError, match="a image of subject '2' cannot be read"):
+    with pytest.raises(UserError, match="an image of subject '2' cannot be read"):
         take(6, streamed(parquet(folder, max_pixels=1000, strict=True, streaming=streaming)))
 
 
@@ -1020,7 +1020,7 @@ def test_a_wrong_column_is_named_with_those_there_are(hf, tmp_path, streaming):
     folder = write_rows(hf, tmp_path / "rows", lists=False)
     for column in ("image_column", "subject_column"):
         config = parquet(folder, False, streaming=streaming, **{column: "picture"})
-        with pytest.raises(UserError, match=f"--{column}: .*no column 'image', only image, who, text"):
+        with pytest.raises(UserError, match=f"--{column}: .*no column 'picture', only image, who, text"):
             read_rows(config)
 
 

@@ -218,7 +218,7 @@ def test_one_subject_has_no_interval_and_one_method_is_not_the_best(tmp_path):
 
 
 def test_what_is_not_there_has_no_section(tmp_path):
-    results = results_of(tmp_path, factors={}, cost={}, images=[], references=[], scores={})
+    results = results_of(tmp_path, factors={}, cost={}, pictures=[], references=[], scores={})
     page = page_of(results, tmp_path)
     assert re.findall("<h2>([^<]*)</h2>", page) == ["Scores", "What the metrics mean", "Protocol"]
     assert rows(section(page, "Scores"))["a"] == ["–"] * 4

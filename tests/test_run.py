@@ -583,7 +583,7 @@ def test_a_base_that_has_moved(finished):
 
 def test_a_class_prompt_that_is_too_long_is_told_before_its_images_are_drawn(start, monkeypatch):
     monkeypatch.setattr(
-        StableDiffusionPipeline, "__call__", lambda *_, **__: pytest.fail("a image was drawn")
+        StableDiffusionPipeline, "__call__", lambda *_, **__: pytest.fail("an image was drawn")
     )
     with pytest.raises(UserError, match=r"class prompt 'a dog.*has 202 tokens, more than 16") as error:
         start(with_prior_preservation=True, class_prompt="a dog " * 100, num_class_images=1)

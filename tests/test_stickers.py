@@ -133,7 +133,7 @@ def test_correlation_finds_the_drawing():
 
 
 def test_correlation_against_the_definition():
-    """A image that is the drawing on its own: the weighted correlation at that place, by hand."""
+    """An image that is the drawing on its own: the weighted correlation at that place, by hand."""
     sprite = np.zeros((64, 64, 4), np.uint8)
     sprite[8:56, 8:56, 3] = 255
     sprite[8:56, 8:32] = (255, 0, 0, 255)

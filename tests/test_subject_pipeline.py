@@ -717,10 +717,10 @@ REFUSED = {
     "no subject": (DOG, {}, "subject_images is empty"),
     "no reference of a word": (DOG, {"<s>": []}, "1 to 4 reference images, not 0"),
     "five references": (DOG, [A] * 5, "1 to 4 reference images, not 5"),
-    "a number among images": (DOG, [A, 5], "a image or the path of one, not int"),
-    "a number": (DOG, 5, "a image or the path of one, not int"),
-    "an array": (DOG, np.zeros((4, 4, 3)), "a image or the path of one, not ndarray"),
-    "nothing in a list": (DOG, [None], "a image or the path of one, not NoneType"),
+    "a number among images": (DOG, [A, 5], "an image or the path of one, not int"),
+    "a number": (DOG, 5, "an image or the path of one, not int"),
+    "an array": (DOG, np.zeros((4, 4, 3)), "an image or the path of one, not ndarray"),
+    "nothing in a list": (DOG, [None], "an image or the path of one, not NoneType"),
     "a missing path": (DOG, "nowhere.png", "'nowhere.png' cannot be read as an image"),
     "the word is not said": ("a dog", A, "'a dog' does not say <s>"),
     "the word is not said by one prompt": ([DOG, "a dog"], [[A], [B]], "'a dog' does not say <s>"),
@@ -741,7 +741,7 @@ REFUSED = {
         "every entry must be a list or a dictionary",
     ),
     "no prompt": ([], [A], "subject_images needs `prompt`"),
-    "a image as a tensor": (
+    "an image as a tensor": (
         DOG,
         torch.zeros(3, 32, 32),
         "not what encode_references makes, (1 to 4, tokens, 96)",

@@ -22,7 +22,7 @@ from customize.runs.output import is_own_image, save_image
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """A image to be drawn: the stem of its file, its prompt, and the seed of its noise."""
+    """An image to be drawn: the stem of its file, its prompt, and the seed of its noise."""
 
     name: str
     prompt: str

@@ -51,7 +51,7 @@ def fit(
 
 
 def to_tensor(image: Image.Image, flip: bool = False) -> torch.Tensor:
-    """A image, mirrored if `flip`, as (channels, height, width) in [0, 1]."""
+    """An image, mirrored if `flip`, as (channels, height, width) in [0, 1]."""
     array = np.array(ImageOps.mirror(image) if flip else image, dtype=np.float32) / 255
     return torch.from_numpy(array.reshape(image.height, image.width, -1)).permute(2, 0, 1).contiguous()
 

@@ -49,7 +49,7 @@ ARRANGEMENTS = (
     "above",
     "over",
 )  # of the subject and its companion; captions do not tell them apart
-PREFIXES = ("", "", "", "a photo of ", "a image of ", "a sticker of ")
+PREFIXES = ("", "", "", "a photo of ", "a picture of ", "a sticker of ")
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def table(options) -> None:
         rows = {Path(method["name"]).name: method["subjects"] for method in bench.run()["methods"]}
         print(
             f"\n{group} classes: mean (95 % bootstrap over subjects)\n\n| | {' | '.join(SHOWN)} | seconds "
-            "a image |"
+            "an image |"
         )
         print("|---" * (len(SHOWN) + 2) + "|")
         for name, subjects in rows.items():

@@ -32,7 +32,7 @@ class IPAdapter(SubjectMethod):
         return image_prompt(self.backbone.pipe, self.image_encoder, self.config.plus, **sizes)
 
     def condition(self, batch, t: Tensor) -> Condition:
-        """A image that is dropped becomes the blank one that the unconditional half is given at
+        """An image that is dropped becomes the blank one that the unconditional half is given at
         inference."""
         encoder, present = self.adapter.encoder, batch["present"]
         count = 2 if self.uses_both() else 1

@@ -68,7 +68,7 @@ def opaque(image: Image.Image) -> Image.Image:
 
 
 def load_image_encoder(name: str, dtype: torch.dtype = torch.float32) -> ImageEncoder:
-    """A image_encoder by folder or hub id (also OWNER/NAME/SUBFOLDER), or `stickers`, the embedded one;
+    """An image_encoder by folder or hub id (also OWNER/NAME/SUBFOLDER), or `stickers`, the embedded one;
     UserError if it is none."""
     name = str(embedded.IMAGE_ENCODER) if embedded.is_embedded(name) else name
     place, options = name, {}
