@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from customize.app.evaluate import EvaluateConfig
@@ -104,6 +105,8 @@ def run_command(words: list[str]) -> None:
     if not words or words[0] in HELP:
         lines = (f"  customize {name}{usage}" for name, (_, usage, _) in COMMANDS.items())
         return print("Teach a text-to-image model your subject.", *lines, sep="\n")
+    if words == ["--version"]:
+        return print(f"customize {version('customize')}")
     if words[0] not in COMMANDS:
         raise UserError(
             f"There is no command '{words[0]}': `customize --help` lists them.{nearest(words[0], COMMANDS)}"

@@ -2,18 +2,23 @@
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from customize.app.shared import check_run, split
 from customize.config import option
-from customize.errors import UserError
+from customize.embedded import GUIDANCE, is_embedded
+from customize.errors import UserError, nearest, shortened
 from customize.quiet import quiet_libraries
+from customize.reading import read_text
 from customize.runs.privacy import without_places
+
+MOST_PIXELS = 10**8  # of --init_image
 
 
 @dataclass
@@ -22,6 +27,19 @@ class GenerateConfig:
 
     num_images_per_prompt: int = option(1, "images of each prompt; image i is drawn with seed + i", least=1)
     seed: int = option(0, "seed of the first image", least=0, most=4_000_000_000)
+    prompts_file: str = option(
+        "", "text file with one more prompt on each line; lines that begin with # are left out"
+    )
+    scheduler: str = option(
+        "", "sampler: euler, euler_a, dpm++, ddim, unipc, heun, or a diffusers scheduler class"
+    )
+    lora_scale: float = option(
+        1.0, "strength of the run's LoRA: 0 is the base model, 1 is as trained", least=0
+    )
+    init_image: str = option("", "image to start from (image-to-image); empty: start from noise alone")
+    strength: float = option(
+        0.8, "share of --init_image that is drawn anew, above 0 and up to 1", above=0, most=1
+    )
     guidance_scale: float | None = option(
         None, "how strongly the prompt steers; none leaves it to the pipeline", least=0
     )
@@ -58,9 +76,10 @@ class GenerateConfig:
 def generate(words: list[str]) -> None:
     from customize.runs.output import make_folder
 
-    (run, *prompts), config = split(words, GenerateConfig, ["RUN", '"PROMPT"'], more=True)
+    (run, *prompts), config = split(words, GenerateConfig, ["RUN"], more=True)
     check_run(run)
-    check_request(prompts, config)
+    prompts += prompts_in(config.prompts_file) if config.prompts_file else []
+    check_request(run, prompts, config)
     subjects = subject_files(config.subject_images)
     check_subjects(run, config)
     folder, pipe = make_folder(output_folder(run, config.output), "--output"), load(run, config)
@@ -69,13 +88,77 @@ def generate(words: list[str]) -> None:
 
         for prompt in prompts:
             check_words(prompt, subjects, pipe.adapter.has_words)
-    for prompt in prompts:
+    if config.guidance_scale is None and is_embedded(base_of(run)):
+        config.guidance_scale = GUIDANCE
+    for warning in (text for prompt in prompts for text in doubts(pipe, run, prompt)):
+        warnings.warn(warning, stacklevel=1)
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompts) > 1:
+            pipe.set_progress_bar_config(desc=f"prompt {number} of {len(prompts)}")
         seeds = range(config.seed, config.seed + config.num_images_per_prompt)
         for seed, image in zip(seeds, draw(pipe, prompt, seeds, config, subjects), strict=True):
             print(save(image, folder, run, prompt, seed, config))
 
 
-def check_request(prompts: list[str], config: GenerateConfig) -> None:
+def prompts_in(path: str) -> list[str]:
+    """The prompts of a text file, one a line."""
+    lines = [line.strip() for line in read_text(Path(path)).splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def base_of(run: str) -> str:
+    """The name of the base model that a run, or `run` itself, draws with."""
+    from customize.runs.folder import INFO, read_info
+
+    return read_info(Path(run))["base_model"] if (Path(run) / INFO).exists() else run
+
+
+def doubts(pipe: Any, run: str, prompt: str) -> list[str]:
+    """What the user may not want of a prompt: words beyond what the text encoders read, or none of the
+    words that the run has learned."""
+    from customize.backbones.text import lost_words
+    from customize.runs.folder import INFO, read_info
+
+    words = list(read_info(Path(run))["words"]) if (Path(run) / INFO).exists() else []
+    found = []
+    if lost := lost_words(pipe, prompt):
+        found.append(
+            f"the text encoder does not read the end of '{shortened(prompt)}': '{shortened(lost)}' is lost."
+        )
+    if words and not any(word in prompt for word in words):
+        found.append(
+            f"the prompt '{shortened(prompt)}' has none of the run's learned words ({', '.join(words)})."
+        )
+    return found
+
+
+def example_prompt(run: str) -> str:
+    """A prompt that suits a run, for messages."""
+    from customize.runs.folder import INFO, read_info
+
+    own = read_info(Path(run))["config"].get("instance_prompt") if (Path(run) / INFO).exists() else ""
+    return own or "a photo of a dog"
+
+
+def check_request(run: str, prompts: list[str], config: GenerateConfig) -> None:
+    """UserError for what cannot be drawn, before a model is loaded."""
+    if not prompts:
+        raise UserError(f'write "PROMPT" after RUN: customize generate {run} "{example_prompt(run)}".')
+    for prompt in prompts:
+        if Path(prompt[:200]).is_dir():
+            raise UserError(
+                f"'{prompt}' is a folder, not a prompt: give one RUN, and describe the image in words."
+            )
+    if config.init_image and config.subject_images:
+        raise UserError(
+            "--init_image and --subject_images cannot be used together; leave one of the two out."
+        )
+    if config.strength != GenerateConfig.strength and not config.init_image:
+        raise UserError("--strength needs --init_image, the image to start from.")
+    if config.init_image and (config.height or config.width):
+        raise UserError("--height and --width are those of --init_image; leave them out.")
+    if config.init_image and not Path(config.init_image).is_file():
+        raise UserError(f"--init_image: there is no file '{config.init_image}'.")
     if not all(prompt.strip() for prompt in prompts):
         raise UserError('"PROMPT" is empty: describe the image.')
     for name in ("height", "width"):
@@ -105,8 +188,57 @@ def load(run: str, config: GenerateConfig) -> Any:
     if config.subject_images:
         from customize.pipelines import load_subject_pipeline
 
-        return load_subject_pipeline(run, config.subject_adapter, config.image_encoder, dtype).to(device)
-    return load_pipeline(run, dtype=dtype).to(device)
+        pipe = load_subject_pipeline(run, config.subject_adapter, config.image_encoder, dtype)
+    else:
+        pipe = load_pipeline(run, dtype=dtype)
+    return set_up(pipe, config).to(device)
+
+
+SCHEDULERS = {
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "ddim": "DDIMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "heun": "HeunDiscreteScheduler",
+}
+
+
+def set_up(pipe: Any, config: GenerateConfig) -> Any:
+    """The pipeline with the scheduler, the LoRA's strength and the task that are asked for."""
+    if config.scheduler:
+        pipe.scheduler = make_scheduler(config.scheduler, pipe.scheduler)
+    if config.lora_scale != GenerateConfig.lora_scale:
+        adapters = pipe.get_active_adapters() if hasattr(pipe, "get_active_adapters") else []
+        if not adapters:
+            raise UserError("--lora_scale: this run has no LoRA; leave it out.")
+        pipe.set_adapters(adapters, [config.lora_scale] * len(adapters))
+    if config.init_image:
+        from diffusers import AutoPipelineForImage2Image
+
+        pipe = AutoPipelineForImage2Image.from_pipe(pipe)
+    return pipe
+
+
+def make_scheduler(name: str, present: Any) -> Any:
+    """A scheduler by its short name or diffusers class, with the settings of the present one.
+
+    UserError if there is none of this name, or if one is for flow models and the other for DDPM models.
+    """
+    import diffusers
+
+    kind: Any = getattr(diffusers, SCHEDULERS.get(name.lower(), name), None)
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+        raise UserError(
+            f"--scheduler: there is no '{name}'; use {', '.join(SCHEDULERS)} or a diffusers class."
+            f"{nearest(name, SCHEDULERS)}"
+        )
+    made = cast(Any, kind).from_config(present.config)
+    if hasattr(made, "alphas_cumprod") != hasattr(present, "alphas_cumprod"):
+        raise UserError(
+            f"--scheduler {name} does not fit this base model, which uses {type(present).__name__}."
+        )
+    return made
 
 
 def subject_files(words: Sequence[str]) -> dict[str, list[str]]:
@@ -143,6 +275,12 @@ def draw(
     given = {"subject_images": subjects, "subject_scale": config.subject_scale} if subjects else {}
     if subjects and config.side_by_side:
         given["subject_masks"] = "side by side"
+    if config.init_image:
+        from customize.data.images import read_image
+
+        image = read_image(Path(config.init_image), MOST_PIXELS).convert("RGB")
+        sides = [side // 8 * 8 for side in image.size]
+        given |= {"image": image.resize(sides), "strength": config.strength}
     optional = {
         name: getattr(config, name) for name in ("guidance_scale", "negative_prompt", "height", "width")
     }
@@ -150,7 +288,8 @@ def draw(
         prompt,
         num_images_per_prompt=len(seeds),
         num_inference_steps=config.num_inference_steps,
-        # On the CPU, so that a seed gives the same noise on every device, and one an image, so that each can
+        # On the CPU, so that a seed gives the same noise on every device, and one an image, so that each
+        # can
         # be re-made alone.
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         **{name: value for name, value in optional.items() if value not in (None, "")},
@@ -165,6 +304,9 @@ def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: Gen
     parameters = {"run": run, "prompt": prompt, "negative_prompt": config.negative_prompt, "seed": seed}
     parameters |= {"steps": config.num_inference_steps, "scale": config.guidance_scale, "dtype": config.dtype}
     parameters |= {"width": image.width, "height": image.height}
+    for name in ("scheduler", "lora_scale", "init_image", "strength"):
+        if getattr(config, name) != getattr(GenerateConfig, name):
+            parameters[name] = getattr(config, name)
     if config.subject_images:
         names = ("subject_images", "subject_scale", "side_by_side", "subject_adapter", "image_encoder")
         parameters |= {name: getattr(config, name) for name in names}

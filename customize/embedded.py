@@ -10,6 +10,7 @@ from PIL import Image
 from customize.stickers import ENCODER, MODEL
 
 NAME = "stickers"
+GUIDANCE = 4.0  # that suits it best; pipelines draw with 7.5 otherwise
 SUBJECT_ENCODER = ENCODER
 IMAGE_ENCODER = MODEL / "image_encoder"
 

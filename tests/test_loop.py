@@ -840,3 +840,15 @@ def test_eight_bit_adam_names_what_to_install(images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         go(images, tmp_path, use_8bit_adam=True)
+
+
+def test_a_constant_rate_warms_up_if_that_is_asked_for(images, tmp_path):
+    method, dataset = build(images)
+    config = settings(tmp_path, lr_warmup_steps=4, learning_rate=0.4)
+    run = session.begin(method, config, make_accelerator(config), [], None, {})
+    rates = []
+    for _ in range(6):
+        rates.append(run.train_state["schedule"].get_last_lr()[0])
+        run.train_state["optimizer"].step()
+        run.train_state["schedule"].step()
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.4])

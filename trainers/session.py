@@ -119,8 +119,9 @@ def begin(
     if config.enable_xformers_memory_efficient_attention:
         enable_xformers(method)
     optimizer = make_optimizer(method, config, accelerator.num_processes)
+    warms_up = config.lr_warmup_steps and config.lr_scheduler == "constant"
     schedule = get_scheduler(
-        config.lr_scheduler,
+        "constant_with_warmup" if warms_up else config.lr_scheduler,
         optimizer,
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=config.max_train_steps,

@@ -28,3 +28,14 @@ def text_parts(pipe: DiffusionPipeline) -> tuple[list, list]:
     ]
     found = [(tokenizer, encoder) for tokenizer, encoder in parts if encoder is not None]
     return [tokenizer for tokenizer, _ in found], [encoder for _, encoder in found]
+
+
+def lost_words(pipe: DiffusionPipeline, prompt: str) -> str:
+    """The end of a prompt that none of a pipeline's text encoders reads; empty if one reads all of it."""
+    lost = []
+    for tokenizer in text_parts(pipe)[0]:
+        expand = getattr(pipe, "maybe_convert_prompt", None)
+        ids = tokenizer(expand(prompt, tokenizer) if expand else prompt).input_ids
+        most = min(tokenizer.model_max_length, 512)
+        lost.append(tokenizer.decode(ids[most - 1 : -1]).strip() if len(ids) > most else "")
+    return min(lost, key=len, default="")

@@ -68,7 +68,7 @@ def opaque(image: Image.Image) -> Image.Image:
 
 
 def load_image_encoder(name: str, dtype: torch.dtype = torch.float32) -> ImageEncoder:
-    """An image_encoder by folder or hub id (also OWNER/NAME/SUBFOLDER), or `stickers`, the embedded one;
+    """An image encoder by folder or hub id (also OWNER/NAME/SUBFOLDER), or `stickers`, the embedded one;
     UserError if it is none."""
     name = str(embedded.IMAGE_ENCODER) if embedded.is_embedded(name) else name
     place, options = name, {}
@@ -88,7 +88,7 @@ def load_image_encoder(name: str, dtype: torch.dtype = torch.float32) -> ImageEn
 
 
 def statistics(place: str, options: dict) -> dict:
-    """Mean and deviation of the pixels that the image_encoder was trained on: in its folder, in one called
+    """Mean and deviation of the pixels that the image encoder was trained on: in its folder, in one called
     feature_extractor beside it, or OpenAI's."""
     beside = [str(Path(place).parent / "feature_extractor")] if Path(place).exists() else []
     for folder in (place, *beside):
@@ -101,7 +101,7 @@ def statistics(place: str, options: dict) -> dict:
 
 
 def image_encoder_of(pipe: DiffusionPipeline) -> ImageEncoder | None:
-    """The image_encoder that a pipeline holds as its `image_encoder`."""
+    """The image encoder that a pipeline holds as its `image_encoder`."""
     vision, extractor = getattr(pipe, "image_encoder", None), getattr(pipe, "feature_extractor", None)
     if vision is None:
         return None

@@ -60,8 +60,7 @@ class MultimodalConfig:
 
 
 def evenly(layers: int, count: int) -> list[int]:
-    """`count` layers of an image_encoder of `layers`, evenly spaced and ending with the last but one (1 is the
-    first layer)."""
+    """`count` of `layers` layers of an image encoder, evenly spaced to the last but one; 1 is the first."""
     last = max(layers - 1, 1)
     return sorted({max(round(last * (i + 1) / count), 1) for i in range(count)})
 
