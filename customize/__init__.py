@@ -1,0 +1,23 @@
+"""Subject-driven text-to-image customization: teach a diffusion model a subject, get a diffusers pipeline
+back.
+
+`train`, `load_pipeline` and `load_subject_pipeline` are imported when they are first used: torch takes
+seconds.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "train": ("customize.trainers.launch", "train_method"),
+    "load_pipeline": ("customize.pipelines", "load_pipeline"),
+    "load_subject_pipeline": ("customize.pipelines", "load_subject_pipeline"),
+}
+__all__ = ["load_pipeline", "load_subject_pipeline", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'customize' has no attribute '{name}'")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)

@@ -843,7 +843,7 @@ def test_eight_bit_adam_names_what_to_install(images, tmp_path, monkeypatch):
 
 
 def test_a_constant_rate_warms_up_if_that_is_asked_for(images, tmp_path):
-    method, dataset = build(images)
+    method, _ = build(images)
     config = settings(tmp_path, lr_warmup_steps=4, learning_rate=0.4)
     run = session.begin(method, config, make_accelerator(config), [], None, {})
     rates = []

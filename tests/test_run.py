@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+import customize
 from customize.backbones.base import Backbone, Condition, Step
 from customize.backbones.families import wrap
 from customize.backbones.stable_diffusion import SD
@@ -824,3 +827,40 @@ def test_an_earlier_run_is_not_written_over(start):
     assert all(value.equal(before[name]) for name, value in load_file(folder / LORA).items())
     start(max_train_steps=2, overwrite_output_dir=True)
     assert json.loads((folder / "run.json").read_text())["step"] == 2
+
+
+# from Python
+
+
+def test_a_run_from_python_is_that_of_the_command_line(bases, images, tmp_path):
+    given = {
+        "pretrained_model_name_or_path": bases / "sd15",
+        "instance_data_dir": images,
+        "instance_prompt": "a photo of sks dog",
+        "resolution": 16,
+        "max_train_steps": 2,
+    }
+    folder = customize.train("dreambooth", output_dir=tmp_path / "python", **given)
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    again = run(["dreambooth", *words, "--output_dir", str(tmp_path / "words")])
+    first, second = (load_file(place / LORA) for place in (folder, again))
+    assert first.keys() == second.keys()
+    assert all(value.equal(second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "match"),
+    [
+        ("dreamboth", {}, "Did you mean 'dreambooth'"),
+        ("dreambooth", {"learning_rat": 1e-3}, "no setting 'learning_rat'.*Did you mean 'learning_rate'"),
+        ("dreambooth", {"learning_rate": -1.0}, "learning_rate must be"),
+    ],
+)
+def test_what_cannot_be_trained_from_python(method, settings, match):
+    with pytest.raises(UserError, match=match):
+        customize.train(method, **settings)
+
+
+def test_importing_the_package_leaves_torch_alone():
+    code = "import customize, sys; assert 'torch' not in sys.modules; customize.load_pipeline"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,10 +8,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from customize.cache import TensorCache
-from customize.config import check_ranges, help_text, parse
+from customize.config import build, check_ranges, help_text, parse, table
 from customize.data.concepts import Concept
 from customize.data.training_data import Preparation
-from customize.errors import UserError
+from customize.errors import UserError, nearest
 from customize.quiet import quiet_libraries
 from customize.randomness import fixed_randomness
 from customize.runs.card import write_card
@@ -51,6 +51,24 @@ def run(words: list[str]) -> Path:
     method_class = find_method(words[0])
     model, data, settings, options = parse(configs(method_class), words[1:])
     return launch(words[0], model, data, settings, options)
+
+
+def train_method(method: str, **settings: Any) -> Path:
+    """Trains a method from Python; returns the run folder. `settings` have the names of the command line's
+    flags.
+
+    UserError for a method or a setting that there is none of, and for what the user can mend.
+    """
+    kinds = configs(find_method(method))
+    known = table(kinds)
+    for name in settings:
+        if name not in known:
+            raise UserError(
+                f"{method} has no setting '{name}': customize train {method} --help lists them."
+                f"{nearest(name, known)}"
+            )
+    values = {known[name].name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
+    return launch(method, *(build(kind, values) for kind in kinds))
 
 
 def launch(name: str, model: ModelConfig, data: Any, settings: TrainConfig, options: Any) -> Path:
