@@ -1,7 +1,7 @@
 """Text and tokens of subjects for each step of a call."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -27,7 +27,9 @@ class SubjectCall:
     scales: dict[str, float]
     cached: bool  # whether keys and values are kept between steps
     images: int = 1  # of each prompt
-    regions: Tensor | None = None  # (prompts, subjects, height, width), where the call gives masks
+    # from the latent height and width of the images, where the call gives masks
+    make_regions: Callable[[int, int], Tensor] | None = None
+    regions: Tensor | None = None  # (prompts, subjects, height, width), once a step has shown that size
     # features (1, 1, tokens, features) that the unconditional half sees, of encoders that have it
     blank: Tensor | None = None
     block_texts: dict[int, Tensor] = field(default_factory=dict)  # (text_blocks, prompts, length, dim)

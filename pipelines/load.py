@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import ControlNetModel, DiffusionPipeline
+from diffusers.models.controlnets import MultiControlNetModel
 
 from customize import embedded
 from customize.adapters import holds
 from customize.backbones.load import load_base
-from customize.errors import UserError
-from customize.pipelines.subject import SubjectMixin, SubjectSDPipeline, SubjectSDXLPipeline
+from customize.errors import UserError, nearest
+from customize.pipelines.subject import TASKS, SubjectMixin, Task
 from customize.runs.checkpoint import load, open_run
 from customize.runs.folder import INFO, STAGED, read_info
 
@@ -34,27 +35,52 @@ def load_pipeline(run: str | Path, dtype: torch.dtype = torch.float32, **options
     return pipe
 
 
-KINDS = {StableDiffusionPipeline: SubjectSDPipeline, StableDiffusionXLPipeline: SubjectSDXLPipeline}
-
-
 def with_subjects(pipe: DiffusionPipeline) -> Any:
-    """A pipeline that also takes subjects, of the same components; UserError for kinds without
-    cross-attention of a UNet."""
+    """A pipeline that also takes subjects, of the same components and for the same task; UserError for
+    kinds without cross-attention of a UNet."""
     if isinstance(pipe, SubjectMixin):
         return pipe
-    if type(pipe) not in KINDS:
-        raise UserError(
-            f"subjects need a Stable Diffusion 1.x, 2.x or XL base model, not a {type(pipe).__name__}."
-        )
-    options = {"requires_safety_checker": False} if type(pipe) is StableDiffusionPipeline else {}
-    if type(pipe) is StableDiffusionXLPipeline:
-        options = {
-            "force_zeros_for_empty_prompt": pipe.config.force_zeros_for_empty_prompt,
-            "add_watermarker": False,
-        }
-    made = KINDS[type(pipe)](**pipe.components, **options)
+    for kinds in TASKS.values():
+        if type(pipe) in kinds:
+            return _of_components(kinds[type(pipe)], pipe)
+    raise UserError(
+        f"subjects need a Stable Diffusion 1.x, 2.x or XL base model, not a {type(pipe).__name__}."
+    )
+
+
+def _of_components(kind: Any, pipe: DiffusionPipeline, **more: Any) -> Any:
+    """A pipeline of another class with the components and the settings of this one."""
+    _, names = kind._get_signature_keys(kind)
+    settings = {name: pipe.config[name] for name in names if name in pipe.config}
+    unwanted = {"requires_safety_checker": False, "add_watermarker": False}
+    settings |= {name: value for name, value in unwanted.items() if name in names}
+    made = kind(**pipe.components, **settings, **more)
     made._progress_bar_config = getattr(pipe, "_progress_bar_config", {})
     return made
+
+
+def _for_task(pipe: DiffusionPipeline, task: str, controlnet: Any) -> Any:
+    """The pipeline with subjects of a task, from the text-to-image pipeline of a base model."""
+    more = {"controlnet": controlnet} if task == "controlnet" else {}
+    for stock, kind in zip(TASKS["text-to-image"], TASKS[task].values(), strict=True):
+        if type(pipe) is stock:
+            return _of_components(kind, pipe, **more)
+    return with_subjects(pipe)  # which refuses it
+
+
+def _check_task(task: str, controlnet: Any) -> None:
+    if task not in TASKS:
+        raise UserError(f"task: there is no '{task}'; choose {', '.join(TASKS)}.{nearest(task, TASKS)}")
+    if task == "controlnet" and controlnet is None:
+        raise UserError("task 'controlnet' needs a ControlNet: give one as controlnet=ControlNetModel(...).")
+    if task != "controlnet" and controlnet is not None:
+        raise UserError(f"controlnet is for task='controlnet', and the task is '{task}'.")
+    for model in controlnet if isinstance(controlnet, list | tuple) else [controlnet]:
+        if not isinstance(model, ControlNetModel | MultiControlNetModel | None):
+            raise UserError(
+                f"controlnet must be a ControlNetModel of diffusers, or a list of them, not a "
+                f"{type(model).__name__}."
+            )
 
 
 def load_subject_pipeline(
@@ -62,15 +88,20 @@ def load_subject_pipeline(
     adapter: str | Path = "",
     image_encoder: str = "",
     dtype: torch.dtype = torch.float32,
+    task: Task = "text-to-image",
+    controlnet: Any = None,
     **options: Any,
 ) -> Any:
     """A pipeline that draws subjects from images, without tuning.
 
     `run` is a run of custom_contrast or ip_adapter, or a base model (folder, hub id, `stickers`); with a base
     model, or a run of a method that trains no encoder (LoRA, words), `adapter` names the encoder (run, file,
-    released IP-Adapter), by default that of the embedded stickers.
+    released IP-Adapter), by default that of the embedded stickers. The pipeline's call is that of diffusers'
+    pipeline for the `task`; "controlnet" needs `controlnet`, a ControlNetModel or a list of them. UserError
+    for a task that does not exist and for a base model or an encoder that does not fit.
     """
-    pipe = with_subjects(load_pipeline(run, dtype, **options))
+    _check_task(task, controlnet)
+    pipe = _for_task(load_pipeline(run, dtype, **options), task, controlnet)
     folder = Path(run)
     base = read_info(folder)["base_model"] if (folder / INFO).exists() else str(run)
     if not adapter and holds(folder, "subject"):

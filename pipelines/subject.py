@@ -1,20 +1,30 @@
 """Pipelines that take images of subjects: stock Stable Diffusion and SDXL, and in their call
 `subject_images`.
 
-pipe = load_subject_pipeline("stickers") pipe("a <s> fox on the beach", subject_images=["a.png",
-"b.png"]).images[0]
+    pipe = load_subject_pipeline("stickers")
+    pipe("a <s> fox on the beach", subject_images=["a.png", "b.png"]).images[0]
 """
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from torch import Tensor
@@ -55,12 +65,15 @@ TEXTS = ("prompt", "prompt_2", *NEGATIVES)
 SIDE_BY_SIDE = "side by side"
 
 
+Task = Literal["text-to-image", "image-to-image", "inpainting", "controlnet"]
+
+
 Stock: Any = object  # a stock pipeline: the mixin is only ever used beside one
 
 
 class SubjectMixin(Stock):
-    """Adds subjects to a text-to-image pipeline; without an adapter, or without `subject_images`, it is
-    the stock one."""
+    """Adds subjects to a stock pipeline of Stable Diffusion or SDXL; without an adapter, or without
+    `subject_images`, it is the stock one."""
 
     adapter: Any = None  # a SubjectAdapter, once one is loaded
     _subjects: SubjectCall | None = None
@@ -183,7 +196,7 @@ class SubjectMixin(Stock):
             subject_cache,
             kwargs.get("num_images_per_prompt") or 1,
         )
-        call.regions = self._regions(subject_masks, call.present, kwargs)
+        call.make_regions = self._region_maker(subject_masks, call.present, kwargs)
         with self._drawing(call):
             return super().__call__(**kwargs)
 
@@ -221,30 +234,33 @@ class SubjectMixin(Stock):
                 for text in texts_of(kwargs.get(name)) or ():
                     check_shown(text, why=why)
 
-    def _regions(self, masks: Any, there: Tensor, kwargs: dict) -> Tensor | None:
-        """Where each subject may be, (rows, subjects, height, width) at latent size: masks by word, the
-        same in every row, or columns for those that are `there` (rows, subjects)."""
+    def _region_maker(self, masks: Any, present: Tensor, kwargs: dict) -> Callable[[int, int], Tensor] | None:
+        """From a latent height and width to where each subject may be, (rows, subjects, height, width):
+        masks by word, the same in every row, or columns for those that are `present` (rows, subjects)."""
         if masks is None:
             return None
-        sides = [
-            (kwargs.get(side) or self.unet.config.sample_size * self.vae_scale_factor)
-            // self.vae_scale_factor
-            for side in ("width", "height")
-        ]
+        if kwargs.get("padding_mask_crop") is not None:
+            raise UserError(
+                "subject_masks cover the whole image, and padding_mask_crop draws a part of it: leave one out."
+            )
         if isinstance(masks, str) and masks == SIDE_BY_SIDE:
-            return side_by_side(there, sides[1], sides[0]).to(self.unet.dtype)
+            return lambda height, width: side_by_side(present, height, width).to(self.unet.dtype)
         masks = masks if isinstance(masks, Mapping) else {WORDS[0]: masks}
-        regions = torch.ones(
-            len(WORDS), sides[1], sides[0], device=self._execution_device, dtype=self.unet.dtype
-        )
-        for word, mask in masks.items():
-            if word not in WORDS:
-                raise UserError(
-                    f"subject_masks: '{word}' is no subject's word; those are {', '.join(WORDS)}."
-                )
-            small = opened(mask, "mask").convert("L").resize(tuple(sides), Image.Resampling.BOX)
-            regions[WORDS.index(word)] = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)
-        return regions[: there.shape[1]].expand(len(there), -1, -1, -1)
+        if unknown := [word for word in masks if word not in WORDS]:
+            raise UserError(
+                f"subject_masks: '{unknown[0]}' is no subject's word; those are {', '.join(WORDS)}."
+            )
+        grays = {WORDS.index(word): opened(mask, "mask").convert("L") for word, mask in masks.items()}
+
+        def make(height: int, width: int) -> Tensor:
+            regions = torch.ones(len(WORDS), height, width)
+            for column, gray in grays.items():
+                small = gray.resize((width, height), Image.Resampling.BOX)
+                regions[column] = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)
+            regions = regions.to(self._execution_device, self.unet.dtype)
+            return regions[: present.shape[1]].expand(len(present), -1, -1, -1)
+
+        return make
 
     @contextmanager
     def _drawing(self, call: SubjectCall):
@@ -281,6 +297,8 @@ class SubjectMixin(Stock):
             )
         )
         guided = len(sample) > len(call.features) * call.images
+        if call.regions is None and call.make_regions is not None:
+            call.regions = call.make_regions(*sample.shape[-2:])
         named = dict(named)
         given = named.get("cross_attention_kwargs") or {}
         named["cross_attention_kwargs"] = {**given, "ip_hidden_states": call.injected(bins, guided)}
@@ -358,3 +376,28 @@ class SubjectSDPipeline(SubjectMixin, StableDiffusionPipeline):
 
 class SubjectSDXLPipeline(SubjectMixin, StableDiffusionXLPipeline):
     """Stable Diffusion XL with subjects."""
+
+
+def _beside(stock: type[DiffusionPipeline]) -> type:
+    """The class that adds subjects to a stock pipeline class, `Subject` before its name."""
+    about = {"__doc__": f"{stock.__name__} with subjects.", "__module__": __name__}
+    return type(f"Subject{stock.__name__}", (SubjectMixin, stock), about)
+
+
+# the stock classes of each task, and with subjects: of Stable Diffusion and of SDXL
+TASKS: dict[str, dict[type, type]] = {
+    "text-to-image": {
+        StableDiffusionPipeline: SubjectSDPipeline,
+        StableDiffusionXLPipeline: SubjectSDXLPipeline,
+    }
+}
+
+
+TASKS |= {
+    task: {stock: _beside(stock) for stock in stocks}
+    for task, stocks in {
+        "image-to-image": (StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline),
+        "inpainting": (StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline),
+        "controlnet": (StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline),
+    }.items()
+}
