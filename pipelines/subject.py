@@ -241,7 +241,7 @@ class SubjectMixin(Stock):
             return None
         if kwargs.get("padding_mask_crop") is not None:
             raise UserError(
-                "subject_masks cover the whole image, and padding_mask_crop draws a part of it: leave one out."
+                "subject_masks cover the whole image, padding_mask_crop draws a part of it: leave one out."
             )
         if isinstance(masks, str) and masks == SIDE_BY_SIDE:
             return lambda height, width: side_by_side(present, height, width).to(self.unet.dtype)

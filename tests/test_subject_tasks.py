@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 from PIL import Image
+from test_subject_pipeline import DOG, A, B, apart, image, stock, tower, woken
 
 from customize.errors import UserError
 from customize.pipelines.load import load_subject_pipeline, with_subjects
 from customize.pipelines.subject import SubjectMixin
-from test_subject_pipeline import DOG, A, B, apart, image, stock, tower, woken
 from tiny import save_adapter
 
 NAMES = {"image-to-image": "Img2Img", "inpainting": "Inpaint", "controlnet": "ControlNet"}
