@@ -1,0 +1,103 @@
+"""The model card that every run gets. It names no place on the user's machine."""
+
+import json
+from customize.adapters import holds
+from customize.adapters.lora_files import LORA
+from customize.embedded import is_embedded
+from customize.files import tensors_of
+from customize.runs.folder import CARD, read_info, samples, staged
+from customize.runs.output import is_own_image
+from customize.runs.privacy import without_places
+from huggingface_hub import ModelCard, ModelCardData
+from pathlib import Path
+from typing import Any
+
+
+USE = """```python
+from customize.pipelines import load_pipeline
+
+pipe = load_pipeline("{folder}")  # the folder of these files
+pipe({prompt}).images[0].save("picture.png")
+```"""
+
+
+USE_ENCODER = """```python
+from customize.pipelines import load_subject_pipeline
+
+pipe = load_subject_pipeline("{folder}")  # the folder of these files
+pipe("{prompt}", subject_images=["1.png", "2.png"]).images[0].save("picture.png")
+```"""
+
+
+STOCK = """The files are diffusers' own; without this toolkit:
+
+```python
+from diffusers import AutoPipelineForText2Image
+{imports}
+pipe = AutoPipelineForText2Image.from_pretrained({base})
+{loads}
+```"""
+
+
+def write_card(folder: Path, concepts) -> None:
+    """`README.md` with front matter for the hub, how to use the run, its settings and its last validation images."""
+    info = read_info(folder)
+    with staged(folder, info) as (new, _):
+        (new / CARD).write_text(card(folder, info, concepts), encoding="utf-8")
+
+
+def last_sample(folder: Path) -> Path | None:
+    """The sheet of the last validation, which the card shows."""
+    found = [path for path in samples(folder / "samples") if path.name.startswith("step-") and is_own_image(path)]
+    return max(found, default=None)
+
+
+def card(folder: Path, info: dict[str, Any], concepts) -> str:
+    name, base, local = folder.resolve().name, without_places(info["base_model"]), is_local(info["base_model"])
+    prompts = [concept.instance_prompt for concept in concepts if concept.instance_prompt] or ["..."]
+    sample = last_sample(folder)
+    images = f"## Images\n\n![validation images](samples/{sample.name})\n\n" if sample else ""
+    config = sorted(without_places(info["config"]).items())
+    settings = "\n".join(f"| {key} | {value} |" for key, value in config if value not in ("", [], False, 0))
+    about = f"""A subject taught to `{base}` by **{info["method"]}** in {info["step"]} steps.
+{"Prompt" if len(prompts) == 1 else "Prompts"} of the subject: {", ".join(f"`{p}`" for p in prompts)}."""
+    use = USE.format(folder=name, prompt=json.dumps(prompts[0]))
+    if holds(folder, "subject"):
+        about = f"An encoder of subjects for `{base}`, trained by **{info['method']}** in {info['step']} steps."
+        prompts = ["a photo of <s>"]
+        use = USE_ENCODER.format(folder=name, prompt="a photo of a <s> dog on the beach")
+    text = f"""# {name}
+
+{about}
+
+{images}## Use
+
+{use}
+
+{_stock(folder, info)}
+
+## Settings
+
+| | |
+|---|---|
+{settings}
+"""
+    tags = ["text-to-image", "diffusers", "diffusers-training", info["method"], *(["lora"] if holds(folder, "lora") else [])]
+    data = ModelCardData(library_name="diffusers", base_model=None if local else base, tags=tags, instance_prompt=prompts[0])
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def is_local(base: str) -> bool:
+    return is_embedded(base) or Path(base).exists()
+
+
+def _stock(folder: Path, info: dict[str, Any]) -> str:
+    name, base, loads = folder.resolve().name, info["base_model"], []
+    if holds(folder, "lora"):
+        loads.append(f'pipe.load_lora_weights("{name}", weight_name="{LORA}")')
+    for word, file in info["words"].items():
+        if "clip_l" not in tensors_of(folder / file):
+            loads.append(f'pipe.load_textual_inversion("{name}", weight_name="{file}", token="{word}")')
+    imports = "\nfrom customize.stickers import MODEL  # a folder\n" if is_embedded(base) else ""
+    shown = "MODEL" if is_embedded(base) else f'"{without_places(base)}"'
+    return STOCK.format(base=shown, imports=imports, loads="\n".join(loads)) if loads else ""
