@@ -1,6 +1,11 @@
 """The model card that every run gets. It names no place on the user's machine."""
 
 import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
 from customize.adapters import holds
 from customize.adapters.lora_files import LORA
 from customize.embedded import is_embedded
@@ -8,10 +13,6 @@ from customize.files import tensors_of
 from customize.runs.folder import CARD, read_info, samples, staged
 from customize.runs.output import is_own_image
 from customize.runs.privacy import without_places
-from huggingface_hub import ModelCard, ModelCardData
-from pathlib import Path
-from typing import Any
-
 
 USE = """```python
 from customize.pipelines import load_pipeline
@@ -40,7 +41,8 @@ pipe = AutoPipelineForText2Image.from_pretrained({base})
 
 
 def write_card(folder: Path, concepts) -> None:
-    """`README.md` with front matter for the hub, how to use the run, its settings and its last validation images."""
+    """`README.md` with front matter for the hub, how to use the run, its settings and its last validation
+    images."""
     info = read_info(folder)
     with staged(folder, info) as (new, _):
         (new / CARD).write_text(card(folder, info, concepts), encoding="utf-8")
@@ -48,12 +50,18 @@ def write_card(folder: Path, concepts) -> None:
 
 def last_sample(folder: Path) -> Path | None:
     """The sheet of the last validation, which the card shows."""
-    found = [path for path in samples(folder / "samples") if path.name.startswith("step-") and is_own_image(path)]
+    found = [
+        path for path in samples(folder / "samples") if path.name.startswith("step-") and is_own_image(path)
+    ]
     return max(found, default=None)
 
 
 def card(folder: Path, info: dict[str, Any], concepts) -> str:
-    name, base, local = folder.resolve().name, without_places(info["base_model"]), is_local(info["base_model"])
+    name, base, local = (
+        folder.resolve().name,
+        without_places(info["base_model"]),
+        is_local(info["base_model"]),
+    )
     prompts = [concept.instance_prompt for concept in concepts if concept.instance_prompt] or ["..."]
     sample = last_sample(folder)
     images = f"## Images\n\n![validation images](samples/{sample.name})\n\n" if sample else ""
@@ -63,7 +71,9 @@ def card(folder: Path, info: dict[str, Any], concepts) -> str:
 {"Prompt" if len(prompts) == 1 else "Prompts"} of the subject: {", ".join(f"`{p}`" for p in prompts)}."""
     use = USE.format(folder=name, prompt=json.dumps(prompts[0]))
     if holds(folder, "subject"):
-        about = f"An encoder of subjects for `{base}`, trained by **{info['method']}** in {info['step']} steps."
+        about = (
+            f"An encoder of subjects for `{base}`, trained by **{info['method']}** in {info['step']} steps."
+        )
         prompts = ["a photo of <s>"]
         use = USE_ENCODER.format(folder=name, prompt="a photo of a <s> dog on the beach")
     text = f"""# {name}
@@ -82,8 +92,16 @@ def card(folder: Path, info: dict[str, Any], concepts) -> str:
 |---|---|
 {settings}
 """
-    tags = ["text-to-image", "diffusers", "diffusers-training", info["method"], *(["lora"] if holds(folder, "lora") else [])]
-    data = ModelCardData(library_name="diffusers", base_model=None if local else base, tags=tags, instance_prompt=prompts[0])
+    tags = [
+        "text-to-image",
+        "diffusers",
+        "diffusers-training",
+        info["method"],
+        *(["lora"] if holds(folder, "lora") else []),
+    ]
+    data = ModelCardData(
+        library_name="diffusers", base_model=None if local else base, tags=tags, instance_prompt=prompts[0]
+    )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 

@@ -1,4 +1,5 @@
-"""A finished run or a checkpoint on disk: every adapter in its own file, and `run.json` (see `folder` for all of them)."""
+"""A finished run or a checkpoint on disk: every adapter in its own file, and `run.json` (see `folder` for
+all of them)."""
 
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -17,7 +18,8 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 def save(folder: Path, adapters: Iterable[Adapter], info: dict) -> None:
-    """Writes what was trained, and `run.json` with `info`, into `folder`, in the place of what an earlier run wrote there."""
+    """Writes what was trained, and `run.json` with `info`, into `folder`, in the place of what an earlier
+    run wrote there."""
     with staged(folder, {"format": FORMAT, **info, "words": {}}) as (new, described):
         for adapter in adapters:
             described.update(adapter.save(new))
@@ -25,7 +27,8 @@ def save(folder: Path, adapters: Iterable[Adapter], info: dict) -> None:
 
 
 def open_run(run: Path) -> dict[str, Any]:
-    """`run.json` of a finished run or a checkpoint, all of whose files are there as they were written; UserError if not."""
+    """`run.json` of a finished run or a checkpoint, all of whose files are there as they were written;
+    UserError if not."""
     if (run / STAGED / INFO).exists():
         _finish_writing(run)
     info = read_info(run)
@@ -43,7 +46,8 @@ def _finish_writing(run: Path) -> None:
 
 
 def load(run: Path, pipe: DiffusionPipeline, info: Mapping[str, Any] | None = None) -> None:
-    """Gives a pipeline what a run trained; UserError if it is damaged or does not fit the pipeline's base model."""
+    """Gives a pipeline what a run trained; UserError if it is damaged or does not fit the pipeline's base
+    model."""
     info = info or open_run(run)
     for kind in ADAPTERS.values():
         kind.load(run, info, pipe)

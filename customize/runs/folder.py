@@ -1,12 +1,13 @@
 """What a run's folder holds, what of it the run wrote, and `run.json`, which lists it with its hashes.
 
-run.json                              format, base model, method, resolved configuration, library versions, files
+run.json                              format, base model, method, configuration, library versions, files
 pytorch_lora_weights.safetensors      LoRA in diffusers' layout, alpha folded in
 learned_embeds[-WORD].safetensors     learned words
-subject.safetensors                   a subject encoder; ip_adapter.safetensors if it is of IP-Adapter's kind
+subject.safetensors                   a subject encoder; ip_adapter.safetensors in IP-Adapter's layout
 unet/, transformer/, text_encoder/    only where a whole component was trained
 README.md                             the model card
-checkpoint-N/, best/                  the run at earlier steps; samples/, validation.jsonl: what was seen of it
+checkpoint-N/, best/                  the run at earlier steps
+samples/, validation.jsonl            images and losses of its validations
 """
 
 import json
@@ -14,13 +15,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
 from customize.adapters import is_adapter_file
 from customize.errors import UserError
 from customize.files import HIDDEN, atomic_folder, damaged, header, read_json, remove
 from customize.runs.output import is_own_image, is_own_log, sha256
-from pathlib import Path, PurePosixPath
-from typing import Any
-
 
 FORMAT = 1
 
@@ -31,18 +32,18 @@ INFO, CARD, LOG = "run.json", "README.md", "validation.jsonl"
 RESUME = "resume.safetensors"
 
 
-
-
-
-
-
-
-
-
 STAGED = f"{HIDDEN}staged"  # a complete new version of the run, on its way into place
 
 
-KINDS = {"format": int, "base_model": str, "method": str, "config": dict, "words": dict, "step": int, "files": dict}
+KINDS = {
+    "format": int,
+    "base_model": str,
+    "method": str,
+    "config": dict,
+    "words": dict,
+    "step": int,
+    "files": dict,
+}
 
 
 class LaterVersion(UserError):
@@ -50,7 +51,8 @@ class LaterVersion(UserError):
 
 
 def read_info(run: Path) -> dict[str, Any]:
-    """`run.json` of a run folder; UserError if it is missing, not of the form that runs write, or of a later format."""
+    """`run.json` of a run folder; UserError if it is missing, not of the form that runs write, or of a
+    later format."""
     path = run / INFO
     try:
         info = read_json(path)
@@ -62,7 +64,8 @@ def read_info(run: Path) -> dict[str, Any]:
         raise damaged(path, "it holds no object")
     if isinstance(info.get("format"), int) and info["format"] > FORMAT:
         raise LaterVersion(
-            f"'{run}' was written by a later version (format {info['format']}, known is {FORMAT}): pip install -U customize."
+            f"'{run}' was written by a later version (format {info['format']}, known is {FORMAT}): pip "
+            "install -U customize."
         )
     for key, kind in KINDS.items():
         if not isinstance(info.get(key, None if key in ("format", "base_model") else kind()), kind):
@@ -107,28 +110,37 @@ def check_files(run: Path, info: Mapping[str, Any]) -> None:
         if name == CARD:
             continue
         if not (run / name).is_file():
-            raise UserError(f"'{run / name}' is missing, which {INFO} lists: put it back, or use another checkpoint.")
+            raise UserError(
+                f"'{run / name}' is missing, which {INFO} lists: put it back, or use another checkpoint."
+            )
         if sha256(run / name) != digest:
-            raise UserError(f"'{run / name}' is not the file that the run wrote: put that one back, or use another checkpoint.")
+            raise UserError(
+                f"'{run / name}' is not the file that the run wrote: put that one back, or use another "
+                "checkpoint."
+            )
 
 
 @contextmanager
 def staged(folder: Path, info: Mapping[str, Any]) -> Iterator[tuple[Path, dict]]:
-    """A folder for a new version of a run's files, and the contents of its `run.json`, which may still be added to. All of it
-    takes its place together; files that `info` lists already stay as they are."""
+    """A folder for a new version of a run's files, and the contents of its `run.json`, which may still be
+    added to. All of it takes its place together; files that `info` lists already stay as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder / STAGED) as new:
         described = dict(info)
         yield new, described
-        written = {path.relative_to(new).as_posix(): sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
+        written = {
+            path.relative_to(new).as_posix(): sha256(path)
+            for path in sorted(new.rglob("*"))
+            if path.is_file()
+        }
         described["files"] = described.get("files", {}) | written
         (new / INFO).write_text(json.dumps(described, indent=2), encoding="utf-8")
     put_in_place(folder)
 
 
 def put_in_place(folder: Path) -> None:
-    """Moves a staged version into place, `run.json` last, and removes what only the earlier one had. It goes on where a kill
-    interrupted it."""
+    """Moves a staged version into place, `run.json` last, and removes what only the earlier one had. It
+    goes on where a kill interrupted it."""
     new = folder / STAGED
     if (new / INFO).exists():
         names = {path.name for path in _listed(new)}
@@ -141,7 +153,8 @@ def put_in_place(folder: Path) -> None:
 
 
 def _listed(folder: Path) -> list[Path]:
-    """What the `run.json` in a folder lists, as far as runs write such names: top-level files and folders, there or not."""
+    """What the `run.json` in a folder lists, as far as runs write such names: top-level files and folders,
+    there or not."""
     if not (folder / INFO).exists():
         return []
     info = read_json(folder / INFO)
@@ -151,8 +164,6 @@ def _listed(folder: Path) -> list[Path]:
         return [path for path in taken(folder) if path.name == CARD or is_adapter_file(path)]
     tops = {PurePosixPath(name).parts[0] for name in info["files"] if _stays_inside(name)}
     return [folder / top for top in tops if _is_run_name(folder / top)]
-
-
 
 
 def taken(folder: Path) -> list[Path]:
@@ -220,14 +231,16 @@ def check_free(folder: Path, overwrite: bool, resumed: bool, flag: str = "--outp
     """UserError if a run would replace what is not its own, or an earlier run without being asked to."""
     if others := foreign(folder):
         raise UserError(
-            f"{flag}: '{folder}' holds '{others[0].name}', which a run would replace and which no run wrote (or which was "
+            f"{flag}: '{folder}' holds '{others[0].name}', which a run would replace and which no run "
+            "wrote (or which was "
             "changed since); move it away, or choose another folder."
         )
     if taken(folder) and not (overwrite or resumed):
         resumable = flag == "--output_dir" and latest_checkpoint(folder)
         resuming = ", go on with --resume_from_checkpoint latest," if resumable else ""
         raise UserError(
-            f"'{folder}' holds an earlier run; choose another {flag}{resuming} or replace it with --overwrite_output_dir."
+            f"'{folder}' holds an earlier run; choose another {flag}{resuming} or replace it with "
+            "--overwrite_output_dir."
         )
 
 
@@ -237,18 +250,25 @@ def check_inputs(folder: Path, config: Mapping[str, Any]) -> None:
     for name, values in config.items():
         for value in values if isinstance(values, list) else [values]:
             path = Path(value).resolve() if isinstance(value, str) and value and name not in ours else None
-            if path and (set(gone) & {path, *path.parents} or (path == folder.resolve() and (path / INFO).exists())):
+            if path and (
+                set(gone) & {path, *path.parents} or (path == folder.resolve() and (path / INFO).exists())
+            ):
                 raise UserError(
-                    f"--{name}: '{value}' lies in what --overwrite_output_dir would replace; choose another --output_dir."
+                    f"--{name}: '{value}' lies in what --overwrite_output_dir would replace; choose "
+                    "another --output_dir."
                 )
 
 
 def clear(folder: Path) -> None:
     """Removes what an earlier run left besides its result, which the new run's result will replace."""
-    earlier = [path for path in taken(folder) if path.name in ("best", LOG) or checkpoint_step(path) is not None]
+    earlier = [
+        path for path in taken(folder) if path.name in ("best", LOG) or checkpoint_step(path) is not None
+    ]
     remove([*earlier, *filter(is_own_image, samples(folder / "samples"))])
 
 
 def samples(folder: Path) -> list[Path]:
     """The images of validations, of all steps."""
-    return [path for path in folder.glob("*.png") if re.fullmatch(r"(step|similarity)-\d{6,}\.png", path.name)]
+    return [
+        path for path in folder.glob("*.png") if re.fullmatch(r"(step|similarity)-\d{6,}\.png", path.name)
+    ]

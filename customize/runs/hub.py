@@ -1,35 +1,44 @@
-"""Uploading a finished run: the list of what belongs to it, and nothing that names a place on the user's machine."""
+"""Uploading a finished run: the list of what belongs to it, and nothing that names a place on the user's
+machine."""
 
 import hashlib
 import io
 import json
 import re
-from PIL import Image, PngImagePlugin
 from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from PIL import Image, PngImagePlugin
+
 from customize.errors import UserError
 from customize.files import header, read_json
 from customize.runs.card import last_sample
 from customize.runs.checkpoint import open_run
 from customize.runs.folder import CARD, INFO
 from customize.runs.privacy import names_place, without_paths, without_places
-from huggingface_hub import CommitOperationAdd, HfApi
-from pathlib import Path
-
 
 Content = Path | bytes
 
 
-def push(run: str | Path, repo_id: str, private: bool = True, samples: Sequence[str] = (), dry_run: bool = False) -> str:
+def push(
+    run: str | Path, repo_id: str, private: bool = True, samples: Sequence[str] = (), dry_run: bool = False
+) -> str:
     """Uploads a run and returns the address of its repository; `dry_run` only says what would be uploaded.
 
-    Uploaded are the files that `run.json` lists, the model card with its image, and `samples` (files of images), all without
-    paths of this machine. UserError if the run is damaged, the repository is public but was not to be, or cannot be reached.
+    Uploaded are the files that `run.json` lists, the model card with its image, and `samples` (files of
+    images), all without paths of this machine. UserError if the run is damaged, the repository is public
+    but was not to be, or cannot be reached.
     """
     folder = Path(run)
     contents = upload_list(folder, repo_id, samples)
     listing = "\n".join(f"  {name} ({size(content)})" for name, content in contents.items())
     kind = "private" if private else "public"
-    print(f"uploading to the {kind} repository {repo_id}:\n{listing}" if not dry_run else f"would be uploaded:\n{listing}")
+    print(
+        f"uploading to the {kind} repository {repo_id}:\n{listing}"
+        if not dry_run
+        else f"would be uploaded:\n{listing}"
+    )
     if dry_run:
         return "nothing was uploaded (--dry_run)"
     try:
@@ -48,9 +57,15 @@ def upload_list(folder: Path, repo_id: str, samples: Sequence[str] = ()) -> dict
     """What belongs to a run, by its name in the repository."""
     info = open_run(folder)
     if "files" not in info:
-        raise UserError(f"'{folder}' is of an earlier version and lists no files; train it again to upload it.")
+        raise UserError(
+            f"'{folder}' is of an earlier version and lists no files; train it again to upload it."
+        )
     contents = {name: shared(folder / name, repo_id) for name in info["files"]}
-    changed = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items() if isinstance(content, bytes)}
+    changed = {
+        name: hashlib.sha256(content).hexdigest()
+        for name, content in contents.items()
+        if isinstance(content, bytes)
+    }
     described = without_places(info) | {"files": info["files"] | changed}
     contents[INFO] = json.dumps(described, indent=2).encode()
     for path in [*filter(None, [last_sample(folder)]), *map(Path, samples)]:
@@ -69,7 +84,9 @@ def shared(path: Path, repo_id: str) -> Content:
         cleaned = without_places(content)
         return path if cleaned == content else json.dumps(cleaned, indent=2).encode()
     if path.suffix == ".safetensors" and names_place(header(path)):
-        raise UserError(f"'{path}' names a folder of this machine in its header; train the run again to upload it.")
+        raise UserError(
+            f"'{path}' names a folder of this machine in its header; train the run again to upload it."
+        )
     return path
 
 
@@ -110,8 +127,12 @@ def upload(contents: dict[str, Content], repo_id: str, private: bool, message: s
     api = HfApi()
     address = api.create_repo(repo_id, private=private, exist_ok=True)
     if private and not api.repo_info(repo_id).private:
-        raise UserError(f"the repository {repo_id} is public: choose another, or upload into it with --no_private.")
-    added = ((name, content if isinstance(content, bytes) else str(content)) for name, content in contents.items())
+        raise UserError(
+            f"the repository {repo_id} is public: choose another, or upload into it with --no_private."
+        )
+    added = (
+        (name, content if isinstance(content, bytes) else str(content)) for name, content in contents.items()
+    )
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in added]
     api.create_commit(repo_id, operations, commit_message=message)
     return str(address)

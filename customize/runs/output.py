@@ -1,18 +1,20 @@
-"""Output folders: what is not ours is never replaced or deleted, and one program at a time writes into a folder."""
+"""Output folders: what is not ours is never replaced or deleted, and one program at a time writes into a
+folder."""
 
 import hashlib
 import os
 import platform
 import threading
 import warnings
-from PIL import Image, PngImagePlugin
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from customize.errors import UserError
-from customize.files import HIDDEN, atomic_file, recover
-from filelock import FileLock, Timeout
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+from PIL import Image, PngImagePlugin
+
+from customize.errors import UserError
+from customize.files import HIDDEN, atomic_file, recover
 
 LOCK = f"{HIDDEN}lock"
 
@@ -33,8 +35,8 @@ def is_own_image(path: Path) -> bool:
 
 
 def save_image(image: Image.Image, path: Path, exclusive: bool = False, **texts: str) -> None:
-    """Writes a PNG under its name only when it is complete, with `texts` and our mark in it; FileExistsError where there is
-    one, if `exclusive`."""
+    """Writes a PNG under its name only when it is complete, with `texts` and our mark in it;
+    FileExistsError where there is one, if `exclusive`."""
     info = PngImagePlugin.PngInfo()
     for name, text in {"Software": SOFTWARE, **texts}.items():
         info.add_text(name, text)
@@ -48,8 +50,8 @@ def sha256(path: Path) -> str:
 
 
 def make_folder(folder: Path, flag: str) -> Path:
-    """Makes the folder and writes a trial file into it; UserError naming `flag` if one of the two cannot be done, or if the
-    folder is a model's."""
+    """Makes the folder and writes a trial file into it; UserError naming `flag` if one of the two cannot be
+    done, or if the folder is a model's."""
     refuse_model(folder, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,9 +66,11 @@ def make_folder(folder: Path, flag: str) -> Path:
 
 
 def refuse_model(folder: Path, flag: str, base: str = "") -> None:
-    """UserError if the folder is that of a diffusers pipeline, or lies within the folder of the base model."""
+    """UserError if the folder is that of a diffusers pipeline, or lies within the base model's folder."""
     if os.path.exists(folder / "model_index.json"):
-        raise UserError(f"{flag}: '{folder}' is the folder of a model (it has a model_index.json); choose another folder.")
+        raise UserError(
+            f"{flag}: '{folder}' is the folder of a model (it has a model_index.json); choose another folder."
+        )
     place = Path(os.path.realpath(folder))
     if base and Path(base).is_dir() and Path(base).resolve() in (place, *place.parents):
         raise UserError(f"{flag}: '{folder}' lies within the base model's folder; choose another folder.")
@@ -76,23 +80,30 @@ def refuse_model(folder: Path, flag: str, base: str = "") -> None:
 def locked(folder: Path, flag: str) -> Iterator[None]:
     """Inside, no other program writes into the folder; UserError if one does already.
 
-    The system frees the lock when its process ends, however it ends: what a killed run leaves keeps nobody out.
+    The system frees the lock when its process ends, however it ends: what a killed run leaves keeps nobody
+    out.
     """
     path = folder / LOCK
     lock = FileLock(path)
     try:
         lock.acquire(timeout=WAIT)
     except Timeout:
-        raise UserError(f"{flag}: '{folder}' is being written by {_holder(path)}; wait for it, or choose another.") from None
+        raise UserError(
+            f"{flag}: '{folder}' is being written by {_holder(path)}; wait for it, or choose another."
+        ) from None
     except OSError as error:  # a file system without locks
-        warnings.warn(f"'{folder}' cannot be locked ({error.strerror}): let no other program write into it.", stacklevel=3)
+        warnings.warn(
+            f"'{folder}' cannot be locked ({error.strerror}): let no other program write into it.",
+            stacklevel=3,
+        )
     try:
         path.write_text(f"process {os.getpid()} on {platform.node()}")
         recover(folder)
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # while it is still held; whoever opened it before sees that it is gone, and makes another
+            # while it is still held; whoever opened it before sees that it is gone, and makes another
+            path.unlink()
         lock.release()
 
 
@@ -110,4 +121,6 @@ def is_own_log(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     start = '{"step": '
-    return path.is_file() and all(start.startswith(line[: len(start)]) for line in lines)  # the last may be cut short
+    return path.is_file() and all(
+        start.startswith(line[: len(start)]) for line in lines
+    )  # the last may be cut short

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-
 # settings that always are files or folders of the user's
 PLACES = {
     "output_dir",
@@ -40,7 +39,8 @@ _PATH = re.compile(
 
 
 def without_places(value: Any, name: str = "") -> Any:
-    """A setting, or nested ones, with each path of the user's machine cut down to its last name; `name` is the setting's."""
+    """A setting, or nested ones, with each path of the user's machine cut down to its last name; `name` is
+    the setting's."""
     if isinstance(value, dict):
         return {key: without_places(item, str(key)) for key, item in value.items()}
     if isinstance(value, list):
@@ -53,10 +53,14 @@ def without_places(value: Any, name: str = "") -> Any:
 
 
 def is_place(text: str, name: str = "") -> bool:
-    """Whether a text as a whole is a path of this machine, rather than a hub id or a sentence; `name` is the setting's."""
+    """Whether a text as a whole is a path of this machine, rather than a hub id or a sentence; `name` is
+    the setting's."""
     if len(text) > 1000 or "\n" in text:
         return False
-    if text.startswith(("/", "~", "./", "../", "\\", "$HOME", "file:")) or PureWindowsPath(text).is_absolute():
+    if (
+        text.startswith(("/", "~", "./", "../", "\\", "$HOME", "file:"))
+        or PureWindowsPath(text).is_absolute()
+    ):
         return len(text) > 1
     if re.search(r"\s", text) or "://" in text:
         return False
@@ -73,7 +77,9 @@ def _exists(text: str) -> bool:
 
 def _last(path: str) -> str:
     """The last name of a path; nothing of somebody's own folder, which is called by their name."""
-    return "" if re.fullmatch(_HOME, path.rstrip("/\\")) else PureWindowsPath(path).name  # it parts at both kinds of slashes
+    return (
+        "" if re.fullmatch(_HOME, path.rstrip("/\\")) else PureWindowsPath(path).name
+    )  # it parts at both kinds of slashes
 
 
 def without_paths(text: str) -> str:
