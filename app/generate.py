@@ -276,9 +276,9 @@ def draw(
     if subjects and config.side_by_side:
         given["subject_masks"] = "side by side"
     if config.init_image:
-        from customize.data.images import read_image
+        from customize.imaging import flatten, read_image
 
-        image = read_image(Path(config.init_image), MOST_PIXELS).convert("RGB")
+        image = flatten(read_image(Path(config.init_image), MOST_PIXELS))
         sides = [side // 8 * 8 for side in image.size]
         given |= {"image": image.resize(sides), "strength": config.strength}
     optional = {

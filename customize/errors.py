@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +23,11 @@ OUT_OF_MEMORY = (
 class UserError(Exception):
     """A mistake that the user can mend: the command line prints the message alone and exits with code 2."""
 
+    def __init__(self, message: str):
+        # torch's loading processes hand on an error as the text of its traceback
+        is_traceback = message.startswith("Caught ") and "Traceback" in message
+        super().__init__(re.split(r"\n[\w.]+: ", message)[-1].strip() if is_traceback else message)
+
 
 def nearest(name: str, known) -> str:
     """' Did you mean X?' for a misspelt name, or nothing."""
@@ -33,6 +39,11 @@ def shortened(text: str, most: int = 80) -> str:
     """A text as messages quote it: on one line, of about `most` characters."""
     line = " ".join(text[: 4 * most].split())
     return line if len(line) <= most and len(text) <= 4 * most else line[: most - 3] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, on one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def run_safely(

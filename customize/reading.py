@@ -1,5 +1,6 @@
 """Text files that a user names: they are read whole, or refused in one sentence."""
 
+import codecs
 import json
 import os
 from pathlib import Path
@@ -16,8 +17,13 @@ def ordinary(path: str | Path) -> Path:
 
 
 def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, or of a UTF-16 one that begins with a byte order mark, as Notepad writes
+    it; UserError if it is neither."""
     try:
-        return ordinary(path).read_text(encoding="utf-8-sig")
+        content = ordinary(path).read_bytes()
+        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = f"{path} cannot be read as UTF-8 text ({error}); correct its path or save it so."
         raise UserError(reason) from error

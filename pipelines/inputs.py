@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from customize.data.images import TooLarge, checked_image, read_image
 from customize.errors import UserError, shortened
+from customize.imaging import TooLarge, checked_image, read_image
 from customize.prompts import without_words
 
 Reference = Image.Image | str | Path

@@ -16,13 +16,13 @@ from PIL import Image
 
 from customize.config import check_ranges, expected, flags_of, help_line, parse
 from customize.data.concepts import DataConfig, read_concepts
-from customize.data.crops import to_tensor
 from customize.data.dataset import SubjectDataset
 from customize.data.folders import read_folders
 from customize.data.images import find_images
 from customize.data.references import ReferenceConfig, View, item, moved, named
 from customize.data.streams import Streamed, Unreadable, decoded
 from customize.errors import UserError, shortened
+from customize.imaging import to_tensor
 from customize.pipelines.inputs import opened
 from customize.trainers.methods.custom_contrast import CustomContrastConfig
 from customize.trainers.methods.dreambooth import DreamBoothConfig

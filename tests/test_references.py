@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 from customize.data import rendered as sources
 from customize.data import streams
 from customize.data.batches import IndexBatches
-from customize.data.crops import to_tensor
 from customize.data.folders import Folders, read_folders
 from customize.data.references import ReferenceConfig, View, collate_references, drawn, item, moved, named
 from customize.data.rendered import Rendered
@@ -23,6 +22,7 @@ from customize.data.sources import ReferenceSource, StreamedData
 from customize.data.streams import Streamed, read_rows, shuffled, split_rows
 from customize.data.training_data import Preparation
 from customize.errors import UserError
+from customize.imaging import to_tensor
 from customize.stickers import Scene, World
 from customize.stickers.bench import bench_subjects
 

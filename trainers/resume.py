@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from customize.errors import UserError
+from customize.errors import UserError, first_line
 from customize.files import damaged, header, tensors_of
 from customize.randomness import random_state, set_random_state
 from customize.runs.folder import RESUME, checkpoints
@@ -107,7 +107,7 @@ def _damaged(path: Path) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # each part has its own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise damaged(path, reason) from error
 
 

@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from customize.adapters.attention import use_xformers
 from customize.adapters.base import Adapter
 from customize.adapters.kohya import KohyaLora
-from customize.errors import UserError
+from customize.errors import UserError, first_line
 from customize.files import atomic_folder
 from customize.runs import checkpoint
 from customize.runs.folder import LOG
@@ -156,7 +156,7 @@ def enable_xformers(method: Method) -> None:
     try:
         use_xformers(method.backbone.denoiser)
     except (ImportError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         remedy = "pip install 'customize[xformers]' on a machine with a GPU, or leave the flag out"
         raise UserError(f"--enable_xformers_memory_efficient_attention: {reason}: {remedy}.") from error
 

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from customize import embedded
 from customize.config import option
-from customize.errors import UserError
+from customize.errors import UserError, first_line
 from customize.trainers.methods.base import Method
 
 
@@ -119,7 +119,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise UserError(
-            f"--report_to or --mixed_precision cannot be had here: {str(error).splitlines()[0]}"
+            f"--report_to or --mixed_precision cannot be had here: {first_line(error)}"
         ) from error
     set_seed(config.seed, device_specific=True)
     return accelerator

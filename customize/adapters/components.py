@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from customize.adapters.base import Adapter
 from customize.backbones.base import Backbone
 from customize.backbones.text import COMPONENTS
-from customize.errors import UserError
+from customize.errors import UserError, first_line
 from customize.tensor_checks import load_whole, misfit
 
 
@@ -62,7 +62,7 @@ def trained_component(folder: Path, base: nn.Module, dtype: torch.dtype) -> nn.M
     try:
         part = load_whole(type(base), folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"'{folder}' could not be loaded ({reason}); use an earlier checkpoint.") from error
     if reason := misfit(part.state_dict(), base.state_dict()):
         raise UserError(

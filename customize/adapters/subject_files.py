@@ -14,7 +14,7 @@ from customize.adapters.encoders.ip_adapter import from_released
 from customize.adapters.encoders.multimodal import MultimodalConfig, MultimodalEncoder
 from customize.adapters.subject import FILE, RELEASED, SubjectAdapter, layer_widths
 from customize.backbones.text import text_parts
-from customize.errors import UserError
+from customize.errors import UserError, first_line
 from customize.files import header, tensors_of
 from customize.tensor_checks import check_finite, misfit
 
@@ -127,7 +127,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict | None]:
         nested = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"'{path}' cannot be read ({str(error).splitlines()[0]}); use the .safetensors file."
+            f"'{path}' cannot be read ({first_line(error)}); use the .safetensors file."
         ) from error
     if not isinstance(nested, dict) or not all(isinstance(state, dict) for state in nested.values()):
         raise UserError(f"'{path}' is no IP-Adapter: it must hold image_proj and ip_adapter.")

@@ -17,7 +17,7 @@ from customize import embedded
 from customize.backbones.families import BACKBONES
 from customize.backbones.sd3 import WordsSD3Pipeline
 from customize.backbones.text import text_parts
-from customize.errors import UserError
+from customize.errors import UserError, first_line
 from customize.tensor_checks import load_whole
 
 FLAG = "--pretrained_model_name_or_path"
@@ -71,7 +71,7 @@ def _failed(name: str, error: Exception) -> Exception:
     """What to say of an error of the libraries; the machine's own shortages stay what they are."""
     if isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
         return error
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
+    reason = first_line(error)[:300].rstrip(".")
     return UserError(f"{FLAG}: '{name[:200]}' could not be loaded as a diffusers pipeline ({reason}).")
 
 

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from customize.errors import UserError
+from customize.imaging import to_tensor
 
 Bucket = tuple[int, int]  # height, width
 
@@ -48,12 +48,6 @@ def fit(
 ) -> Image.Image:
     """Resize to cover height x width at the same aspect ratio, and crop the centre."""
     return ImageOps.fit(image, (width, height), resample)
-
-
-def to_tensor(image: Image.Image, flip: bool = False) -> torch.Tensor:
-    """An image, mirrored if `flip`, as (channels, height, width) in [0, 1]."""
-    array = np.array(ImageOps.mirror(image) if flip else image, dtype=np.float32) / 255
-    return torch.from_numpy(array.reshape(image.height, image.width, -1)).permute(2, 0, 1).contiguous()
 
 
 def mask_weight(

@@ -15,10 +15,10 @@ from customize.data.crops import (
     fit,
     mask_weight,
     nearest_bucket,
-    to_tensor,
 )
 from customize.data.images import ImageFile, nothing_counts, read_image_file
 from customize.errors import UserError
+from customize.imaging import to_tensor
 
 Key = tuple[int, Bucket, bool]  # index of the image, bucket to crop it to, whether to mirror it
 

@@ -19,12 +19,12 @@ from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from customize.adapters.encoders.image_encoder import opaque
 from customize.config import option
-from customize.data.crops import fit, mask_weight, to_tensor
+from customize.data.crops import fit, mask_weight
 from customize.data.dataset import to_device
 from customize.data.images import nothing_counts
 from customize.errors import UserError, shortened
+from customize.imaging import flatten, to_tensor
 from customize.prompts import WORDS
 
 Pixels = Callable[[Sequence[Image.Image]], torch.Tensor]
@@ -118,7 +118,7 @@ class View:
     @property
     def cut_out(self) -> Image.Image:
         """The subject alone on white, if its mask is known."""
-        image = opaque(self.image)
+        image = flatten(self.image)
         if self.mask is None:
             return image
         return Image.composite(image, Image.new("RGB", image.size, "white"), self.mask)
@@ -139,13 +139,13 @@ def item(
     shown = []
     for first, second in subjects:
         shown += [
-            first.cut_out if rng.random() < config.segment_rate else opaque(first.image),
+            first.cut_out if rng.random() < config.segment_rate else flatten(first.image),
             second.cut_out,
         ]
     if config.augment:
         shown = [moved(image, rng) for image in shown]
     side = config.resolution, config.resolution
-    image = to_tensor(fit(opaque(target.image), *side)) * 2 - 1
+    image = to_tensor(fit(flatten(target.image), *side)) * 2 - 1
     weight = (
         torch.ones(1, *side)
         if target.mask is None

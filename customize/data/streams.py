@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from customize.data.images import TooLarge, read_image
 from customize.data.references import Pixels, ReferenceConfig, View, drawn, item, named
-from customize.errors import UserError, shortened
+from customize.errors import UserError, first_line, shortened
+from customize.imaging import TooLarge, read_image
 from customize.reading import inside
 
 Row = tuple[Any, Any, Any]  # image and mask, undecoded, and caption
@@ -266,7 +266,7 @@ def read_rows(config: ReferenceConfig):
 
 
 def not_read(config: ReferenceConfig, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     return UserError(
         f"--dataset_name '{config.dataset_name}' could not be read ({reason}); correct it or mend its files."
     )

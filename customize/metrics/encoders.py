@@ -18,7 +18,8 @@ from transformers import (
 
 from customize import embedded
 from customize.cache import fingerprint
-from customize.errors import UserError
+from customize.errors import UserError, first_line
+from customize.imaging import to_tensor
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -89,7 +90,7 @@ def _loaded(flag: str, name: str, load: Callable, **options):
     try:
         return load(name, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"--{flag}: '{name}' could not be loaded ({reason}); give a hub id or a local folder."
         ) from error
@@ -196,7 +197,7 @@ def load_dino(name: str, flag: str = "dino") -> MetricEncoder:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
 
     def pixels(image: Image.Image) -> Tensor:
-        return (_to_tensor(cropped(image, round(size * 256 / 224), size)) - mean) / std
+        return (to_tensor(cropped(image, round(size * 256 / 224), size)) - mean) / std
 
     stamp = f"{_named(name, model)}, class token, bicubic {round(size * 256 / 224)}, centre crop {size}"
     return MetricEncoder(model, lambda batch: model(batch).last_hidden_state[:, 0], pixels, stamp)
@@ -211,13 +212,3 @@ def cropped(image: Image.Image, shorter: int, size: int) -> Image.Image:
     )
     left, top = ((side - size) // 2 for side in resized.size)
     return resized.crop((left, top, left + size, top + size))
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return (
-        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        .view(image.height, image.width, 3)
-        .permute(2, 0, 1)
-        .float()
-        / 255
-    )

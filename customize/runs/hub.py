@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from PIL import Image, PngImagePlugin
 
-from customize.errors import UserError
+from customize.errors import UserError, first_line
 from customize.files import header, read_json
 from customize.runs.card import last_sample
 from customize.runs.checkpoint import open_run
@@ -46,7 +46,7 @@ def push(
     except UserError:
         raise
     except Exception as error:  # of the network, the hub's own, of a wrong name: all kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"the run '{run}' is complete, but was not uploaded ({reason}); when the hub can be reached: "
             f"customize push {run} {repo_id}"

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from customize import embedded
-from customize.errors import UserError
+from customize.errors import UserError, first_line
+from customize.imaging import flatten
 from customize.tensor_checks import load_whole
 
 OPENAI = {
@@ -47,7 +48,7 @@ class ImageEncoder(nn.Module):
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Images to (n, 3, side, side); what is transparent becomes white."""
-        return self.processor([opaque(image) for image in images], return_tensors="pt").pixel_values
+        return self.processor([flatten(image) for image in images], return_tensors="pt").pixel_values
 
     @torch.no_grad()
     def forward(self, pixels: Tensor):
@@ -57,14 +58,6 @@ class ImageEncoder(nn.Module):
         ):  # its weights come when it runs, and pixels with them: sequential offloading
             pixels = pixels.to(self.vision.device)
         return self.vision(pixels.to(self.vision.dtype), output_hidden_states=True)
-
-
-def opaque(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def load_image_encoder(name: str, dtype: torch.dtype = torch.float32) -> ImageEncoder:
@@ -80,7 +73,7 @@ def load_image_encoder(name: str, dtype: torch.dtype = torch.float32) -> ImageEn
     except Exception as error:  # the library raises all kinds
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"--image_encoder: '{name}' could not be loaded as a CLIP vision model ({reason})."
         ) from error
