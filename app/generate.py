@@ -316,7 +316,7 @@ def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: Gen
     ):
         if not path.exists():
             with suppress(FileExistsError):  # another program draws into the folder too
-                save_image(image, path, exclusive=True, parameters=text)
+                save_image(image, path, exclusive=True, texts={"parameters": text})
                 break
     return path
 

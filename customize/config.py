@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, field, fields
 from itertools import takewhile
@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import yaml
 
 from customize.errors import UserError, nearest, shortened
+from customize.other_tools import renamed
 from customize.reading import read_text
 
 BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -49,9 +50,14 @@ def option(
     most: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    essential: bool = False,
 ) -> Any:
-    """A dataclass field that is a flag with a help text, and with the range that its numbers must lie in."""
-    return field(default=default, metadata={"help": help, "range": Range(least, most, above, below)})
+    """A dataclass field that is a flag with a help text, and with the range that its numbers must lie in;
+    the help lists `essential` flags first."""
+    about = {"help": help, "range": Range(least, most, above, below), "essential": essential}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=about)
+    return field(default=default, metadata=about)
 
 
 class Flag(NamedTuple):
@@ -63,6 +69,7 @@ class Flag(NamedTuple):
     help: str
     alias: str | None
     range: Range
+    essential: bool
 
 
 class WordLoader(yaml.BaseLoader):
@@ -96,10 +103,38 @@ WordLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 def parse(dataclasses: list[type], words: Sequence[str]) -> list[Any]:
     """One instance of each dataclass from `[FILE.yaml] --flag value ...`: words beat the file, the file
     beats defaults."""
+    values = read_given(dataclasses, words)
+    return [build(cls, values) for cls in dataclasses]
+
+
+def read_given(dataclasses: list[type], words: Sequence[str]) -> dict[str, Any]:
+    """What `[FILE.yaml] --flag value ...` sets, by the names of the dataclasses' fields."""
     known, words = table(dataclasses), list(words)
     values = read_file(words.pop(0), known) if words and words[0].endswith((".yaml", ".yml")) else {}
-    values |= read_words(words, known)
-    return [build(cls, values) for cls in dataclasses]
+    return values | read_words(words, known)
+
+
+def check_config(config: Any) -> None:
+    """UserError for the first value of a configuration that is of another type than its field, or a number
+    that is not finite or outside its range."""
+    for flag in flags_of(type(config)):
+        value = getattr(config, flag.name)
+        if not is_of_type(value, flag.type):
+            given = shortened(repr(value))
+            raise UserError(f"--{flag.name} must be {expected(flag.type)}, not {given}.")
+    check_ranges(config)
+
+
+def is_of_type(value: Any, wanted: Any) -> bool:
+    """Whether a value made in Python is what a field of this type holds; a whole number is a number."""
+    if get_origin(wanted) is Literal:
+        return value in get_args(wanted)
+    if get_origin(wanted) is list:
+        return isinstance(value, list) and all(is_of_type(item, get_args(wanted)[0]) for item in value)
+    if len(members(wanted)) > 1:
+        return any(is_of_type(value, member) for member in members(wanted))
+    kinds = (int, float) if wanted is float else wanted
+    return isinstance(value, kinds) and (wanted is bool or not isinstance(value, bool))
 
 
 def check_ranges(config: Any) -> None:
@@ -129,9 +164,18 @@ def unmet(limits: Range, number: float) -> str:
     )
 
 
-def help_text(dataclasses: list[type]) -> str:
-    """One line a flag, with its help and default, under the name of its dataclass."""
-    return "\n\n".join("\n".join([f"{cls.__name__}:", *map(help_line, flags_of(cls))]) for cls in dataclasses)
+def help_text(dataclasses: list[type], defaults: Mapping[str, Any] | None = None) -> str:
+    """One line a flag, with its help and default: the essential ones first, the others under the name of
+    their dataclass. `defaults` take the place of the dataclasses' own."""
+    own = {
+        cls: [flag._replace(default=(defaults or {}).get(flag.name, flag.default)) for flag in flags_of(cls)]
+        for cls in dataclasses
+    }
+    groups = {"Essential": [flag for flags in own.values() for flag in flags if flag.essential]}
+    for cls, flags in own.items():
+        groups[cls.__name__.removesuffix("Config")] = [flag for flag in flags if not flag.essential]
+    listed = {title: flags for title, flags in groups.items() if flags}
+    return "\n\n".join("\n".join([f"{title}:", *map(help_line, flags)]) for title, flags in listed.items())
 
 
 def help_line(flag: Flag) -> str:
@@ -155,6 +199,7 @@ def flag_of(field: Field, wanted: Any) -> Flag:
         about.get("help", ""),
         about.get("alias"),
         about.get("range", Range()),
+        about.get("essential", False),
     )
 
 
@@ -189,7 +234,7 @@ def read_file(path: str, known: dict[str, Flag]) -> dict[str, Any]:
     for key, value in load_yaml(path).items():
         name = str(key).replace("-", "_")
         if name not in known:
-            told = nearest(shortened(name), known)
+            told = renamed(name, known) or nearest(shortened(name), known)
             raise UserError(f"{path} has an unknown key '{shortened(str(key))}': rename or remove it.{told}")
         flag = known[name]
         if flag.name in values:
@@ -238,7 +283,7 @@ def find_flag(label: str, known: dict[str, Flag]) -> tuple[Flag, bool]:
     positive = name.removeprefix("no_")
     if positive != name and positive in known and bool in members(known[positive].type):
         return known[positive], True
-    told = nearest(shortened("--" + name), ["--" + k for k in known])
+    told = renamed(name, known) or nearest(shortened("--" + name), ["--" + k for k in known])
     raise UserError(f"Unknown flag {shortened(label)}: --help lists all flags.{told}")
 
 

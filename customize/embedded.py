@@ -25,6 +25,12 @@ def folder_of(name: str | Path) -> str:
     return str(MODEL) if is_embedded(name) else str(name)
 
 
+def lasting_name(name: str | Path) -> str:
+    """A base model's name by which it is found from every working folder: of a local folder, its absolute
+    path."""
+    return str(Path(name).resolve()) if not is_embedded(name) and Path(name).is_dir() else str(name)
+
+
 def subject_score(
     references: Sequence[Image.Image],
 ) -> Callable[[list[tuple[str, Image.Image]]], dict[str, float]]:

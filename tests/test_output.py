@@ -639,7 +639,8 @@ def test_resuming_an_earlier_checkpoint_keeps_the_later_ones(train, tmp_path):
         max_train_steps=5, resume_from_checkpoint=folder / "checkpoint-2", output_dir=tmp_path / "elsewhere"
     )
     assert contents(folder) == before
-    train(max_train_steps=5, resume_from_checkpoint=folder / "checkpoint-2", overwrite_output_dir=True)
+    again = {"overwrite_output_dir": True, "checkpointing_steps": 500}
+    train(max_train_steps=5, resume_from_checkpoint=folder / "checkpoint-2", **again)
     assert not (folder / "checkpoint-4").exists()
 
 

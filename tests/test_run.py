@@ -715,7 +715,7 @@ def test_what_is_uploaded_names_no_place_on_this_machine(start, bases, images, t
     parameters = json.dumps(
         {"run": str(folder), "subject_images": [str(images / "0.png")], "prompt": "a dog"}
     )
-    save_image(Image.new("RGB", (8, 8)), generated, parameters=parameters)
+    save_image(Image.new("RGB", (8, 8)), generated, texts={"parameters": parameters})
     hub.push(folder, "me/dog", samples=[str(generated)])
     contents = uploads[1][2]
     assert {

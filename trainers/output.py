@@ -1,6 +1,5 @@
 """The output folder of a run: claimed before anything is loaded, cleared before training starts."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,62 +25,65 @@ from customize.runs.folder import (
     samples,
 )
 from customize.runs.output import locked, make_folder, refuse_model
-from customize.trainers.settings import ModelConfig, TrainConfig
+from customize.trainers.settings import ModelConfig, TrainConfig, is_first_process
 
 
 @contextmanager
-def claimed_output(model: ModelConfig, settings: TrainConfig, config: Mapping[str, Any]) -> Iterator[None]:
+def claimed_output(
+    model_config: ModelConfig, train_config: TrainConfig, config: Mapping[str, Any]
+) -> Iterator[None]:
     """Inside, the output folder is this run's alone: it can be written, holds nothing that is not a run's,
     and no earlier run that was not given up. `config` holds all settings. UserError otherwise, on the first
     process.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         yield
         return
-    output, flag = Path(settings.output_dir), "--output_dir"
-    base = model.pretrained_model_name_or_path
+    output, flag = Path(train_config.output_dir), "--output_dir"
+    base = model_config.pretrained_model_name_or_path
     refuse_model(output, flag, embedded.folder_of(base))
     with locked(make_folder(output, flag), flag):
         put_in_place(output)
-        check_free(output, settings.overwrite_output_dir, resumes_here(settings), flag)
-        resumed_folder(settings)  # says so if there is none
-        if settings.resume_from_checkpoint and not settings.overwrite_output_dir:
-            check_progress(settings)
-        if settings.overwrite_output_dir:
+        check_free(output, train_config.overwrite_output_dir, resumes_here(train_config), flag)
+        resumed_folder(train_config)  # says so if there is none
+        check_progress(train_config)
+        if train_config.overwrite_output_dir:
             check_inputs(output, config)
         yield
 
 
-def resumes_here(settings: TrainConfig) -> bool:
+def resumes_here(train_config: TrainConfig) -> bool:
     """Whether the run goes on from a checkpoint in its own output folder."""
-    where, output = settings.resume_from_checkpoint, Path(settings.output_dir).resolve()
+    where, output = train_config.resume_from_checkpoint, Path(train_config.output_dir).resolve()
     return where == "latest" or (bool(where) and Path(where).resolve().parent == output)
 
 
-def check_progress(settings: TrainConfig) -> None:
+def check_progress(train_config: TrainConfig) -> None:
     """UserError if resuming would leave less than the output folder holds: a result or a checkpoint of a
     later step."""
-    output = Path(settings.output_dir)
+    if not train_config.resume_from_checkpoint or train_config.overwrite_output_dir:
+        return
+    output = Path(train_config.output_dir)
     another = "choose another --output_dir, or replace what is there with --overwrite_output_dir."
     done = read_info(output).get("step", 0) if (output / INFO).exists() else 0
-    if done > settings.max_train_steps:
+    if done > train_config.max_train_steps:
         raise UserError(
             f"'{output}' was trained for {done} steps, more than --max_train_steps "
-            f"{settings.max_train_steps}; {another}"
+            f"{train_config.max_train_steps}; {another}"
         )
-    later = [path for path in later_results(settings) if checkpoint_step(path) is not None]
+    later = [path for path in later_results(train_config) if checkpoint_step(path) is not None]
     if later:
         raise UserError(
             f"--resume_from_checkpoint: '{output}' holds {later[0].name}, which is later; {another}"
         )
 
 
-def later_results(settings: TrainConfig) -> list[Path]:
+def later_results(train_config: TrainConfig) -> list[Path]:
     """What the output folder holds of steps after the checkpoint that is resumed: checkpoints, samples, and
     the best step."""
     output, start = (
-        Path(settings.output_dir),
-        checkpoint_step(Path(settings.resume_from_checkpoint).resolve()),
+        Path(train_config.output_dir),
+        checkpoint_step(Path(train_config.resume_from_checkpoint).resolve()),
     )
     if start is None:  # `latest`, after which there is no checkpoint
         return []
@@ -91,14 +93,14 @@ def later_results(settings: TrainConfig) -> list[Path]:
     return later + ([best] if only_a_run(best) and read_info(best).get("step", 0) > start else [])
 
 
-def clear_output(settings: TrainConfig, accelerator: Accelerator) -> None:
+def clear_output(train_config: TrainConfig, accelerator: Accelerator) -> None:
     """Removes what an earlier run left that this one replaces: only once all that it needs was found."""
     if not accelerator.is_main_process:
         return
-    if not resumes_here(settings):
-        clear(Path(settings.output_dir))
-    elif settings.overwrite_output_dir:
-        remove(later_results(settings))
+    if not resumes_here(train_config):
+        clear(Path(train_config.output_dir))
+    elif train_config.overwrite_output_dir:
+        remove(later_results(train_config))
 
 
 def forget_later(log: Path, step: int) -> None:
@@ -113,14 +115,14 @@ def forget_later(log: Path, step: int) -> None:
         write_text(log, "".join(kept))
 
 
-def resumed_folder(config: TrainConfig) -> Path | None:
+def resumed_folder(train_config: TrainConfig) -> Path | None:
     """The checkpoint that is resumed, None for a fresh start; UserError if there is none to be the latest."""
-    if config.resume_from_checkpoint != "latest":
-        return Path(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
-    if (folder := latest_checkpoint(Path(config.output_dir))) is None:
+    if train_config.resume_from_checkpoint != "latest":
+        return Path(train_config.resume_from_checkpoint) if train_config.resume_from_checkpoint else None
+    if (folder := latest_checkpoint(Path(train_config.output_dir))) is None:
         raise UserError(
-            f"--resume_from_checkpoint latest: '{config.output_dir}' holds no checkpoint; leave the flag "
-            "out to start anew."
+            f"--resume_from_checkpoint latest: '{train_config.output_dir}' holds no checkpoint; leave the "
+            "flag out to start anew."
         )
     return folder
 

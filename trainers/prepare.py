@@ -1,6 +1,8 @@
 """What happens once before training: the base model is loaded, and class images are drawn."""
 
 import itertools
+import json
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,25 @@ from customize.backbones.load import load_base
 from customize.data.concepts import Concept, DataConfig
 from customize.data.crops import check_resolution
 from customize.data.images import ImageFile, find_images
-from customize.runs.output import save_image
+from customize.errors import shortened
+from customize.files import remove
+from customize.runs.output import is_own_image, own_text, save_image
 from customize.trainers.settings import ModelConfig
 
+RECIPE = "Class image"  # what the PNG files of class images hold of how they were drawn
 
-def load_backbone(model: ModelConfig, data: Any, accelerator: Accelerator) -> Backbone:
+
+def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Accelerator) -> Backbone:
     """The frozen base model in the training precision (its autoencoder in float32), on the device."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    options = {k: v for k in ("revision", "variant") if (v := getattr(model, k))}
-    backbone = wrap(
-        load_base(model.pretrained_model_name_or_path, dtype, **options), model.pretrained_model_name_or_path
-    )
-    data.resolution = data.resolution or backbone.native_resolution
-    check_resolution(data.resolution, backbone.factor)
-    backbone.resolution = data.resolution
+    name = model_config.pretrained_model_name_or_path
+    options = {k: v for k in ("revision", "variant") if (v := getattr(model_config, k))}
+    vae = model_config.pretrained_vae_model_name_or_path
+    backbone = wrap(load_base(name, dtype, vae_name=vae, **options), name)
+    backbone.configure(model_config.guidance_scale, model_config.max_sequence_length)
+    data_config.resolution = data_config.resolution or backbone.native_resolution
+    check_resolution(data_config.resolution, backbone.factor)
+    backbone.resolution = data_config.resolution
     decode_whole(backbone.vae.float())
     return backbone.to(accelerator.device)
 
@@ -56,8 +63,20 @@ def class_images(
     batch_size: int = 4,
 ) -> list[ImageFile]:
     """The concept's prior images. What `folder` lacks of `count` is drawn by the base model from the class
-    prompt, so call this before any adapter is added. Images that are there already are used as they are."""
+    prompt, so call this before any adapter is added.
+
+    The user's own images there are used as they are. Images that an earlier run has drawn are drawn anew if
+    it had another class prompt, resolution or base model; whatever its seed, they are used again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    recipe = json.dumps(
+        {
+            "class_prompt": concept.class_prompt,
+            "resolution": config.resolution,
+            "base_model": backbone.fingerprint(),
+        }
+    )
+    remove_others(folder, recipe, concept.class_prompt)
     read = partial(
         find_images,
         folder,
@@ -79,5 +98,19 @@ def class_images(
         options = {"height": config.resolution, "width": config.resolution, "generator": generators}
         images = pipe([concept.class_prompt] * len(numbers), **options).images
         for i, image in zip(numbers, images, strict=True):
-            save_image(image, folder / f"class-{i:05d}.png")
+            save_image(image, folder / f"class-{i:05d}.png", texts={RECIPE: recipe})
     return (have if len(have) >= count else read())[:count]
+
+
+def remove_others(folder: Path, recipe: str, prompt: str) -> None:
+    """Removes the class images that an earlier run has drawn by another recipe, and says so. Images of
+    before recipes were noted stay."""
+    paths = [path for path in sorted(folder.glob("class-*.png")) if is_own_image(path)]
+    others = [path for path in paths if own_text(path, RECIPE) not in ("", recipe)]
+    if others:
+        warnings.warn(
+            f"{len(others)} class images in '{folder}' are of another class prompt, resolution or base "
+            f"model; they are drawn anew from '{shortened(prompt)}'.",
+            stacklevel=2,
+        )
+        remove(others)

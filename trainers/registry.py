@@ -1,9 +1,17 @@
 """The methods by name. Nothing heavy is imported here: `customize methods` must answer at once."""
 
+import sys
 from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
-from customize.errors import UserError, nearest
+from customize.errors import UserError, first_line, nearest, shortened
+from customize.other_tools import METHODS as RENAMED
+
+GROUP = "customize.methods"  # of the entry points by which other packages add methods
 
 
 class Entry(NamedTuple):
@@ -38,16 +46,64 @@ METHODS: dict[str, Entry] = {
 }
 
 
+def all_methods() -> dict[str, Entry]:
+    """The methods of the toolkit, and those that installed packages add as entry points."""
+    added = {point.name: Entry(point.value, f"from {point.value}") for point in entry_points(group=GROUP)}
+    return added | METHODS
+
+
 def find_entry(name: str) -> Entry:
-    """The entry of a method, without importing the method."""
-    if name not in METHODS:
-        raise UserError(
-            f"There is no method '{name}': `customize methods` lists them.{nearest(name, METHODS)}"
-        )
-    return METHODS[name]
+    """The entry of a method, without importing the method; `FILE.py:Class` is a method in a file."""
+    if is_file(name):
+        return Entry(name, "")
+    methods = all_methods()
+    if name in methods:
+        return methods[name]
+    if name.endswith((".yaml", ".yml")):
+        raise UserError(f"Write the METHOD before the file: customize train dreambooth {shortened(name)}.")
+    other = RENAMED.get(name.lower())
+    told = f" It is called {other} here." if other else nearest(name, methods)
+    raise UserError(f"There is no method '{shortened(name)}': `customize methods` lists them.{told}")
+
+
+def is_file(name: str) -> bool:
+    return name.rpartition(":")[0].endswith(".py") or name.endswith(".py")
 
 
 def find_method(name: str) -> type:
     """The class of a method; imports its module."""
-    module, attribute = find_entry(name).path.split(":")
-    return getattr(import_module(module), attribute)
+    path, _, attribute = find_entry(name).path.rpartition(":")
+    if not is_file(name):
+        return getattr(import_module(path), attribute)
+    if not path or not attribute:
+        raise UserError(f"'{shortened(name)}' lacks its class: write it as FILE.py:Class.")
+    found = getattr(_import_file(Path(path)), attribute, None)
+    from customize.trainers.methods.base import Method
+
+    if not isinstance(found, type) or not issubclass(found, Method):
+        raise UserError(f"'{path}' has no class '{attribute}' derived from Method; correct its name.")
+    return found
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The module in a file, imported once; UserError if it cannot be."""
+    if not path.is_file():
+        raise UserError(f"There is no file '{path}'; correct the path of the method.")
+    name = f"customize_method_{path.resolve().as_posix().replace('/', '_').removesuffix('.py')}"
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever the file does
+            del sys.modules[name]
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"'{path}' cannot be imported ({what}); mend the file.") from error
+    return sys.modules[name]
+
+
+def display_name(name: str) -> str:
+    """The name of a method as runs and model cards state it: of a file, the name of its class."""
+    return name.rpartition(":")[2] if is_file(name) else name

@@ -1,6 +1,7 @@
 """What every run begins with: its base model, and settings that can be checked at once."""
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,23 +19,28 @@ from customize.trainers.methods.base import Method
 class ModelConfig:
     """Which base model, and what is kept of its work."""
 
-    pretrained_model_name_or_path: str = field(
-        default=embedded.NAME, metadata={"help": "a diffusers folder, a hub id, or stickers (embedded)"}
+    pretrained_model_name_or_path: str = option(
+        embedded.NAME,
+        "base model: a diffusers folder, a hub id, or stickers (embedded in the toolkit)",
+        essential=True,
     )
-    revision: str = field(default="", metadata={"help": "revision of the model on the hub"})
-    variant: str = field(default="", metadata={"help": "variant of the weight files, such as fp16"})
-    cache_latents: bool = field(
-        default=True, metadata={"help": "encode images and prompts once, then free the encoders"}
+    pretrained_vae_model_name_or_path: str = option(
+        "", "autoencoder to use instead of the base model's: a folder or a hub id"
     )
-    cache_dir: str = field(
-        default="",
-        metadata={"help": "keep the encoded images and prompts in this folder; empty: in memory"},
+    revision: str = option("", "revision of the base model on the hub")
+    variant: str = option("", "variant of the base model's weight files, such as fp16")
+    guidance_scale: float = option(
+        1.0, "guidance that a guidance-distilled model (Flux.1 dev) is given in training", least=0
     )
-    push_to_hub: bool = field(default=False, metadata={"help": "upload the finished run"})
-    hub_model_id: str = field(default="", metadata={"help": "the repository to upload to, as USER/NAME"})
-    hub_private_repo: bool = field(
-        default=True,
-        metadata={"help": "upload to a private repository; --no_hub_private_repo makes a new one public"},
+    max_sequence_length: int = option(
+        0, "tokens of a prompt that T5 reads (SD 3, Flux); 0: 256 for SD 3, 512 for Flux", least=0, most=512
+    )
+    cache_latents: bool = option(True, "encode images and prompts once, then free the encoders")
+    cache_dir: str = option("", "folder that keeps encoded images and prompts for later runs; empty: none")
+    push_to_hub: bool = option(False, "upload the finished run to the Hugging Face Hub")
+    hub_model_id: str = option("", "repository on the hub to upload to, as USER/NAME")
+    hub_private_repo: bool = option(
+        True, "upload to a private repository; --no_hub_private_repo makes a new one public"
     )
 
 
@@ -45,58 +51,72 @@ Schedule = Literal[
 
 @dataclass
 class TrainConfig:
-    output_dir: str = option("runs/out", "where the run is written")
-    overwrite_output_dir: bool = option(False, "write over an earlier run in --output_dir")
+    """How a run is trained, and where it is written."""
+
+    output_dir: str = option("runs/out", "folder that the run is written to", essential=True)
+    overwrite_output_dir: bool = option(False, "replace an earlier run in --output_dir")
     seed: int = option(
         0, "seed of data order, noise and times", least=0, most=4_000_000_000
     )  # numpy's take 32 bits
-    train_batch_size: int = option(1, "images in a batch, on each device", least=1)
-    gradient_accumulation_steps: int = option(1, "batches added up before the optimizer steps", least=1)
-    max_train_steps: int = option(500, "optimizer steps", least=1)
-    learning_rate: float = option(1e-4, "learning rate after warm-up", above=0)
+    train_batch_size: int = option(1, "images in a batch, on each device", least=1, essential=True)
+    gradient_accumulation_steps: int = option(1, "batches added up before each optimizer step", least=1)
+    max_train_steps: int = option(500, "optimizer steps", least=1, essential=True)
+    num_train_epochs: int = option(
+        0, "times that every image is shown, instead of --max_train_steps; 0: go by steps", least=0
+    )
+    learning_rate: float = option(1e-4, "learning rate after warm-up", above=0, essential=True)
     scale_lr: bool = option(False, "multiply the learning rate by devices, batch size and accumulation")
-    lr_scheduler: Schedule = option("constant", "how the learning rate falls")
-    lr_warmup_steps: int = option(0, "steps until the learning rate is reached", least=0)
-    lr_num_cycles: int = option(1, "restarts of cosine_with_restarts", least=1)
-    lr_power: float = option(1.0, "power of polynomial", least=0)
+    lr_scheduler: Schedule = option("constant", "how the learning rate changes after warm-up")
+    lr_warmup_steps: int = option(0, "steps in which the learning rate rises from 0", least=0)
+    lr_num_cycles: int = option(1, "restarts of the schedule cosine_with_restarts", least=1)
+    lr_power: float = option(1.0, "power of the schedule polynomial", least=0)
     adam_beta1: float = option(0.9, "AdamW's beta1", least=0, below=1)
     adam_beta2: float = option(0.999, "AdamW's beta2", least=0, below=1)
     adam_weight_decay: float = option(1e-2, "AdamW's weight decay", least=0)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
-    use_8bit_adam: bool = option(False, "AdamW of bitsandbytes, which must be installed")
+    use_8bit_adam: bool = option(False, "AdamW of bitsandbytes, which takes less memory")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: Literal["no", "fp16", "bf16"] = option(
-        "no", "precision of the frozen model; trained tensors stay float32"
+        "no", "precision of the frozen model; trained tensors stay float32", essential=True
     )
-    gradient_checkpointing: bool = option(False, "less memory for activations, more time")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, more time", essential=True
+    )
     allow_tf32: bool = option(False, "faster float32 matrix products on NVIDIA GPUs")
     enable_xformers_memory_efficient_attention: bool = option(False, "xformers attention in the denoiser")
-    use_ema: bool = option(False, "save and validate a running average of what is trained")
-    ema_decay: float = option(0.999, "decay of that average", least=0, most=1)
+    use_ema: bool = option(False, "save and validate a running average of the trained weights")
+    ema_decay: float = option(0.999, "decay of the running average of --use_ema", least=0, most=1)
     checkpointing_steps: int = option(500, "steps between checkpoints that can be resumed", least=1)
     checkpoints_total_limit: int = option(2, "checkpoints kept, 0 for all", least=0)
-    resume_from_checkpoint: str = option("", "a checkpoint-N folder, or latest")
-    validation_prompt: list[str] = field(
-        default_factory=list, metadata={"help": "prompts drawn at every validation"}
+    resume_from_checkpoint: str = option(
+        "", "go on from a checkpoint-N folder, or from the latest one of --output_dir: latest"
     )
+    validation_prompt: list[str] = option([], "prompts drawn at every validation", essential=True)
     num_validation_images: int = option(1, "images for each validation prompt", least=1)
     validation_steps: int = option(100, "steps between validations", least=1)
     validation_metric: Literal["loss", "score"] = option(
         "loss",
-        "what best/ goes by: the loss on --holdout images, or likeness x obedience of the "
+        "what best/ goes by: the loss on --holdout images, or subject fidelity times prompt fidelity of the "
         "--validation_prompt images",
     )
     validation_clip: str = option(
-        "openai/clip-vit-base-patch32", "CLIP for the score (not on stickers): hub id or folder"
+        "openai/clip-vit-base-patch32",
+        "CLIP that measures prompt fidelity for --validation_metric score: hub id or folder",
     )
     validation_dino: str = option(
-        "facebook/dino-vits16", "DINO for the score (not on stickers): hub id or folder"
+        "facebook/dino-vits16",
+        "DINO that measures subject fidelity for --validation_metric score: hub id or folder",
     )
     early_stopping_patience: int = option(
-        0, "stop after so many validations without a better --validation_metric; 0: never", least=0
+        0, "stop after this many validations without a better --validation_metric; 0: never", least=0
     )
-    report_to: str = option("", "tensorboard, wandb or another tracker of accelerate")
-    export_kohya: bool = option(False, "also write the LoRA in kohya's layout")
+    report_to: str = option("", "tracker of accelerate that gets the losses, such as tensorboard or wandb")
+    export_kohya: bool = option(False, "also write the LoRA in kohya's layout, for A1111 and ComfyUI")
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes and prints; known before accelerate is started."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -143,14 +163,16 @@ def make_optimizer(method: Method, config: TrainConfig, processes: int) -> torch
     return AdamW8bit(method.parameter_groups(lr), **options)
 
 
-def check_settings(model: ModelConfig, data: Any, settings: TrainConfig) -> None:
-    if model.push_to_hub and not model.hub_model_id:
+def check_settings(model_config: ModelConfig, data_config: Any, train_config: TrainConfig) -> None:
+    """UserError for settings of a run that do not go together."""
+    if model_config.push_to_hub and not model_config.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id USER/NAME.")
-    if settings.validation_metric == "score" and not settings.validation_prompt:
+    scored = train_config.validation_metric == "score"
+    if scored and not train_config.validation_prompt:
         raise UserError(
             "--validation_metric score needs --validation_prompt, prompts of the subject to draw and rate."
         )
-    if settings.early_stopping_patience and settings.validation_metric == "loss" and not data.holdout:
+    if train_config.early_stopping_patience and not scored and not data_config.holdout:
         raise UserError(
             "--early_stopping_patience needs --holdout N, images kept from training for the validation loss."
         )

@@ -27,13 +27,13 @@ TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 class LoraFields:
     """Fields of every method that trains LoRA."""
 
-    rank: int = option(8, "rank of the LoRA matrices", least=1)
+    rank: int = option(8, "rank of the LoRA matrices", least=1, essential=True)
     lora_alpha: float = option(0.0, "LoRA is scaled by lora_alpha / rank; 0 means rank", least=0)
     lora_dropout: float = option(0.0, "dropout before the LoRA matrices", least=0, below=1)
     lora_layers: str = option(
         "attention", "attention, attention+ff, all (convolutions too), or comma-separated module names"
     )
-    use_dora: bool = option(False, "also learn the weights' magnitudes (DoRA)")
+    use_dora: bool = option(False, "DoRA: also learn the magnitude of each weight vector")
 
 
 def add_lora(

@@ -29,6 +29,8 @@ class Condition:
     text: dict[str, Tensor]
     # of a subject encoder; `ip_hidden_states` is the one name that diffusers lets through
     injected: Any = None
+    # (batch, 4): original height and width, top and left of the crop in pixels; for SDXL
+    sizes: Tensor | None = None
 
     @property
     def attention_arguments(self) -> dict | None:
@@ -70,6 +72,8 @@ class Backbone(nn.Module):
         dict[str, str]
     ]  # the denoiser's text arguments, as the pipeline's call names them
     takes_negative_prompt = True
+    takes_guidance = False  # whether the denoiser is given a guidance scale
+    text_length = 0  # tokens of a prompt given to T5, of models that have one
     lora_presets = PRESETS  # ends of the names of layers, by what --lora_layers calls them
     kohya_prefixes: ClassVar[
         dict[str, str]
@@ -106,6 +110,27 @@ class Backbone(nn.Module):
             f"text_encoder{s}": encoder for s, encoder in zip(SUFFIXES, self.text_encoders, strict=False)
         }
         return {self.denoiser_name: self.denoiser, **encoders}
+
+    def configure(self, guidance_scale: float, max_sequence_length: int) -> None:
+        """Settings of some families; UserError for those that this model does not have."""
+        if guidance_scale != 1.0 and not self.takes_guidance:
+            raise UserError(
+                "--guidance_scale is for guidance-distilled models (Flux.1 dev); leave it out here."
+            )
+        if max_sequence_length and not self.text_length:
+            raise UserError("--max_sequence_length is for models with T5 (SD 3, Flux); leave it out here.")
+        self.guidance_scale = guidance_scale
+        self.text_length = max_sequence_length or self.text_length
+
+    def fingerprint(self) -> str:
+        """sha256 hex of the denoiser's configuration and weights; before adapters are added."""
+        return fingerprint(self.denoiser)
+
+    @property
+    def zeroes_empty_prompt(self) -> bool:
+        """Whether the pipeline's unconditional half gets zeros instead of the text of the empty prompt, as
+        SDXL's does."""
+        return bool(getattr(self.pipe.config, "force_zeros_for_empty_prompt", False))
 
     @property
     def factor(self) -> int:
@@ -209,10 +234,8 @@ class Backbone(nn.Module):
             return {"prompt": prompt}
         arguments = self._embedded(self.prompts[prompt], "")
         if self.takes_negative_prompt:
-            zeros = getattr(
-                self.pipe.config, "force_zeros_for_empty_prompt", False
-            )  # XL's stand-in for the empty prompt
-            empty = {name: value * (not zeros) for name, value in self.prompts[""].items()}
+            kept = not self.zeroes_empty_prompt
+            empty = {name: value * kept for name, value in self.prompts[""].items()}
             arguments |= self._embedded(empty, "negative_")
         return arguments
 

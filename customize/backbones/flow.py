@@ -10,7 +10,7 @@ class Flow(Backbone):
 
     denoiser_name = "transformer"
     call_arguments = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
-    text_length = 256  # tokens given to T5
+    text_length = 256
 
     def __init__(self, pipe, name=""):
         super().__init__(pipe, name)

@@ -6,10 +6,14 @@ from customize.backbones.flow import Flow
 
 
 class Flux(Flow):
-    guidance = 1.0  # what the guidance-distilled model is told while it trains
+    guidance_scale = 1.0  # that the guidance-distilled model is given in training
     takes_negative_prompt = False
     text_length = 512
     embedding_names = ("clip_l", "t5")
+
+    @property
+    def takes_guidance(self):
+        return bool(self.denoiser.config.guidance_embeds)
 
     @property
     def factor(self):
@@ -27,7 +31,7 @@ class Flux(Flow):
 
     def denoise(self, noisy, t, condition):
         b, c, h, w = noisy.shape
-        guidance = torch.full_like(t, self.guidance) if self.denoiser.config.guidance_embeds else None
+        guidance = torch.full_like(t, self.guidance_scale) if self.takes_guidance else None
         ids = {
             "img_ids": self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, noisy.device, noisy.dtype),
             "txt_ids": torch.zeros(

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, StableDiffusion3Pipeline
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,10 +32,13 @@ SETTINGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "pr
 UNUSED = "safety_checker"  # it would paint images black, and training has no use for it
 
 
-def load_base(name: str | Path, dtype: torch.dtype = torch.float32, **options) -> DiffusionPipeline:
+def load_base(
+    name: str | Path, dtype: torch.dtype = torch.float32, vae_name: str = "", **options
+) -> DiffusionPipeline:
     """The diffusers pipeline of a base model: a folder, a hub id, or `stickers`, the embedded one.
 
-    Only safetensors are read. `options` go to diffusers (`revision`, `variant`). Raises UserError for a
+    Only safetensors are read. `vae_name` is the folder or hub id of an autoencoder to use instead of the
+    model's; `options` go to diffusers (`revision`, `variant`). Raises UserError for a
     missing or incomplete folder, for weights that do not all load or are not finite, for settings that
     diffusers cannot use, and for a kind of pipeline that no backbone wraps.
     """
@@ -45,6 +48,8 @@ def load_base(name: str | Path, dtype: torch.dtype = torch.float32, **options) -
             "hub id."
         )
     folder = _folder(str(name), options)
+    if vae_name:
+        options["vae"] = _autoencoder(vae_name, dtype)
     listed = _components(folder)
     try:
         models = {
@@ -65,6 +70,18 @@ def load_base(name: str | Path, dtype: torch.dtype = torch.float32, **options) -
         if isinstance(part, nn.Module):
             part.eval()
     return pipe
+
+
+def _autoencoder(name: str, dtype: torch.dtype) -> AutoencoderKL:
+    try:
+        return load_whole(AutoencoderKL, name, dtype=dtype)
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            f"--pretrained_vae_model_name_or_path: '{name[:200]}' could not be loaded as an autoencoder "
+            f"({first_line(error)})."
+        ) from error
 
 
 def _failed(name: str, error: Exception) -> Exception:

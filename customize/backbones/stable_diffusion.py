@@ -5,7 +5,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from customize.backbones.base import Backbone, unsupported
+from customize.backbones.base import Backbone, Condition, unsupported
 
 PREDICTIONS = ("epsilon", "v_prediction")  # what DDPM models may be trained to predict
 
@@ -54,11 +54,11 @@ class DDPM(Backbone):
     def denoise(self, noisy, t, condition):
         arguments = {"cross_attention_kwargs": condition.attention_arguments}
         return self.denoiser(
-            noisy, self.index_of(t), **self._text_arguments(noisy, condition.text), **arguments
+            noisy, self.index_of(t), **self._text_arguments(noisy, condition), **arguments
         ).sample
 
-    def _text_arguments(self, noisy: Tensor, text: dict[str, Tensor]) -> dict:
-        return text
+    def _text_arguments(self, noisy: Tensor, condition: Condition) -> dict:
+        return condition.text
 
     def clean(self, noisy, t, prediction):
         alpha = self.noise.alphas_cumprod.to(noisy)[self.index_of(t)].view(-1, 1, 1, 1)
@@ -93,10 +93,13 @@ class SDXL(DDPM):
         )
         return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
-    def _text_arguments(self, noisy, text):
-        height, width = (side * self.pipe.vae_scale_factor for side in noisy.shape[-2:])
-        times = torch.tensor([[height, width, 0, 0, height, width]], device=noisy.device).expand(
-            len(noisy), -1
-        )
-        added = {"text_embeds": text["text_embeds"], "time_ids": times}
+    def _text_arguments(self, noisy, condition):
+        """The text, and SDXL's size conditioning (arXiv 2307.01952, section 2.2): original size, crop and
+        target size; without `sizes`, those of an image of this size that was not cropped."""
+        text, size = condition.text, [side * self.pipe.vae_scale_factor for side in noisy.shape[-2:]]
+        target = torch.tensor([size], device=noisy.device).expand(len(noisy), -1)
+        whole = torch.cat([target, torch.zeros_like(target)], 1)
+        sizes = whole if condition.sizes is None else condition.sizes.to(noisy.device)
+        ids = torch.cat([sizes, target], 1)
+        added = {"text_embeds": text["text_embeds"], "time_ids": ids}
         return {"encoder_hidden_states": text["encoder_hidden_states"], "added_cond_kwargs": added}

@@ -64,6 +64,10 @@ class BucketBatches(Sampler[list[Key]]):
                 flips = rng.random(len(indices)) < 0.5 if self.flip else [False] * len(indices)
                 yield [(index, bucket, bool(flip)) for index, flip in zip(indices, flips, strict=True)]
 
+    @property
+    def batches_in_epoch(self) -> int:
+        return len(self._chunks(np.random.default_rng(0)))
+
     def _chunks(self, rng: np.random.Generator) -> list[tuple[Bucket, list[int]]]:
         """One epoch's instance images in chunks of batch_size, shuffled."""
         groups = group(rng.permutation(self.instances).tolist(), self.dataset.bucket_of)

@@ -13,26 +13,33 @@ from customize.reading import parsed_json, read_text
 class DataConfig:
     """What to learn from, and how images become tensors."""
 
-    instance_data_dir: str = option("", "folder of images of the subject")
-    instance_prompt: str = option("", "caption of every image that has none of its own")
+    instance_data_dir: str = option("", "folder of images of the subject", essential=True)
+    instance_prompt: str = option("", "caption of images that have no caption file", essential=True)
     concepts_list: str = option(
-        "", "JSON list of {instance_prompt, class_prompt, instance_data_dir, class_data_dir}, one a concept"
+        "",
+        "JSON file for several subjects: a list of {instance_prompt, class_prompt, instance_data_dir, "
+        "class_data_dir}",
     )
-    class_prompt: str = option("", 'caption of the class (prior) images, e.g. "a photo of a dog"')
-    class_data_dir: str = option("", "folder of class (prior) images")
+    class_prompt: str = option(
+        "", 'prompt of the class for prior preservation, such as "a photo of a dog"', essential=True
+    )
+    class_data_dir: str = option(
+        "", "folder of class images for prior preservation; empty: class_images in --output_dir"
+    )
     resolution: int = option(
         0,
         "side of the square crop in pixels (buckets have about its area); 0: what the model was trained at",
         least=0,
+        essential=True,
     )
     use_aspect_ratio_buckets: bool = option(
         False, "crop to the nearest of several aspect ratios instead of to a square"
     )
     random_flip: bool = option(False, "mirror images at random")
     masked_loss: bool = option(
-        True, "weight the loss by the masks that are found (NAME.mask.png, or the alpha channel)"
+        True, "weight the loss by masks: NAME.mask.png beside NAME.jpg, or the image's alpha channel"
     )
-    unmasked_weight: float = option(0.1, "loss weight of what lies outside the mask", least=0, most=1)
+    unmasked_weight: float = option(0.1, "loss weight of pixels outside the mask", least=0, most=1)
     holdout: int = option(0, "number of images kept from training for the validation loss", least=0)
     max_pixels: int = option(100_000_000, "images with more pixels are refused", least=1)
     strict: bool = option(False, "stop at an unreadable image instead of skipping it with a warning")

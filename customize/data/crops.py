@@ -50,6 +50,16 @@ def fit(
     return ImageOps.fit(image, (width, height), resample)
 
 
+def sizes_of(size: tuple[int, int], height: int, width: int) -> torch.Tensor:
+    """For an image of `size` (width, height) that `fit` brings to height x width: its original height and
+    width, and the top and left of the crop in the resized image, (4,) in pixels."""
+    scale = max(height / size[1], width / size[0])
+    top, left = (
+        max(round((side * scale - wanted) / 2), 0) for side, wanted in ((size[1], height), (size[0], width))
+    )
+    return torch.tensor([size[1], size[0], top, left])
+
+
 def mask_weight(
     mask: Image.Image, height: int, width: int, outside: float, flip: bool = False
 ) -> torch.Tensor:

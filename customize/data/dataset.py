@@ -15,6 +15,7 @@ from customize.data.crops import (
     fit,
     mask_weight,
     nearest_bucket,
+    sizes_of,
 )
 from customize.data.images import ImageFile, nothing_counts, read_image_file
 from customize.errors import UserError
@@ -41,8 +42,8 @@ class SubjectDataset(Dataset):
         return nearest_bucket(self.images[index].size, self.buckets)
 
     def __getitem__(self, key: Key) -> dict:
-        """`pixels` (3, H, W) in [-1, 1], loss weight `mask` (1, H, W) in [unmasked_weight, 1], and what
-        the image is."""
+        """`pixels` (3, H, W) in [-1, 1], loss weight `mask` (1, H, W) in [unmasked_weight, 1], `sizes` (4,)
+        as of `sizes_of`, and what the image is."""
         index, bucket, flip = key
         file = self.images[index]
         image, mask = read_image_file(file)
@@ -58,12 +59,12 @@ class SubjectDataset(Dataset):
             "concept": file.concept,
             "is_prior": file.is_prior,
         }
-        return {"pixels": pixels, "mask": weight, **about}
+        return {"pixels": pixels, "mask": weight, "sizes": sizes_of(file.size, *bucket), **about}
 
 
 def collate(items: Sequence[dict]) -> dict:
     """A batch of B items: `pixels` (B, 3, H, W) or their latents' moments `mean` and `std`, `mask` (B, 1,
-    H, W), `index`, `concept`, `is_prior` (B), `prompt` a list."""
+    H, W), `sizes` (B, 4), `index`, `concept`, `is_prior` (B), `prompt` a list."""
     tensors = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
     batch: dict = {name: torch.stack([item[name] for item in items]) for name in tensors}
     batch |= {

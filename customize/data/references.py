@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from customize.config import option
-from customize.data.crops import fit, mask_weight
+from customize.data.crops import fit, mask_weight, sizes_of
 from customize.data.dataset import to_device
 from customize.data.images import nothing_counts
 from customize.errors import UserError, shortened
@@ -40,12 +40,15 @@ class ReferenceConfig:
     train_data_dir: str = option(
         "",
         "folder with one folder of images for each subject (NAME.txt: caption with <s>, NAME.mask.png: mask)",
+        essential=True,
     )
     dataset_name: str = option(
-        "", "a Hugging Face dataset: hub id, or imagefolder, parquet or webdataset with --data_files"
+        "",
+        "a Hugging Face dataset of subjects: hub id, or imagefolder, parquet or webdataset with --data_files",
+        essential=True,
     )
-    dataset_config_name: str = option("", "configuration of that dataset")
-    data_files: str = option("", "files of that dataset, a path or pattern")
+    dataset_config_name: str = option("", "configuration of the dataset --dataset_name")
+    data_files: str = option("", "files of the dataset --dataset_name, a path or pattern")
     image_column: str = option(
         "image", "column of images: a list of views in each row, or one view with --subject_column"
     )
@@ -61,10 +64,10 @@ class ReferenceConfig:
         1000, "subjects among which a stream is shuffled; 0: in their order", least=0
     )
     instance_prompt: str = option(
-        "a photo of <s>", "caption of images that have none; {} is the subject's name"
+        "a photo of <s>", "caption of images that have none; {} is the subject's name", essential=True
     )
     resolution: int = option(
-        0, "side of the target images in pixels; 0: what the model was trained at", least=0
+        0, "side of the target images in pixels; 0: what the model was trained at", least=0, essential=True
     )
     holdout: int = option(
         0, "subjects, two or more, kept from training for the validation loss and the diagnostics", least=0
@@ -89,7 +92,7 @@ class ReferenceConfig:
     )
     region_rate: float = option(
         0.5,
-        "stickers: share of those scenes that are told in which half each subject stands",
+        "stickers: share of scenes with two subjects in which the region of each is given",
         least=0,
         most=1,
     )
@@ -156,7 +159,8 @@ def item(
     references = pixels(shown).unflatten(0, (-1, 2))
     regions = torch.ones(len(subjects), *side) if regions is None else regions
     about = {"prompt": prompt, "identity": identity, "shows_target": shows_target, "regions": regions}
-    return {"pixels": image, "mask": weight, "references": references} | about
+    sizes = sizes_of(target.image.size, *side)
+    return {"pixels": image, "mask": weight, "references": references, "sizes": sizes} | about
 
 
 def moved(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -198,11 +202,12 @@ def drawn(rng: np.random.Generator, count: int) -> list[int]:
 
 
 def collate_references(items: Sequence[dict]) -> dict:
-    """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `references` (B, subjects, 2, 3, h, w), `present`
-    (B, subjects), False where an image has fewer subjects than others, `identity` and `shows_target` (B,),
-    `prompt` a list, and `regions` (B, subjects, H, W) if any image has several subjects: only then are they
-    told."""
-    batch: dict = {name: torch.stack([entry[name] for entry in items]) for name in ("pixels", "mask")}
+    """A batch: `pixels` (B, 3, H, W), `mask` (B, 1, H, W), `sizes` (B, 4), `references` (B, subjects, 2, 3,
+    h, w), `present` (B, subjects), which is False where an image has fewer subjects than others, `identity`
+    and `shows_target` (B,), `prompt` (a list), and `regions` (B, subjects, H, W) if any image has several
+    subjects."""
+    stacked = ("pixels", "mask", "sizes")
+    batch: dict = {name: torch.stack([entry[name] for entry in items]) for name in stacked}
     several = any(len(entry["references"]) > 1 for entry in items)
     for name in ("references", "regions") if several else ("references",):
         batch[name] = pad_sequence([entry[name] for entry in items], batch_first=True)

@@ -1,7 +1,8 @@
 """The three sources that encoders learn from: rendered scenes, folders, and datasets of the Hugging Face
 hub."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,10 @@ from customize.errors import UserError
 @dataclass
 class ReferenceData(TrainingData):
     dataset: References
+    epoch: int = 0  # subjects in one, 0 if there is no end
+
+    def batches_in_epoch(self, size):
+        return -(-self.epoch // size)
 
     def batches(self, start, size, seed, rank=0, world=1):
         positions, workers = (
@@ -92,7 +97,9 @@ class RenderedSubjects(ReferenceSource):
             preparation.batch_size,
             method.backbone.device,
         )
-        return ReferenceData(Rendered(self.config, pixels, self.seed), held_out=held)
+        return ReferenceData(
+            Rendered(self.config, pixels, self.seed), size="rendered scenes without an end", held_out=held
+        )
 
 
 @dataclass
@@ -107,7 +114,15 @@ class FolderSubjects(ReferenceSource):
             for part in (order[:count], order[count:])
         )
         batches = held_out_batches(held, count, preparation.batch_size, method.backbone.device)
-        return ReferenceData(train, held_out=batches)
+        images = [image for _, images in self.subjects for image in images]
+        return ReferenceData(
+            train,
+            size=f"{len(train.subjects)} subjects with {sum(len(own) for _, own in train.subjects)} images",
+            held_out=batches,
+            digests=[digest_of(image.digest for image in images)],
+            captions=[image.caption for image in images],
+            epoch=len(train.subjects),
+        )
 
 
 @dataclass
@@ -124,4 +139,10 @@ class StreamedSubjects(ReferenceSource):
             )
         place = preparation.rank, preparation.world
         held = held_out_batches(kept, len(kept), preparation.batch_size, method.backbone.device)
-        return StreamedData(Streamed(self.config, self.rows, pixels, self.seed, *place), held_out=held)
+        train = Streamed(self.config, self.rows, pixels, self.seed, *place)
+        return StreamedData(train, size="a stream of subjects", held_out=held)
+
+
+def digest_of(digests: Iterable[str]) -> str:
+    """One sha256 of many."""
+    return hashlib.sha256(" ".join(sorted(digests)).encode()).hexdigest()

@@ -30,6 +30,9 @@ class SubjectData(TrainingData):
             self.dataset, config.dataloader_num_workers, seed, batch_sampler=order, collate_fn=collate
         )
 
+    def batches_in_epoch(self, size):
+        return BucketBatches(self.dataset, size, 0).batches_in_epoch
+
 
 def loader(dataset: Dataset, workers: int, seed: int, **options: Any) -> DataLoader:
     """A loader with a generator of its own: without one, starting it would draw from training's generator."""
@@ -71,8 +74,17 @@ class SubjectImages(Source):
             cache_text(method, images, preparation.validation_prompts, cache)
             if not preparation.validation_prompts:
                 backbone.vae.cpu()  # nothing is encoded or decoded any more
-        digests = sorted(image.digest for image in self.images)
-        return SubjectData(train, held_out=held_out_batches(held, backbone.device), digests=digests)
+        instances = [image for image in self.images if not image.is_prior]
+        priors = len(self.images) - len(instances)
+        told = f"{len(instances)} image{'s' * (len(instances) > 1)}"
+        texts = sorted(f"{image.digest} {image.concept} {image.caption}" for image in self.images)
+        return SubjectData(
+            train,
+            size=told + (f" and {priors} of the class" if priors else ""),
+            held_out=held_out_batches(held, backbone.device),
+            digests=sorted(image.digest for image in self.images),
+            captions=[*texts, *(concept.class_prompt for concept in self.concepts)],
+        )
 
 
 def check_captions(method: Any, images: Iterable[ImageFile]) -> None:

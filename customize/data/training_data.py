@@ -4,6 +4,7 @@ A `Source` reads the user's settings before a model is loaded; once the method s
 `TrainingData`. A method names its source; the loop knows `TrainingData` alone.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,12 +18,24 @@ from customize.cache import TensorCache
 class TrainingData:
     """Subclasses say in `batches` how their items become batches."""
 
-    held_out: list[dict] = field(
-        default_factory=list
-    )  # collated batches, on the device, for the validation loss
-    digests: list[str] = field(
-        default_factory=list
-    )  # sha256 of the images that are trained on, as far as they are files
+    size: str = ""  # how much it is, in words
+    # collated batches, on the device, for the validation loss
+    held_out: list[dict] = field(default_factory=list)
+    # sha256 of the images that are trained on, as far as they are files
+    digests: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)  # of these images, and prompts of their concepts
+
+    def described(self) -> dict[str, Any]:
+        """What `run.json` holds of it: a resumed run must be given the same."""
+        if not self.digests:
+            return {}
+        texts = hashlib.sha256("\0".join(self.captions).encode())
+        return {"dataset": self.digests, "captions": texts.hexdigest()}
+
+    def batches_in_epoch(self, size: int) -> int:
+        """Batches of `size` items, over all processes, in which every item is shown once; 0 if the data has
+        no end."""
+        return 0
 
     def batches(self, start: int, size: int, seed: int, rank: int = 0, world: int = 1) -> DataLoader:
         """Endless batches of `size` items, a pure function of the arguments, from batch `start` of process

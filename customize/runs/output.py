@@ -6,7 +6,7 @@ import os
 import platform
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,18 +27,25 @@ SOFTWARE = "customize"  # what the PNG files that we write name as their softwar
 
 def is_own_image(path: Path) -> bool:
     """Whether a PNG file was written by `save_image`."""
+    return own_text(path, "Software") == SOFTWARE
+
+
+def own_text(path: Path, name: str) -> str:
+    """A text that `save_image` wrote into a PNG file; empty if there is none."""
     try:
         with Image.open(path) as image:
-            return image.info.get("Software") == SOFTWARE
+            return str(image.info.get(name, ""))
     except Exception:  # PIL's decoders raise all kinds
-        return False
+        return ""
 
 
-def save_image(image: Image.Image, path: Path, exclusive: bool = False, **texts: str) -> None:
+def save_image(
+    image: Image.Image, path: Path, exclusive: bool = False, texts: Mapping[str, str] | None = None
+) -> None:
     """Writes a PNG under its name only when it is complete, with `texts` and our mark in it;
     FileExistsError where there is one, if `exclusive`."""
     info = PngImagePlugin.PngInfo()
-    for name, text in {"Software": SOFTWARE, **texts}.items():
+    for name, text in {"Software": SOFTWARE, **(texts or {})}.items():
         info.add_text(name, text)
     with atomic_file(path, exclusive) as partial:
         image.save(partial, format="PNG", pnginfo=info)

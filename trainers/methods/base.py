@@ -1,12 +1,14 @@
 """A method: what it trains, what it conditions on, what it minimises."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from customize import embedded
 from customize.adapters.base import Adapter
 from customize.adapters.words import LearnedWords
 from customize.backbones.base import Backbone, Condition, Step
@@ -22,7 +24,15 @@ from customize.losses import contrastive_flow, denoising
 class MethodConfig:
     """Fields of every method."""
 
-    snr_gamma: float = option(0.0, "min-SNR weighting of the loss, 5 is usual; 0 is off", least=0)
+    snr_gamma: float = option(
+        0.0, "min-SNR weighting of the diffusion loss (DDPM models), 5 is usual; 0 is off", least=0
+    )
+    noise_offset: float = option(
+        0.0,
+        "strength of noise that is equal over the whole image, 0.05 is usual; 0 is off",
+        least=0,
+        most=1,
+    )
     contrastive_flow_weight: float = option(
         0.0,
         "weight of contrastive flow matching, which keeps samples of a batch apart; 0.05 is usual, 0 is off",
@@ -32,7 +42,7 @@ class MethodConfig:
 
     @property
     def starting_word(self) -> str:
-        """The word that a learned one starts from: the subject's class, if it is known."""
+        """The word that a learned word starts from: the subject's class, if it is known."""
         return ""
 
 
@@ -40,7 +50,9 @@ class Method(nn.Module):
     """Subclasses add adapters in `__init__`, and override `condition` and `losses` where they differ."""
 
     Config: type[MethodConfig] = MethodConfig
-    Source: type[Source] = SubjectImages  # where what it learns from is read
+    Source: type[Source] = SubjectImages  # reads the training data
+    defaults: ClassVar[dict[str, Any]] = {}  # settings that suit the method, where the user sets nothing
+    embedded_defaults: ClassVar[dict[str, Any]] = {}  # and on the embedded base model
 
     def __init__(self, backbone: Backbone, config: MethodConfig, concepts: list[Concept]):
         super().__init__()
@@ -49,14 +61,19 @@ class Method(nn.Module):
         self.adapters: list[Adapter] = []
 
     @classmethod
-    def check_settings(cls, model: Any, settings: Any, config: Any) -> None:
+    def defaults_for(cls, base: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults of settings on a base model, by its name; `given` are the settings of the user."""
+        return cls.defaults | (cls.embedded_defaults if embedded.is_embedded(base) else {})
+
+    @classmethod
+    def check_settings(cls, model_config: Any, train_config: Any, method_config: Any) -> None:
         """UserError for settings that this method cannot be run with; called before a model is loaded."""
 
     @classmethod
     def prepare_data(
-        cls, source: Any, backbone: Backbone, settings: Any, config: Any, accelerator: Any
+        cls, source: Any, backbone: Backbone, train_config: Any, method_config: Any, accelerator: Any
     ) -> None:
-        """Adds to what is trained on, by the base model as it came: no adapter has been added yet."""
+        """Adds to the training data by the base model as it came: no adapter has been added yet."""
 
     def check_drawing(self, prompts: list[str]) -> None:
         """UserError for validation prompts that cannot be drawn."""
@@ -65,18 +82,28 @@ class Method(nn.Module):
         """Random times (n,) in [0, 1]: 0 is data, 1 is noise."""
         return self.backbone.draw_times(n)
 
+    def draw_noise(self, latents: Tensor) -> Tensor:
+        """Noise of the latents' shape; with `noise_offset` also noise that is one number for each channel
+        of a sample, so that very dark and very bright images can be learned."""
+        noise = torch.randn_like(latents)
+        if not self.config.noise_offset:
+            return noise
+        return noise + self.config.noise_offset * torch.randn_like(latents[:, :, :1, :1])
+
     def condition(self, batch: dict, t: Tensor) -> Condition:
         """What the denoiser is conditioned on; times `t` (batch,) run from 0, data, to 1, noise."""
         return Condition(self.backbone.encode_prompt(batch["prompt"]))
 
+    def masked_errors(self, step: Step) -> Tensor:
+        """The denoising error of each sample, shape (batch,), under its mask."""
+        return denoising(step.prediction, step.target, step.batch.get("mask"))
+
     def errors(self, step: Step) -> Tensor:
-        """The denoising error of each sample, shape (batch,), under its mask and the min-SNR weight."""
-        error = denoising(step.prediction, step.target, step.batch.get("mask"))
-        return (
-            error * self.backbone.snr_weights(step.t, self.config.snr_gamma)
-            if self.config.snr_gamma
-            else error
-        )
+        """The same under the min-SNR weight too, where that was asked for."""
+        error = self.masked_errors(step)
+        if not self.config.snr_gamma:
+            return error
+        return error * self.backbone.snr_weights(step.t, self.config.snr_gamma)
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Named, weighted terms: their sum is minimised, and each is logged as it is."""
@@ -90,9 +117,10 @@ class Method(nn.Module):
         else:
             latents = self.backbone.encode_image(batch["pixels"])
         t = self.backbone.nearest_times(self.draw_times(len(latents)))
-        noise = torch.randn_like(latents)
+        noise = self.draw_noise(latents)
         noisy, target = self.backbone.add_noise(latents, noise, t)
         condition = self.condition(batch, t)
+        condition.sizes = batch.get("sizes")
         prediction = self.backbone.denoise(noisy, t, condition)
         terms = self.losses(Step(latents, noisy, t, target, condition, prediction, batch))
         if self.config.contrastive_flow_weight and self.training:

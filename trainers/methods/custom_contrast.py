@@ -41,31 +41,35 @@ from customize.trainers.methods.encoder_method import SubjectConfig, SubjectMeth
 
 @dataclass
 class CustomContrastConfig(SubjectConfig):
-    initializer_token: str = option("photo", "the word that S+ starts from")
+    initializer_token: str = option("photo", "the word that S+, the subject's pseudo-words, starts from")
     cscl_weight: float = option(
-        0.005, "weight of the contrast between visual and textual CLS; 0 is off", least=0
+        0.005, "weight of CSCL, the contrast between visual and textual CLS; 0 is off", least=0
     )
-    macl_weight: float = option(0.005, "weight of the contrast between views of S+; 0 is off", least=0)
-    macl_form: MaclForm = option("soft", "how real similarity scales that contrast")
-    macl_temperature: float = option(0.1, "its temperature", above=0)
+    macl_weight: float = option(
+        0.005, "weight of MACL, the contrast between two views' S+ (pseudo-words); 0 is off", least=0
+    )
+    macl_form: MaclForm = option(
+        "soft", "how the similarity of two subjects' images enters MACL, the contrast between views"
+    )
+    macl_temperature: float = option(0.1, "temperature of the MACL softmax", above=0)
     contrast_warmup: float = option(
-        0.1, "share of the steps over which both weights rise from 0", least=0, most=1
+        0.1, "share of the steps in which the weights of CSCL and MACL rise from 0", least=0, most=1
     )
     queue_size: int = option(
         0,
-        "samples of earlier batches that serve as negatives too, for small batches; empty on resuming",
+        "samples of earlier batches used as negatives of CSCL and MACL, for small batches; empty on resuming",
         least=0,
     )
-    words: bool = option(True, "S+, a pseudo-word for every layer; without it only visual tokens")
-    fusion: bool = option(True, "refine visual tokens by S+")
-    location: bool = option(True, "a location map for every layer")
+    words: bool = option(True, "S+: a pseudo-word of the subject for each block of cross-attention layers")
+    fusion: bool = option(True, "refine the visual tokens by S+, the subject's pseudo-words")
+    location: bool = option(True, "a map in every cross-attention layer of where the subject belongs")
     text_gate: TextGate = option(
-        "none", "whether location maps gate the text branch: not, by the same map, or by its opposite"
+        "none", "how location maps gate the text branch: not at all, by the same map, or by its complement"
     )
-    dim: int = option(768, "width of the Q-Formers", least=1)
-    depth: int = option(4, "their blocks", least=1)
-    heads: int = option(12, "their attention heads", least=1)
-    visual_queries: int = option(16, "visual tokens", least=1)
+    dim: int = option(768, "width of the encoder's Q-Formers", least=1)
+    depth: int = option(4, "blocks of each Q-Former of the encoder", least=1)
+    heads: int = option(12, "attention heads of the encoder's Q-Formers", least=1)
+    visual_queries: int = option(16, "visual tokens of a subject", least=1)
     feature_layers: int = option(4, "layers of the image encoder that the visual branch reads", least=1)
     time_bins: int = option(10, "denoising times that S+ tells apart", least=1)
 
@@ -87,6 +91,7 @@ class ContrastiveCondition(Condition):
 
 class CustomContrast(SubjectMethod):
     Config = CustomContrastConfig
+    embedded_defaults = SubjectMethod.embedded_defaults | {"heads": 6, "feature_layers": 3}
 
     def __init__(self, backbone, config: CustomContrastConfig, concepts=()):
         super().__init__(backbone, config, concepts)
@@ -143,8 +148,9 @@ class CustomContrast(SubjectMethod):
             return ContrastiveCondition(text, injected)
         first = torch.arange(present.shape[1], device=present.device).expand_as(present)[present] == 0
         compared = [view.each(lambda value: value[first]) for view in views]
+        image_embeds = output.image_embeds[1::2][first]
         return ContrastiveCondition(
-            text, injected, (compared[0], compared[1]), output.image_embeds[1::2][first]
+            text, injected, views=(compared[0], compared[1]), image_embeds=image_embeds
         )
 
     def texts(self, prompts: list[str], vectors: list[Tensor]) -> dict[str, Tensor]:

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from customize import embedded
 from customize.adapters.components import Components
 from customize.adapters.lora import Lora, LoraFields
 from customize.backbones.base import Condition, Step
 from customize.config import option
-from customize.errors import UserError
+from customize.data.concepts import Concept
+from customize.errors import UserError, shortened
 from customize.trainers.methods.base import Method, MethodConfig
 from customize.trainers.prepare import class_images
 
@@ -24,19 +26,50 @@ NO_CLASS_PROMPT = '--with_prior_preservation needs --class_prompt, such as "a ph
 class DreamBoothConfig(LoraFields, MethodConfig):
     full_finetune: bool = option(False, "train the whole denoiser instead of LoRA")
     train_text_encoder: bool = option(False, "train the CLIP text encoders too")
-    text_encoder_lr: float = option(0.0, "their learning rate; 0 means --learning_rate", least=0)
-    with_prior_preservation: bool = option(False, "keep what the class prompt draws")
-    prior_loss_weight: float = option(1.0, "weight of the prior loss", least=0)
+    text_encoder_lr: float = option(
+        0.0, "learning rate of the text encoders; 0 means --learning_rate", least=0
+    )
+    with_prior_preservation: bool = option(
+        False, "prior preservation: a second loss keeps what --class_prompt draws", essential=True
+    )
+    prior_loss_weight: float = option(1.0, "weight of the prior preservation loss", least=0)
     prior_source: Literal["images", "teacher"] = option(
         "images",
-        "images: images of the class, made by the base model; teacher: the base model's own prediction",
+        "what the prior loss compares with. images: images of the class, drawn by the base model; teacher: "
+        "the base model's prediction for --class_prompt, without images",
     )
-    sample_batch_size: int = option(4, "class images drawn at once", least=1)
-    num_class_images: int = option(100, "images of each class to have in --class_data_dir", least=1)
+    sample_batch_size: int = option(4, "class images drawn at once, for prior preservation", least=1)
+    num_class_images: int = option(
+        100, "class images to have in --class_data_dir, for prior preservation", least=1
+    )
+
+
+def class_folders(concepts: list[Concept], output_dir: str) -> list[Path]:
+    """Where the class images of each concept lie; UserError for a concept without a class prompt, and for
+    one folder with two of them."""
+    folders = [Path(own.class_data_dir or f"{output_dir}/class_images/{i}") for i, own in enumerate(concepts)]
+    prompts: dict[Path, str] = {}
+    for concept, folder in zip(concepts, folders, strict=True):
+        if not concept.class_prompt:
+            raise UserError(NO_CLASS_PROMPT)
+        if prompts.setdefault(folder, concept.class_prompt) != concept.class_prompt:
+            raise UserError(
+                f"class_data_dir: '{folder}' is to hold images of '{shortened(prompts[folder])}' and of "
+                f"'{shortened(concept.class_prompt)}'; give each class prompt a folder of its own."
+            )
+    return folders
 
 
 class DreamBooth(Method):
     Config = DreamBoothConfig
+    defaults = {"learning_rate": 1e-4, "max_train_steps": 500}
+    embedded_defaults = {
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "train_batch_size": 4,
+        "rank": 16,
+        "lora_layers": "all",
+    }
 
     def __init__(self, backbone, config: DreamBoothConfig, concepts):
         super().__init__(backbone, config, concepts)
@@ -47,18 +80,21 @@ class DreamBooth(Method):
         self.adapters.append(Components(backbone, encoders) if full else Lora(backbone, config, encoders))
 
     @classmethod
-    def prepare_data(cls, source, backbone, settings, config, accelerator):
+    def defaults_for(cls, base, given):
+        whole = given.get("full_finetune") and not embedded.is_embedded(base)
+        return super().defaults_for(base, given) | ({"learning_rate": 5e-6} if whole else {})
+
+    @classmethod
+    def prepare_data(cls, source, backbone, train_config, method_config, accelerator):
         """Class images for the prior loss; the first process draws those that are missing."""
-        if not config.with_prior_preservation or config.prior_source != "images":
+        if not method_config.with_prior_preservation or method_config.prior_source != "images":
             return
+        folders = class_folders(source.concepts, train_config.output_dir)
         with accelerator.main_process_first(), accelerator.autocast():
-            for i, concept in enumerate(source.concepts):
-                if not concept.class_prompt:
-                    raise UserError(NO_CLASS_PROMPT)
-                folder = Path(concept.class_data_dir or f"{settings.output_dir}/class_images/{i}")
-                count, at_once = config.num_class_images, config.sample_batch_size
+            for i, (concept, folder) in enumerate(zip(source.concepts, folders, strict=True)):
+                count, at_once = method_config.num_class_images, method_config.sample_batch_size
                 source.images += class_images(
-                    backbone, concept, i, folder, count, source.config, settings.seed, at_once
+                    backbone, concept, i, folder, count, source.config, train_config.seed, at_once
                 )
 
     def _check(self) -> None:
@@ -77,10 +113,10 @@ class DreamBooth(Method):
         return self.config.with_prior_preservation and self.config.prior_source == "teacher"
 
     def losses(self, step: Step) -> dict[str, Tensor]:
-        error, is_prior = self.errors(step), step.batch["is_prior"]
-        terms = {"denoise": error[~is_prior].mean()}
-        if is_prior.any():
-            terms["prior"] = self.config.prior_loss_weight * error[is_prior].mean()
+        is_prior = step.batch["is_prior"]
+        terms = {"denoise": self.errors(step)[~is_prior].mean()}
+        if is_prior.any():  # min-SNR weights the instance loss alone, as in diffusers' script
+            terms["prior"] = self.config.prior_loss_weight * self.masked_errors(step)[is_prior].mean()
         elif self.uses_teacher_prior:
             terms["prior"] = self.config.prior_loss_weight * self._teacher_error(step)
         return terms
@@ -90,9 +126,12 @@ class DreamBooth(Method):
         latents."""
         prompts = [self.concepts[concept].class_prompt for concept in step.batch["concept"].tolist()]
         with torch.no_grad(), self.backbone.without_adapters():
-            kept = self.backbone.denoise(step.noisy, step.t, Condition(self.backbone.encode_prompt(prompts)))
-        moved = self.backbone.denoise(step.noisy, step.t, Condition(self.backbone.encode_prompt(prompts)))
+            kept = self.backbone.denoise(step.noisy, step.t, self._class_condition(prompts, step))
+        moved = self.backbone.denoise(step.noisy, step.t, self._class_condition(prompts, step))
         return F.mse_loss(moved.float(), kept.float())
+
+    def _class_condition(self, prompts: list[str], step: Step) -> Condition:
+        return Condition(self.backbone.encode_prompt(prompts), sizes=step.condition.sizes)
 
     def prompts(self):
         return (

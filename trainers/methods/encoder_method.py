@@ -1,7 +1,7 @@
 """What methods that train a subject encoder share: the image encoder, the adapter, and what is dropped for
 guidance."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -28,23 +28,33 @@ class SubjectConfig(MethodConfig):
     """Fields of every method that trains a subject encoder."""
 
     image_encoder: str = option(
-        "", "CLIP vision model: folder, hub id (or OWNER/NAME/FOLDER); empty: stickers' own"
+        "",
+        "CLIP vision model that reads the references: folder, hub id or OWNER/NAME/FOLDER; empty: that of "
+        "stickers",
+        essential=True,
     )
-    pretrained_adapter: str = option("", "an encoder file to go on from, ours or a released IP-Adapter")
-    validation_images: list[str] = field(
-        default_factory=list, metadata={"help": "images of the subject that --validation_prompt calls <s>"}
+    pretrained_adapter: str = option(
+        "", "encoder to go on from: a run, a file, or a released IP-Adapter (for ip_adapter)"
     )
+    validation_images: list[str] = option([], "images of the subject that --validation_prompt calls <s>")
     timestep_sampling: Literal["uniform", "cubic"] = option(
         "uniform",
         "cubic: mostly noisy times, t = 1 - u^3, where an image's content is decided (arXiv 2402.18078)",
     )
     dropout_text: float = option(
-        0.05, "share of samples that are learned without their prompt, for guidance", least=0, most=1
+        0.05, "share of samples trained without their prompt, for classifier-free guidance", least=0, most=1
     )
-    dropout_image: float = option(0.05, "share without visual tokens", least=0, most=1)
-    dropout_both: float = option(0.05, "share without either", least=0, most=1)
+    dropout_image: float = option(
+        0.05, "share of samples trained without references, for classifier-free guidance", least=0, most=1
+    )
+    dropout_both: float = option(
+        0.05,
+        "share of samples trained without prompt and references, for classifier-free guidance",
+        least=0,
+        most=1,
+    )
     multi_reference_rate: float = option(
-        0.25, "share of batches that are given both references", least=0, most=1
+        0.25, "share of batches in which the encoder reads both references of a subject", least=0, most=1
     )
 
 
@@ -53,6 +63,17 @@ class SubjectMethod(Method):
 
     Config = SubjectConfig
     Source = ReferenceSource
+    defaults = {"train_batch_size": 16, "max_train_steps": 100_000, "lr_warmup_steps": 1000}
+    embedded_defaults = {
+        "learning_rate": 7e-4,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 50,
+        "max_train_steps": 1200,
+        "dim": 192,
+        "depth": 2,
+        "timestep_sampling": "cubic",
+        "unmasked_weight": 0.3,
+    }
     adapter: SubjectAdapter
     recomputes_text = False  # in the backward pass, to save memory
 
@@ -75,18 +96,18 @@ class SubjectMethod(Method):
         self.adapters.append(self.adapter)
 
     @classmethod
-    def check_settings(cls, model, settings, config):
-        if settings.validation_prompt and not config.validation_images:
+    def check_settings(cls, model_config, train_config, method_config):
+        if train_config.validation_prompt and not method_config.validation_images:
             raise UserError(
                 "--validation_prompt: name images of the subject to draw with --validation_images."
             )
-        if settings.validation_metric == "score":
+        if train_config.validation_metric == "score":
             raise UserError(
                 "--validation_metric score rates runs of one subject; an encoder's best step goes by "
                 "--holdout's loss."
             )
-        if model.cache_dir or settings.export_kohya:
-            flag = "--cache_dir" if model.cache_dir else "--export_kohya"
+        if model_config.cache_dir or train_config.export_kohya:
+            flag = "--cache_dir" if model_config.cache_dir else "--export_kohya"
             raise UserError(
                 f"{flag} is for LoRA and learned words; an encoder sees new images at every step and is "
                 "one file."

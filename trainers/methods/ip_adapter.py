@@ -16,14 +16,15 @@ class IPAdapterConfig(SubjectConfig):
     plus: bool = option(
         True, "read patches with a resampler (IP-Adapter-Plus) instead of the pooled embedding"
     )
-    dim: int = option(768, "width of the resampler", least=1)
-    depth: int = option(4, "its blocks", least=1)
-    heads: int = option(12, "its attention heads, of 64 numbers each", least=1)
-    visual_queries: int = option(16, "its visual tokens", least=1)
+    dim: int = option(768, "width of the resampler (--plus)", least=1)
+    depth: int = option(4, "blocks of the resampler (--plus)", least=1)
+    heads: int = option(12, "attention heads of the resampler (--plus), of 64 numbers each", least=1)
+    visual_queries: int = option(16, "visual tokens of the resampler (--plus)", least=1)
 
 
 class IPAdapter(SubjectMethod):
     Config = IPAdapterConfig
+    embedded_defaults = SubjectMethod.embedded_defaults | {"heads": 3}
 
     def make_adapter(self) -> SubjectAdapter:
         check_ranges(self.config)

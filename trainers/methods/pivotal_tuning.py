@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from customize.config import option
 from customize.trainers.methods.dreambooth import DreamBooth, DreamBoothConfig
-from customize.trainers.methods.textual_inversion import WordFields, new_words
+from customize.trainers.methods.textual_inversion import WordFields, new_words, word_defaults
 
 
 @dataclass
@@ -19,6 +19,16 @@ class PivotalTuningConfig(WordFields, DreamBoothConfig):
 
 class PivotalTuning(DreamBooth):
     Config = PivotalTuningConfig
+    defaults = DreamBooth.defaults | {"max_train_steps": 1000, "token_learning_rate": 2e-3}
+    embedded_defaults = DreamBooth.embedded_defaults | {
+        "max_train_steps": 500,
+        "token_learning_rate": 1e-2,
+        "num_vectors": 2,
+    }
+
+    @classmethod
+    def defaults_for(cls, base, given):
+        return super().defaults_for(base, given) | word_defaults(given)
 
     def __init__(self, backbone, config: PivotalTuningConfig, concepts):
         super().__init__(backbone, config, concepts)

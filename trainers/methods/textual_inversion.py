@@ -1,19 +1,50 @@
 """Textual Inversion: only the vectors of a new word are learned (Gal et al., 2023, arXiv 2208.01618)."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from customize.adapters.words import LearnedWords
 from customize.config import check_ranges, option
 from customize.errors import UserError
 from customize.trainers.methods.base import Method, MethodConfig
 
+# Prompts after the paper's appendix: neutral contexts, so that the word comes to mean the subject alone.
+TEMPLATES = {
+    "object": [
+        "a photo of a {}",
+        "a close-up photo of a {}",
+        "a bright photo of the {}",
+        "a dark photo of the {}",
+        "a cropped photo of the {}",
+        "a good photo of a {}",
+        "a rendition of a {}",
+        "a depiction of the {}",
+    ],
+    "style": [
+        "a painting in the style of {}",
+        "a rendering in the style of {}",
+        "a cropped painting in the style of {}",
+        "a close-up painting in the style of {}",
+        "a large painting in the style of {}",
+        "a small painting in the style of {}",
+        "a bright painting in the style of {}",
+        "a dark painting in the style of {}",
+    ],
+}
+
 
 @dataclass
 class WordFields:
     """Fields of every method that learns words."""
 
-    placeholder_token: str = option("", "the new word, such as <dog>; several are joined by +")
-    initializer_token: str = option("", "the word it starts from, such as dog; several are joined by +")
+    placeholder_token: str = option(
+        "", "the new word, such as <dog>; several words are joined by +", essential=True
+    )
+    initializer_token: str = option(
+        "", "the word that the new word starts from, such as dog; several are joined by +", essential=True
+    )
     num_vectors: int = option(1, "vectors of each new word", least=1)
 
     @property
@@ -21,9 +52,19 @@ class WordFields:
         return self.initializer_token
 
 
+def word_defaults(given) -> dict[str, str]:
+    """The caption of images without one, where a single word is learned."""
+    word = str(given.get("placeholder_token", ""))
+    return {"instance_prompt": f"a photo of {word}"} if word and "+" not in word else {}
+
+
 @dataclass
 class TextualInversionConfig(WordFields, MethodConfig):
-    pass
+    learnable_property: Literal["none", "object", "style"] = option(
+        "none",
+        "object or style: images without a caption file get random prompts of that kind in every step; none: "
+        "--instance_prompt",
+    )
 
 
 def new_words(backbone, config: WordFields) -> LearnedWords:
@@ -40,8 +81,34 @@ def new_words(backbone, config: WordFields) -> LearnedWords:
 
 class TextualInversion(Method):
     Config = TextualInversionConfig
+    defaults = {"learning_rate": 5e-3, "max_train_steps": 1500}
+    embedded_defaults = {
+        "learning_rate": 1e-2,
+        "lr_scheduler": "cosine",
+        "max_train_steps": 500,
+        "train_batch_size": 4,
+        "num_vectors": 4,
+    }
 
     def __init__(self, backbone, config: TextualInversionConfig, concepts):
         super().__init__(backbone, config, concepts)
         self.tokens = new_words(backbone, config)
         self.adapters.append(self.tokens)
+
+    @classmethod
+    def defaults_for(cls, base, given):
+        return super().defaults_for(base, given) | word_defaults(given)
+
+    def condition(self, batch, t):
+        if self.config.learnable_property == "none":
+            return super().condition(batch, t)
+        pairs = zip(batch["prompt"], batch["concept"].tolist(), strict=True)
+        return super().condition(batch | {"prompt": [self._template(*pair) for pair in pairs]}, t)
+
+    def _template(self, prompt: str, concept: int) -> str:
+        """A random prompt of the property, in the place of the instance prompt."""
+        if prompt != self.concepts[concept].instance_prompt:
+            return prompt
+        templates = TEMPLATES[self.config.learnable_property]
+        word = next(word for word in self.tokens.words if word in prompt)
+        return templates[int(torch.randint(len(templates), ()))].format(word)
