@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from customize.app.shared import check_run, split
 from customize.config import help_text, option, parse
 from customize.errors import OUT_OF_MEMORY, UserError, nearest, run_safely
 from customize.quiet import quiet_libraries
-from customize.trainers.registry import METHODS, find_entry
+from customize.trainers.registry import find_entry, general_usage, methods_listed
 
 DRAWING_MEMORY = (
     "Out of memory: try --num_images_per_prompt 1, --dtype bfloat16, or a smaller --height and --width."
@@ -32,13 +32,13 @@ class DemoConfig:
 @dataclass
 class PushConfig:
     private: bool = option(True, "upload to a private repository; --no_private makes a new one public")
-    samples: list[str] = field(
-        default_factory=list, metadata={"help": "images to upload with the run, beside the last validation's"}
-    )
+    samples: list[str] = option([], "images to upload with the run, beside the last validation's")
     dry_run: bool = option(False, "only list what would be uploaded")
 
 
 def train(words: list[str]) -> None:
+    if words and words[0] in HELP:
+        return print(general_usage())
     if words:
         find_entry(words[0])  # before the seconds that importing torch takes
     from customize.trainers.launch import train_command
@@ -66,7 +66,7 @@ def evaluate(words: list[str]) -> None:
 
 
 def methods(words: list[str]) -> None:
-    print("\n".join(f"{name:<18} {entry.summary}" for name, entry in METHODS.items()))
+    print(methods_listed())
 
 
 def push(words: list[str]) -> None:
@@ -114,8 +114,7 @@ def run_command(words: list[str]) -> None:
     if not all(_is_text(word) for word in words):
         raise UserError("The command line holds bytes that are no UTF-8 text: type the words anew.")
     command, usage, configs = COMMANDS[words[0]]
-    # A method prints its own help.
-    if not HELP & set(words[1:2] if command is train else words):
+    if command is train or not HELP & set(words):  # a method prints its own help
         return command(words[1:])
     print(f"customize {words[0]}{usage}\n{help_text(configs)}")
 

@@ -1,7 +1,7 @@
 """`customize evaluate`: measures methods on a benchmark, or one finished run, and writes a report."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,14 +32,9 @@ class EvaluateConfig:
     """What is evaluated, and how."""
 
     bench: Literal["stickers", "dreambench"] = option("stickers", "which benchmark")
-    methods: list[str] = field(
-        default_factory=lambda: ["base", "real", "textual_inversion", "dreambooth"],
-        metadata={
-            "help": (
-                "what is compared: methods, base (the untouched model), real (images), or folders of "
-                "encoder runs"
-            )
-        },
+    methods: list[str] = option(
+        ["base", "real", "textual_inversion", "dreambooth"],
+        "what is compared: methods, base (the untouched model), real (images), or folders of encoder runs",
     )
     quick: bool = option(False, "stickers: 6 subjects, 8 prompts, 1 image instead of 30, 25 and 4")
     max_train_steps: int = option(200, "stickers: training steps of every method", least=1)

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -47,14 +47,12 @@ class GenerateConfig:
     negative_prompt: str = option("", "what should not be in the image")
     height: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline", least=8)
     width: int | None = option(None, "in pixels, a multiple of 8; none leaves it to the pipeline", least=8)
-    subject_images: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": (
-                "up to four images of what the prompt calls <s>, for a subject encoder; '<s2>=FILE' "
-                "for a second subject"
-            )
-        },
+    subject_images: list[str] = option(
+        [],
+        (
+            "up to four images of what the prompt calls <s>, for a subject encoder; '<s2>=FILE' "
+            "for a second subject"
+        ),
     )
     subject_scale: float = option(1.0, "how strongly the subjects' images count, 0 to 1 and beyond", least=0)
     side_by_side: bool = option(

@@ -19,5 +19,8 @@ __all__ = ["load_pipeline", "load_subject_pipeline", "train"]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'customize' has no attribute '{name}'")
+    from customize.quiet import quietly
+
     module, attribute = _HOMES[name]
-    return getattr(import_module(module), attribute)
+    with quietly():  # libraries warn at their import of what we do not use
+        return getattr(import_module(module), attribute)

@@ -1,5 +1,8 @@
 """What the libraries say, and what of it reaches the screen."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def quiet_libraries() -> None:
     """Leaves the screen to our own messages; downloads keep their progress bars."""
@@ -11,3 +14,24 @@ def quiet_libraries() -> None:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Inside, diffusers and transformers say errors alone and show no bars, but of downloads; what they say
+    elsewhere is the user's choice."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in libraries]
+    quiet_libraries()
+    try:
+        yield
+    finally:
+        for logging, (verbosity, bars) in zip(libraries, before, strict=True):
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+        huggingface_hub.utils.enable_progress_bars()

@@ -1,5 +1,6 @@
 """Pipelines of what was trained, by the names of their runs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,43 @@ from customize.adapters import holds
 from customize.backbones.load import load_base
 from customize.errors import UserError, nearest
 from customize.pipelines.subject import TASKS, SubjectMixin, Task
+from customize.quiet import quietly
 from customize.runs.checkpoint import load, open_run
 from customize.runs.folder import INFO, STAGED, read_info
 
 
-def load_pipeline(run: str | Path, dtype: torch.dtype = torch.float32, **options) -> DiffusionPipeline:
+def load_pipeline(
+    run: str | Path, dtype: torch.dtype = torch.float32, base_model: str = "", **options: Any
+) -> DiffusionPipeline:
     """A diffusers pipeline that draws what a run has learned; `run` may also be a base model (folder, hub id,
     `stickers`).
 
-    `options` go to diffusers' `from_pretrained`. Raises UserError for folders that are neither, and for runs
+    `base_model` takes the place of the one that the run names, as when its folder has moved. `options` go to
+    diffusers' `from_pretrained`. Raises UserError for folders that are neither, and for runs
     whose files are missing, changed or do not fit their base model.
     """
+    if not isinstance(run, str | Path):
+        raise UserError(
+            f"load_pipeline takes the name of one run or base model, not a {type(run).__name__}; load more "
+            "LoRA files into the pipeline with pipe.load_lora_weights."
+        )
     folder = Path(run)
-    if not (folder / INFO).exists() and not (folder / STAGED).exists():
-        if folder.exists() and not (folder / "model_index.json").exists():
-            read_info(folder)
-        return load_base(str(run), dtype, **options)
-    info = open_run(folder)
-    revision = {k: v for k in ("revision", "variant") if (v := info["config"].get(k))}
-    pipe = load_base(info["base_model"], dtype, **(revision | options))
-    load(folder, pipe, info)
-    return pipe
+    with quietly():
+        if not (folder / INFO).exists() and not (folder / STAGED).exists():
+            if folder.exists() and not (folder / "model_index.json").exists():
+                read_info(folder)
+            return load_base(base_model or str(run), dtype, **options)
+        info = open_run(folder)
+        pipe = load_base(base_model or info["base_model"], dtype, **(_base_options(info) | options))
+        load(folder, pipe, info)
+        return pipe
+
+
+def _base_options(info: Mapping[str, Any]) -> dict[str, str]:
+    """What a run loaded its base model with."""
+    config = info["config"]
+    names = {"revision": "revision", "variant": "variant", "vae_name": "pretrained_vae_model_name_or_path"}
+    return {option: value for option, name in names.items() if (value := config.get(name))}
 
 
 def with_subjects(pipe: DiffusionPipeline) -> Any:

@@ -34,7 +34,7 @@ from customize.adapters.attention import is_installed, text_layers, use_xformers
 from customize.adapters.embedding_hooks import replaced_words
 from customize.adapters.encoders.image_encoder import ImageEncoder, image_encoder_of, load_image_encoder
 from customize.adapters.subject_files import adapter_file, load_adapter
-from customize.backbones.text import text_parts
+from customize.backbones.text import clip_skip_works, text_parts
 from customize.errors import UserError
 from customize.pipelines.conditioning import SubjectCall, stack_references, with_words
 from customize.pipelines.inputs import (
@@ -313,7 +313,10 @@ class SubjectMixin(Stock):
     def encode_prompt(self, *args, **kwargs):
         """The stock method's results; with subjects, S+ is in the prompts, and the text of every time and
         slot is kept."""
-        call = self._subjects
+        with clip_skip_works(self.text_encoder):
+            return self._encode_prompt_of_call(self._subjects, args, kwargs)
+
+    def _encode_prompt_of_call(self, call: SubjectCall | None, args: tuple, kwargs: dict) -> Any:
         if call is None or not self.adapter.has_words:
             return super().encode_prompt(*args, **kwargs)
         bound = inspect.signature(super().encode_prompt).bind(*args, **kwargs).arguments

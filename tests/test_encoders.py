@@ -487,7 +487,7 @@ def adapted(base: str, **options):
             special = {
                 "pad_token": "<pad>",
                 "bos_token": "<start>",
-                "eos_token": "</s>",
+                "eos_token": "<end>",
                 "unk_token": "<unk>",
             }
             setattr(

@@ -47,7 +47,7 @@ BLACK, OPEN = Image.new("L", (8, 8)), Image.new("L", (8, 8), 255)
 def own_words(tokenizer) -> PreTrainedTokenizerFast:
     """The tokenizer with a beginning of another name: no real one calls it <s>."""
     core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace('"<s>"', '"<start>"'))
-    special = {"pad_token": "<pad>", "bos_token": "<start>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special = {"pad_token": "<pad>", "bos_token": "<start>", "eos_token": "<end>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=core, **special, model_max_length=16)
 
 

@@ -60,7 +60,7 @@ def test_a_word_equals_a_row_of_the_embedding_table(base, index):
     backbone, tokens = learned(base, {"<toy>": "dog"})
     ids = backbone.tokenizers[index]("a red <toy> on grass").input_ids
     found = backbone.text_encoders[index](torch.tensor([ids]))[0]
-    same = [*ids_of("<s>", "a", "red"), FIRST, *ids_of("on", "grass", "</s>")]
+    same = [*ids_of("<start>", "a", "red"), FIRST, *ids_of("on", "grass", "<end>")]
     expected = by_hand(base, index, tokens.vectors[index].detach(), same)
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, atol=1e-5)
@@ -75,7 +75,7 @@ def test_several_words_of_several_vectors(base, index):
     assert prompt == "a <cat> <cat>_1 in <toy> <toy>_1"
     found = backbone.text_encoders[index](torch.tensor([backbone.tokenizers[index](prompt).input_ids]))[0]
     toy, toy_1, cat, cat_1 = vectors = tokens.vectors[index].detach()
-    same = [*ids_of("<s>", "a"), FIRST + 2, FIRST + 3, *ids_of("in"), FIRST, FIRST + 1, *ids_of("</s>")]
+    same = [*ids_of("<start>", "a"), FIRST + 2, FIRST + 3, *ids_of("in"), FIRST, FIRST + 1, *ids_of("<end>")]
     expected = by_hand(base, index, vectors, same)
     assert torch.allclose(found, expected, atol=1e-5)
     named = tokens.by_word()

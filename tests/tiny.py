@@ -29,13 +29,13 @@ WORDS = ["a", "photo", "of", "the", "dog", "cat", "on", "grass", "sks", "red", "
 
 
 def tokenizer(length: int = 16) -> PreTrainedTokenizerFast:
-    vocab = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    vocab = {w: i for i, w in enumerate(["<pad>", "<start>", "<end>", "<unk>", *WORDS])}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
     )
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special = {"pad_token": "<pad>", "bos_token": "<start>", "eos_token": "<end>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=core, **special, model_max_length=length)
 
 

@@ -24,7 +24,7 @@ from customize.trainers.loop import train
 from customize.trainers.methods.base import Method
 from customize.trainers.output import check_progress, claimed_output, clear_output, resumed_folder
 from customize.trainers.prepare import load_backbone
-from customize.trainers.registry import all_methods, display_name, find_method
+from customize.trainers.registry import display_name, find_method, general_usage
 from customize.trainers.scorers import make_scorer
 from customize.trainers.settings import ModelConfig, TrainConfig, check_settings, make_accelerator
 
@@ -46,11 +46,6 @@ def usage(name: str) -> str:
     return f"customize train {name} [FILE.yaml] [--flag value ...]\n\n{title}\n\n{note}\n\n{flags}"
 
 
-def methods_listed() -> str:
-    """A line for each method."""
-    return "\n".join(f"{name:<18} {entry.summary}" for name, entry in all_methods().items())
-
-
 def described(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items()) or "none"
 
@@ -58,11 +53,7 @@ def described(settings: Mapping[str, Any]) -> str:
 def train_command(words: list[str]) -> None:
     """`customize train`: trains, or prints the help of a method."""
     if words and words[0] in HELP:
-        return print(
-            "customize train METHOD [FILE.yaml] [--flag value ...]\n\n"
-            "customize train METHOD --help lists a method's flags. METHOD is FILE.py:Class or one of\n\n"
-            f"{methods_listed()}"
-        )
+        return print(general_usage())
     if not words:
         raise UserError("customize train needs a METHOD: `customize methods` lists them.")
     find_method(words[0])

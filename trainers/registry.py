@@ -52,6 +52,20 @@ def all_methods() -> dict[str, Entry]:
     return added | METHODS
 
 
+def methods_listed() -> str:
+    """A line for each method."""
+    return "\n".join(f"{name:<18} {entry.summary}" for name, entry in all_methods().items())
+
+
+def general_usage() -> str:
+    """The help of `customize train` without a method."""
+    return (
+        "customize train METHOD [FILE.yaml] [--flag value ...]: teach a model your subject\n\n"
+        "customize train METHOD --help lists a method's flags. METHOD is FILE.py:Class or one of\n\n"
+        f"{methods_listed()}"
+    )
+
+
 def find_entry(name: str) -> Entry:
     """The entry of a method, without importing the method; `FILE.py:Class` is a method in a file."""
     if is_file(name):

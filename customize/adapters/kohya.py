@@ -52,11 +52,13 @@ def kohya_state(module: ModelMixin, prefix: str) -> dict[str, Tensor]:
     """
     config, out = module.peft_config["default"], {}
     for name, value in get_peft_model_state_dict(module).items():
-        path, _, kind = name.partition(".lora_")
-        path = with_text_model(path) if prefix.startswith("lora_te") else path
+        layer, _, kind = name.partition(".lora_")
+        path = with_text_model(layer) if prefix.startswith("lora_te") else layer
         key = f"{prefix}_{path.replace('.', '_')}"
         part = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(kind, "dora_scale")
         value = value.detach().float().cpu()
-        out[f"{key}.{part}"] = (value[:, None] if part == "dora_scale" else value).contiguous()
+        if part == "dora_scale":  # (out, 1) of a linear layer, (out, 1, 1, 1) of a convolution
+            value = value.reshape(-1, *[1] * (module.get_submodule(layer).weight.ndim - 1))
+        out[f"{key}.{part}"] = value.contiguous()
         out[f"{key}.alpha"] = torch.tensor(float(config.lora_alpha))
     return out

@@ -1,6 +1,8 @@
 """LoRA (low-rank adapters, Hu et al., 2021, arXiv 2106.09685) of the denoiser and the text encoders,
 through peft."""
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from customize.adapters.base import Adapter
-from customize.adapters.lora_files import LORA, check_lora, diffusers_state, folded_metadata
+from customize.adapters.lora_files import LORA, MAGNITUDE, check_lora, diffusers_state, folded_metadata
 from customize.backbones.base import Backbone
 from customize.backbones.layers import PRESETS
 from customize.config import check_ranges, option
@@ -111,8 +113,31 @@ class Lora(Adapter):
     def load(folder: Path, info: Mapping[str, Any], pipe: DiffusionPipeline) -> None:
         file = folder / LORA
         if file.exists():
-            check_lora(pipe, tensors_of(file), str(file), header(file))
-            pipe.load_lora_weights(str(folder), weight_name=LORA)
+            state = tensors_of(file)
+            check_lora(pipe, state, str(file), header(file))
+            pipe.load_lora_weights(str(folder), weight_name=LORA, adapter_name=adapter_name(folder, pipe))
+            _load_magnitudes(pipe, state)
+
+
+def adapter_name(folder: Path, pipe: DiffusionPipeline) -> str:
+    """A name for a run's LoRA in a pipeline: that of its folder, as far as modules can be called so."""
+    name = re.sub(r"\W+", "_", folder.resolve().name) or "run"
+    taken = {own for names in pipe.get_list_adapters().values() for own in names}
+    numbered = (f"{name}_{i}" for i in itertools.count(2))
+    return next(own for own in itertools.chain([name], numbered) if own not in taken)
+
+
+@torch.no_grad()
+def _load_magnitudes(pipe: DiffusionPipeline, state: Mapping[str, Tensor]) -> None:
+    """DoRA's magnitudes of text encoders, which transformers' loader leaves out."""
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        if not part.startswith("text_encoder") or not rest.endswith(MAGNITUDE):
+            continue
+        encoder, layer = getattr(pipe, part), rest.removesuffix(MAGNITUDE)
+        known = layer if layer in dict(encoder.named_modules()) else layer.removeprefix("text_model.")
+        *_, magnitude = encoder.get_submodule(known).lora_magnitude_vector.values()
+        magnitude.weight.copy_(value)
 
 
 def adapted(backbone: Backbone) -> dict[str, ModelMixin]:

@@ -15,6 +15,8 @@ from customize.backbones.text import COMPONENTS
 from customize.errors import UserError
 from customize.tensor_checks import check_finite
 
+MAGNITUDE = ".lora_magnitude_vector"  # end of the keys of DoRA's magnitudes
+
 # of a LoRA file's keys, in diffusers' older layout (UNets) and in peft's: which tensor of a layer it is
 ENDINGS = {
     ".lora.down.weight": ("older", "down"),
@@ -23,7 +25,7 @@ ENDINGS = {
     ".lora_linear_layer.up.weight": ("older", "up"),
     ".lora_A.weight": ("peft", "down"),
     ".lora_B.weight": ("peft", "up"),
-    ".lora_magnitude_vector": ("", "magnitude"),
+    MAGNITUDE: ("", "magnitude"),
 }
 
 

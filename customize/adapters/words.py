@@ -1,5 +1,6 @@
 """Learned words: vectors that stand in for placeholder words in every text encoder."""
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ class LearnedWords(nn.Module, Adapter):
                 num_vectors
             )
             add_words(tokenizer, tokens)
+            _check_found(backbone.pipe, tokenizer, self.words, num_vectors)
             table = embedding_table(encoder)
             self.vectors.append(
                 nn.Parameter(table.weight[start.to(table.weight.device)].detach().float().clone())
@@ -102,6 +104,23 @@ class LearnedWords(nn.Module, Adapter):
             word: {name: parts[i] for name, parts in zip(self.names, split, strict=True)}
             for i, word in enumerate(self.words)
         }
+
+
+def _check_found(pipe: DiffusionPipeline, tokenizer: Any, words: list[str], num_vectors: int) -> None:
+    """UserError unless diffusers puts all vectors of each word into a prompt: a tokenizer that lower-cases
+    finds only the first one of a word with capitals."""
+    expand = getattr(pipe, "maybe_convert_prompt", None)
+    for word in words if expand else ():
+        found = tokenizer(expand(word, tokenizer), add_special_tokens=False).input_ids
+        if found != tokenizer.convert_tokens_to_ids(pieces(word, num_vectors)):
+            raise UserError(
+                f"--placeholder_token: the tokenizer does not find all {num_vectors} vectors of '{word}' in "
+                f"a prompt; write it without capitals and signs, such as '<{_plain(word)}>'."
+            )
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", word.lower()).strip("-") or "subject"
 
 
 def _start(tokenizer, word: str) -> int:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from customize import embedded
 from customize.backbones.families import BACKBONES
 from customize.backbones.sd3 import WordsSD3Pipeline
-from customize.backbones.text import text_parts
+from customize.backbones.text import clip_skip_works, text_parts
 from customize.errors import UserError, first_line
 from customize.tensor_checks import load_whole
 
@@ -69,7 +70,20 @@ def load_base(
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.eval()
+    _let_clip_skip(pipe)
     return pipe
+
+
+def _let_clip_skip(pipe: Any) -> None:
+    """The option clip_skip of the pipeline's call works with this transformers too."""
+    stock = pipe.encode_prompt
+
+    @wraps(stock)
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        with clip_skip_works(getattr(pipe, "text_encoder", None)):
+            return stock(*args, **kwargs)
+
+    pipe.encode_prompt = encode_prompt
 
 
 def _autoencoder(name: str, dtype: torch.dtype) -> AutoencoderKL:

@@ -1,5 +1,9 @@
 """The tokenizers and text encoders of a pipeline."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel, T5EncoderModel
@@ -28,6 +32,20 @@ def text_parts(pipe: DiffusionPipeline) -> tuple[list, list]:
     ]
     found = [(tokenizer, encoder) for tokenizer, encoder in parts if encoder is not None]
     return [tokenizer for tokenizer, _ in found], [encoder for _, encoder in found]
+
+
+@contextmanager
+def clip_skip_works(encoder: Any) -> Iterator[None]:
+    """Inside, diffusers finds text_model.final_layer_norm, which it reads for clip_skip and which
+    transformers 5.6 moved up. Elsewhere the name must be missing: diffusers' LoRA loader goes by it."""
+    moved = hasattr(encoder, "final_layer_norm") and not hasattr(encoder, "text_model")
+    if moved:  # past nn.Module, so that no weight has two names
+        object.__setattr__(encoder, "text_model", encoder)
+    try:
+        yield
+    finally:
+        if moved:
+            object.__delattr__(encoder, "text_model")
 
 
 def lost_words(pipe: DiffusionPipeline, prompt: str) -> str:

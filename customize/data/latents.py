@@ -19,10 +19,9 @@ class LatentDataset(Dataset):
     def __init__(self, dataset: SubjectDataset, backbone: Backbone, cache: TensorCache):
         self.images, self.config, self.bucket_of = dataset.images, dataset.config, dataset.bucket_of
         self.model = key_of("latents of sRGB images", fingerprint(backbone.vae))
-        self.items = {
-            key: self._encode(dataset, key, backbone, cache)
-            for key in tqdm(list(all_keys(dataset)), desc="encoding images")
-        }
+        keys = list(all_keys(dataset))
+        with tqdm(keys, desc="encoding images", disable=not keys) as bar:
+            self.items = {key: self._encode(dataset, key, backbone, cache) for key in bar}
 
     def _encode(self, dataset: SubjectDataset, key: Key, backbone: Backbone, cache: TensorCache) -> dict:
         index, bucket, flip = key

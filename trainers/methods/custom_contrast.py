@@ -140,10 +140,11 @@ class CustomContrast(SubjectMethod):
         prompts = self.prompts_of(batch, no_text)
         if adapter.has_words:
             texts = self.texts(prompts, adapter.word_vectors(encoded, present.float()))
+            texts = self.without_text(texts, no_text, dim=1)
             injected.block_texts = texts["encoder_hidden_states"]
             text = {name: value[adapter.text_blocks // 2] for name, value in texts.items()}
         else:
-            text = self.backbone.encode_prompt(prompts)
+            text = self.without_text(self.backbone.encode_prompt(prompts), no_text)
         if not self.contrasts:
             return ContrastiveCondition(text, injected)
         first = torch.arange(present.shape[1], device=present.device).expand_as(present)[present] == 0

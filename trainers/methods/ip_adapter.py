@@ -45,7 +45,7 @@ class IPAdapter(SubjectMethod):
             features = torch.where(of_subjects(no_image, present).view(-1, 1, 1, 1), blank, features)
         shows_target = of_subjects(batch["shows_target"], present)
         encoded = self.encode(features, of_subjects(t, present), shows_target).spread(present)
-        text = self.backbone.encode_prompt(self.prompts_of(batch, no_text))
+        text = self.without_text(self.backbone.encode_prompt(self.prompts_of(batch, no_text)), no_text)
         return Condition(
             text, self.adapter.injected(encoded, present.float(), regions=self.regions_of(batch))
         )
