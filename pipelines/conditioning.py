@@ -24,7 +24,8 @@ class SubjectCall:
     adapter: SubjectAdapter
     features: Tensor  # (prompts, subjects, references, tokens, features)
     references: Tensor  # (prompts, subjects, references): which there are
-    scales: dict[str, float]
+    strengths: Tensor  # (subjects,): weight of each subject's visual branch
+    scales: dict[str, float]  # of the visual branch by layer
     cached: bool  # whether keys and values are kept between steps
     images: int = 1  # of each prompt
     # from the latent height and width of the images, where the call gives masks
@@ -44,7 +45,8 @@ class SubjectCall:
 
     @property
     def weight(self) -> Tensor:
-        return self.present.to(self.features.dtype)
+        """The weight of each subject's visual branch, (prompts, subjects)."""
+        return self.present.to(self.features.dtype) * self.strengths
 
     def encoded(self, bins: int) -> Encoded:
         """All subjects of the call in a time bin, (prompts * subjects, ...)."""
@@ -99,7 +101,7 @@ def stack_references(subjects: Sequence[Subjects]) -> tuple[Tensor, Tensor]:
     """Features (prompts, subjects, references, tokens, features), and which references there are."""
     columns = 1 + max(WORDS.index(word) for found in subjects for word in found)
     most = max(len(own) for found in subjects for own in found.values())
-    any_one = next(iter(subjects[0].values()))
+    any_one = next(own for found in subjects for own in found.values())
     features = any_one.new_zeros(len(subjects), columns, most, *any_one.shape[1:])
     present = torch.zeros(features.shape[:3], dtype=torch.bool, device=features.device)
     for row, found in enumerate(subjects):

@@ -1,6 +1,7 @@
 """What a call with subjects is given: read and checked."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from customize.errors import UserError, shortened
 from customize.imaging import TooLarge, checked_image, read_image
-from customize.prompts import without_words
+from customize.prompts import WORDS, without_words
 
 Reference = Image.Image | str | Path
 
@@ -42,12 +43,15 @@ def each_prompt(images: Any, count: int) -> list[Any]:
     """The subjects of each prompt: those given for all of them, or one entry a prompt."""
     if isinstance(images, str) or not isinstance(images, Sequence):
         return [images] * count
-    own = [isinstance(entry, Mapping | Sequence | Tensor) and not isinstance(entry, str) for entry in images]
+    own = [
+        entry is None or (isinstance(entry, Mapping | Sequence | Tensor) and not isinstance(entry, str))
+        for entry in images
+    ]
     if not any(own):
         return [images] * count
     if not all(own):
         raise UserError(
-            "subject_images: for a prompt each, every entry must be a list or a dictionary of images."
+            "subject_images: for a prompt each, every entry must be a list or dictionary of images, or None."
         )
     if len(images) != count:
         raise UserError(
@@ -100,22 +104,35 @@ def side_by_side(there: Tensor, height: int, width: int) -> Tensor:
     return regions[:, :, None].expand(-1, -1, height, -1)
 
 
-def layer_scales(scale: float | Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
-    """The scale of each layer; of several beginnings that fit a layer's name the longest counts. UserError
-    for one that fits none."""
-    numbers = list(scale.values()) if isinstance(scale, Mapping) else [scale]
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise UserError(f"subject_scale must be a number, or numbers by layer, not {number!r}.")
-    if not isinstance(scale, Mapping):
-        return dict.fromkeys(layers, float(scale))
-    for prefix in scale:
+Scale = float | Mapping[str, float]
+
+
+def scales_of(scale: Scale, layers: Sequence[str]) -> tuple[list[float], dict[str, float]]:
+    """The weight of each subject, in the order of `WORDS`, and the scale of each layer.
+
+    `scale` is one number for all, or numbers by subject, or by the beginning of layers' names, of which the
+    longest that fits counts. UserError for what is no number of at least 0, and for a key that is neither a
+    subject's word nor the beginning of a layer's name.
+    """
+    for number in scale.values() if isinstance(scale, Mapping) else [scale]:
+        known = isinstance(number, int | float) and not isinstance(number, bool)
+        if not known or not 0 <= number < math.inf:
+            raise UserError(
+                f"subject_scale must be a number of at least 0, or such numbers by subject or by layer, not "
+                f"{number!r}."
+            )
+    by_name = dict(scale) if isinstance(scale, Mapping) else {}
+    subjects = [float(by_name.pop(word, 1.0)) for word in WORDS]
+    for prefix in by_name:
         if not any(layer.startswith(prefix) for layer in layers):
             raise UserError(
-                f"subject_scale: no layer's name begins with '{prefix}'; they are {', '.join(layers)}."
+                f"subject_scale: '{prefix}' is neither a subject's word ({', '.join(WORDS)}) nor the "
+                f"beginning of a layer's name ({', '.join(layers)})."
             )
+    if not isinstance(scale, Mapping):
+        return subjects, dict.fromkeys(layers, float(scale))
     scales = {}
     for layer in layers:
-        fitting = [prefix for prefix in scale if layer.startswith(prefix)]
-        scales[layer] = float(scale[max(fitting, key=len)]) if fitting else 1.0
-    return scales
+        fitting = [prefix for prefix in by_name if layer.startswith(prefix)]
+        scales[layer] = float(by_name[max(fitting, key=len)]) if fitting else 1.0
+    return subjects, scales

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline
@@ -10,6 +10,7 @@ from diffusers.models.controlnets import MultiControlNetModel
 
 from customize import embedded
 from customize.adapters import holds
+from customize.adapters.encoders.image_encoder import ReferenceFit
 from customize.backbones.load import load_base
 from customize.errors import UserError, nearest
 from customize.pipelines.subject import TASKS, SubjectMixin, Task
@@ -79,6 +80,12 @@ def _of_components(kind: Any, pipe: DiffusionPipeline, **more: Any) -> Any:
 def _for_task(pipe: DiffusionPipeline, task: str, controlnet: Any) -> Any:
     """The pipeline with subjects of a task, from the text-to-image pipeline of a base model."""
     more = {"controlnet": controlnet} if task == "controlnet" else {}
+    channels = getattr(getattr(pipe, "unet", None), "config", {}).get("in_channels")
+    if task == "inpainting" and channels not in (None, 4, 9):
+        raise UserError(
+            f"task 'inpainting': diffusers draws it with latents of 4 channels, and this base model's have "
+            f"{channels}; use another base model."
+        )
     for stock, kind in zip(TASKS["text-to-image"], TASKS[task].values(), strict=True):
         if type(pipe) is stock:
             return _of_components(kind, pipe, **more)
@@ -107,6 +114,7 @@ def load_subject_pipeline(
     dtype: torch.dtype = torch.float32,
     task: Task = "text-to-image",
     controlnet: Any = None,
+    reference_fit: ReferenceFit | Literal[""] = "",
     **options: Any,
 ) -> Any:
     """A pipeline that draws subjects from images, without tuning.
@@ -114,7 +122,9 @@ def load_subject_pipeline(
     `run` is a run of custom_contrast or ip_adapter, or a base model (folder, hub id, `stickers`); with a base
     model, or a run of a method that trains no encoder (LoRA, words), `adapter` names the encoder (run, file,
     released IP-Adapter), by default that of the embedded stickers. The pipeline's call is that of diffusers'
-    pipeline for the `task`; "controlnet" needs `controlnet`, a ControlNetModel or a list of them. UserError
+    pipeline for the `task`; "controlnet" needs `controlnet`, a ControlNetModel or a list of them.
+    `reference_fit` says how references that are not square become square: "stretch", "pad" or "crop"; empty:
+    as in the run. `options` go to `load_pipeline`. UserError
     for a task that does not exist and for a base model or an encoder that does not fit.
     """
     _check_task(task, controlnet)
@@ -129,5 +139,5 @@ def load_subject_pipeline(
         raise UserError(
             f"'{run}' has no subject encoder: name one, a run of custom_contrast or ip_adapter, or a file."
         )
-    pipe.load_subject_adapter(adapter, image_encoder)
+    pipe.load_subject_adapter(adapter, image_encoder, reference_fit)
     return pipe

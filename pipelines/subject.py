@@ -9,8 +9,9 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -32,7 +33,12 @@ from torch import Tensor
 from customize import embedded
 from customize.adapters.attention import is_installed, text_layers, use_xformers
 from customize.adapters.embedding_hooks import replaced_words
-from customize.adapters.encoders.image_encoder import ImageEncoder, image_encoder_of, load_image_encoder
+from customize.adapters.encoders.image_encoder import (
+    ImageEncoder,
+    ReferenceFit,
+    image_encoder_of,
+    load_image_encoder,
+)
 from customize.adapters.subject_files import adapter_file, load_adapter
 from customize.backbones.text import clip_skip_works, text_parts
 from customize.errors import UserError
@@ -43,8 +49,8 @@ from customize.pipelines.inputs import (
     by_name,
     check_length,
     each_prompt,
-    layer_scales,
     opened,
+    scales_of,
     side_by_side,
     texts_of,
     without_subjects,
@@ -75,21 +81,67 @@ class SubjectMixin(Stock):
     """Adds subjects to a stock pipeline of Stable Diffusion or SDXL; without an adapter, or without
     `subject_images`, it is the stock one."""
 
-    adapter: Any = None  # a SubjectAdapter, once one is loaded
+    reference_fit: ReferenceFit = "stretch"  # how references that are not square become square
     _subjects: SubjectCall | None = None
 
-    def load_subject_adapter(self, name: str | Path, image_encoder: str | ImageEncoder = "") -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """The signature of every class's call holds the stock call's arguments, and those of subjects."""
+        super().__init_subclass__(**kwargs)
+        stock = cls._stock_class()
+        own = inspect.signature(SubjectMixin.__call__).parameters.values()
+        more = [parameter for parameter in own if parameter.name.startswith("subject_")]
+        *first, last = inspect.signature(stock.__call__).parameters.values()
+        rest = [last] if last.kind is inspect.Parameter.VAR_KEYWORD else []
+        listed = [*first, *([] if rest else [last]), *more, *rest]
+
+        @wraps(SubjectMixin.__call__)
+        def call(self: Any, *args: Any, **options: Any) -> Any:
+            return SubjectMixin.__call__(self, *args, **options)
+
+        call.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
+        cls.__call__ = call  # type: ignore[method-assign]
+
+    @classmethod
+    def _stock_class(cls) -> Any:
+        """The stock pipeline that the mixin stands beside."""
+        return next(kind for kind in cls.__mro__ if not issubclass(kind, SubjectMixin))
+
+    @property
+    def adapter(self) -> Any:
+        """The SubjectAdapter that is loaded, or None. It goes with the denoiser, so that every pipeline with
+        subjects of the same components has it."""
+        return getattr(self.unet, "subject_adapter", None)
+
+    @adapter.setter
+    def adapter(self, adapter: Any) -> None:
+        # past nn.Module: the denoiser's state dict stays stock
+        object.__setattr__(self.unet, "subject_adapter", adapter)
+
+    def load_subject_adapter(
+        self,
+        name: str | Path,
+        image_encoder: str | ImageEncoder = "",
+        reference_fit: ReferenceFit | Literal[""] = "",
+    ) -> None:
         """Loads a subject encoder: a run folder, a file of ours or of a released IP-Adapter, or
         `stickers`.
 
-        `image_encoder` (folder, hub id, OWNER/NAME/FOLDER or an image_encoder) is read from the run, or
-        else must be given. Raises UserError if there is no encoder, it was made for another base model,
-        or the pipeline is offloaded already.
+        `image_encoder` (folder, hub id, OWNER/NAME/FOLDER or an ImageEncoder) is read from the run, or
+        else must be given. `reference_fit` says how references that are not square become square:
+        "stretch", "pad" (with white) or "crop" (to the centre, as stock IP-Adapters do); empty: as in the
+        run. Raises UserError if there is no encoder, it was made for another base model, or the pipeline is
+        offloaded already.
         """
         if any(hasattr(part, "_hf_hook") for part in self.components.values()):
             raise UserError(
                 "load the subject encoder before offloading: its image encoder must be offloaded with the "
                 "others."
+            )
+        if getattr(self.unet, "encoder_hid_proj", None) is not None:
+            raise UserError("an IP-Adapter is loaded: call unload_ip_adapter before load_subject_adapter.")
+        if reference_fit and reference_fit not in get_args(ReferenceFit):
+            raise UserError(
+                f"reference_fit: there is no '{reference_fit}'; choose {', '.join(get_args(ReferenceFit))}."
             )
         file = embedded.SUBJECT_ENCODER if embedded.is_embedded(name) else adapter_file(str(name))
         if (file.parent / INFO).exists():
@@ -100,6 +152,8 @@ class SubjectMixin(Stock):
             else self._find_image_encoder(file, image_encoder)
         )
         self.adapter = load_adapter(file, self, image_encoder).to(self.unet.dtype)
+        of_run = read_info(file.parent)["config"] if (file.parent / INFO).exists() else {}
+        self.reference_fit = reference_fit or of_run.get("reference_fit", "stretch")
         image_encoder.vision.to(self.unet.device, self.unet.dtype)
         self.register_modules(image_encoder=image_encoder.vision, feature_extractor=image_encoder.processor)
 
@@ -121,6 +175,37 @@ class SubjectMixin(Stock):
         self.adapter = None
         self.unet.set_attn_processor(AttnProcessor2_0())
 
+    def load_ip_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_ip_adapter("load_ip_adapter")
+        super().load_ip_adapter(*args, **kwargs)
+
+    def unload_ip_adapter(self) -> None:
+        self._refuse_ip_adapter("unload_ip_adapter")
+        super().unload_ip_adapter()
+
+    def _refuse_ip_adapter(self, what: str) -> None:
+        if self.adapter is not None:
+            raise UserError(
+                f"{what}: a subject encoder is loaded, which also reads IP-Adapters; call "
+                "unload_subject_adapter first."
+            )
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Saves the pipeline as the stock one, which stock diffusers reads, with the subject encoder's file
+        beside it, which `load_subject_pipeline(folder)` reads. UserError while a LoRA is loaded, as its
+        layers have other names than the base model's."""
+        if any(getattr(part, "peft_config", None) for part in self.components.values()):
+            raise UserError(
+                "save_pretrained: a LoRA is loaded; call fuse_lora and unload_lora_weights first, or keep "
+                "the run folder instead."
+            )
+        stock = self._stock_class()
+        _, names = stock._get_signature_keys(stock)
+        settings = {name: self.config[name] for name in names if name in self.config}
+        stock(**self.components, **settings).save_pretrained(save_directory, *args, **kwargs)
+        if self.adapter is not None:
+            self.adapter.save(Path(save_directory))
+
     def encode_references(self, images: Reference | Sequence[Reference]) -> Tensor:
         """Images of one subject to features (references, tokens, features), which `subject_images`
         takes instead of them.
@@ -134,7 +219,7 @@ class SubjectMixin(Stock):
         images = [opened(image) for image in listed]
         if not 1 <= len(images) <= MAX_REFERENCES:
             raise UserError(f"a subject takes 1 to {MAX_REFERENCES} reference images, not {len(images)}.")
-        image_encoder: Any = image_encoder_of(self)
+        image_encoder: Any = image_encoder_of(self, self.reference_fit)
         self._place_adapter()
         pixels = image_encoder.pixels(images).to(self._execution_device, self.unet.dtype)
         return self.adapter.encoder.read(image_encoder(pixels))
@@ -158,13 +243,18 @@ class SubjectMixin(Stock):
 
         `subject_images`: one image or a list of up to four (PIL or path) of the subject that the prompt
         calls `<s>`; a dictionary of these by word (`<s>`, `<s2>`, `<s3>`, `<s4>`) for several subjects;
-        or a list of lists or dictionaries, one for each prompt. `subject_scale` weights the visual
-        branch, for all layers or by the beginning of their names ("down", "mid", "up", "up_blocks.1").
+        or a list of lists or dictionaries, one for each prompt, with None for a prompt without a subject.
+        `subject_scale`, at least 0, weights the visual branch: one number, numbers by subject
+        (`{"<s>": 0.5}`), or by the beginning of layers' names ("down", "mid", "up", "up_blocks.1").
         `subject_masks`: white where a subject may be, by word; or "side by side", from left to right in
         the order of their words. `subject_cache` keeps keys and values between steps. UserError for
         references that do not fit the prompt.
         """
         kwargs = by_name(super().__call__, args, kwargs)
+        if self.adapter is not None:
+            for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
+                if kwargs.get(name) is not None:
+                    raise UserError(f"{name}: a subject encoder is loaded; give images as subject_images.")
         if subject_images is None:
             self._refuse_words(kwargs, TEXTS)
             return super().__call__(**kwargs)
@@ -175,6 +265,8 @@ class SubjectMixin(Stock):
             raise UserError("subject_images needs `prompt`: S+ cannot be put into prompt_embeds.")
         self._refuse_words(kwargs, NEGATIVES)
         subjects = [self._encoded(entry) for entry in each_prompt(subject_images, len(prompts))]
+        if not any(subjects):
+            raise UserError("subject_images is empty: give 1 to 4 images of the subject.")
         for prompt, found in zip(prompts, subjects, strict=True):
             check_words(prompt, found, self.adapter.has_words)
             if self.adapter.has_words:
@@ -188,10 +280,13 @@ class SubjectMixin(Stock):
             self.unet, self.adapter.branches
         ):  # but those of another pipeline with the same denoiser
             self.adapter.install(self.unet)
-        scales = layer_scales(subject_scale, list(text_layers(self.unet).values()))
+        strengths, scales = scales_of(subject_scale, list(text_layers(self.unet).values()))
+        features, references = stack_references(subjects)
         call = SubjectCall(
             self.adapter,
-            *stack_references(subjects),
+            features,
+            references,
+            features.new_tensor(strengths[: features.shape[1]]),
             scales,
             subject_cache,
             kwargs.get("num_images_per_prompt") or 1,
@@ -201,6 +296,8 @@ class SubjectMixin(Stock):
             return super().__call__(**kwargs)
 
     def _encoded(self, entry: Any) -> Subjects:
+        if entry is None:
+            return {}
         entry = entry if isinstance(entry, Mapping) else {WORDS[0]: entry}
         if not entry:
             raise UserError("subject_images is empty: give 1 to 4 images of the subject.")
@@ -270,7 +367,7 @@ class SubjectMixin(Stock):
         stock = stock if self.adapter.has_words else {}
         if self.adapter.encoder.has_blank:
             side = self.image_encoder.config.image_size
-            image_encoder: Any = image_encoder_of(self)
+            image_encoder: Any = image_encoder_of(self, self.reference_fit)
             nothing = torch.zeros(1, 3, side, side, device=self._execution_device, dtype=self.unet.dtype)
             call.blank = self._as_adapter(self.adapter.encoder.blank(image_encoder, nothing).unsqueeze(0))
         handle = self.unet.register_forward_pre_hook(self._inject, with_kwargs=True)
@@ -324,7 +421,7 @@ class SubjectMixin(Stock):
         tokenizers, encoders = text_parts(self)
         words = list(WORDS[: call.present.shape[1]])
         for bins in range(self.adapter.encoder.config.time_bins):
-            vectors = self.adapter.word_vectors(call.encoded(bins), call.weight)
+            vectors = self.adapter.word_vectors(call.encoded(bins), call.present.float())
             texts = self.adapter.texts(
                 lambda some: self._encode_text(some, bound), tokenizers, encoders, prompts, vectors
             )

@@ -119,10 +119,10 @@ class SubjectAdapter(nn.Module, Adapter):
     def save(self, folder: Path, half: bool = False) -> dict:
         """Writes the one file; in float16 if `half`."""
         dtype = torch.float16 if half else torch.float32
-        if self.encoder.released:
+        if isinstance(self.encoder, ImagePrompt):
             state = {f"image_proj.{k}": v for k, v in self.encoder.image_proj.state_dict().items()}
             state |= {f"ip_adapter.{k}": v for k, v in self.branches.state_dict().items()}
-            path, header = folder / RELEASED, {"format": "pt"}
+            path, header = folder / (RELEASED if self.encoder.released else FILE), {"format": "pt"}
         else:
             state = self.state_dict()
             about = {

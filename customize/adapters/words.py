@@ -110,7 +110,9 @@ def _check_found(pipe: DiffusionPipeline, tokenizer: Any, words: list[str], num_
     """UserError unless diffusers puts all vectors of each word into a prompt: a tokenizer that lower-cases
     finds only the first one of a word with capitals."""
     expand = getattr(pipe, "maybe_convert_prompt", None)
-    for word in words if expand else ():
+    if expand is None:
+        return
+    for word in words:
         found = tokenizer(expand(word, tokenizer), add_special_tokens=False).input_ids
         if found != tokenizer.convert_tokens_to_ids(pieces(word, num_vectors)):
             raise UserError(

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from transformers import PreTrainedModel
 from customize import embedded
 from customize.backbones.families import BACKBONES
 from customize.backbones.sd3 import WordsSD3Pipeline
-from customize.backbones.text import clip_skip_works, text_parts
-from customize.errors import UserError, first_line
+from customize.backbones.text import SUFFIXES, clip_skip_works, text_parts
+from customize.errors import UserError, first_line, nearest
 from customize.tensor_checks import load_whole
 
 FLAG = "--pretrained_model_name_or_path"
@@ -48,6 +49,7 @@ def load_base(
             f"{FLAG}: a base model is named by text, not by a {type(name).__name__}; give a folder or a "
             "hub id."
         )
+    _check_options(options)
     folder = _folder(str(name), options)
     if vae_name:
         options["vae"] = _autoencoder(vae_name, dtype)
@@ -84,6 +86,21 @@ def _let_clip_skip(pipe: Any) -> None:
             return stock(*args, **kwargs)
 
     pipe.encode_prompt = encode_prompt
+
+
+OPTIONS = {
+    *("revision", "variant", "device_map", "max_memory", "token", "cache_dir", "force_download", "proxies"),
+    *("local_files_only", "low_cpu_mem_usage", "offload_folder", "offload_state_dict", "mirror"),
+    *("vae", "unet", "transformer", "scheduler", "feature_extractor", "image_encoder"),
+    *(f"{part}{suffix}" for part in ("tokenizer", "text_encoder") for suffix in SUFFIXES),
+}  # that diffusers' loader knows; it passes over all others
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for option in options:
+        if option not in OPTIONS:
+            told = " It is called dtype here." if option == "torch_dtype" else nearest(option, OPTIONS)
+            raise UserError(f"'{option}' is no option of loading a pipeline; leave it out.{told}")
 
 
 def _autoencoder(name: str, dtype: torch.dtype) -> AutoencoderKL:

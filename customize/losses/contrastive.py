@@ -78,7 +78,7 @@ def appearance_contrast(
     positives: Tensor,
     similarity: Tensor,
     same: Tensor,
-    form: MaclForm = "ratio",
+    form: MaclForm = "soft",
     temperature: float = 0.1,
 ) -> Tensor:
     """MACL: InfoNCE between S+ of a subject's two views at every layer, scaled by how alike subjects really

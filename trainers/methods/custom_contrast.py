@@ -4,9 +4,9 @@ arXiv 2409.05606).
 L = L_LDM + lambda_1 L_CSCL + lambda_2 L_MACL. CSCL makes the two Q-Formers agree on who the subject is; MACL
 makes S+ of two views of a subject alike at every layer, and of two subjects as unlike as they look. There is
 no public code; weights, temperatures and all that the paper leaves open are choices of this project, named in
-the flags. The default weights and form are those that measured best on the embedded base model, where each
-contrast's gradient stays below a fifth of the diffusion loss's (`--holdout` logs it); the ratio form needs a
-tenth of this weight for that.
+the flags. The default weights and form are those that measured best on the embedded base model. `--holdout`
+logs the gradient of each contrast relative to the diffusion loss's: MACL's is up to two fifths in the first
+steps, a fifth later; the ratio form needs a tenth of the weight for that.
 """
 
 from dataclasses import dataclass

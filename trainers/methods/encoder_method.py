@@ -10,7 +10,7 @@ from torch import Tensor
 
 from customize import embedded
 from customize.adapters.attention import text_layers
-from customize.adapters.encoders.image_encoder import load_image_encoder
+from customize.adapters.encoders.image_encoder import ReferenceFit, load_image_encoder
 from customize.adapters.encoders.output import Encoded
 from customize.adapters.subject import SubjectAdapter
 from customize.adapters.subject_files import adapter_file, load_adapter, read_file
@@ -32,6 +32,10 @@ class SubjectConfig(MethodConfig):
         "CLIP vision model that reads the references: folder, hub id or OWNER/NAME/FOLDER; empty: that of "
         "stickers",
         essential=True,
+    )
+    reference_fit: ReferenceFit = option(
+        "stretch",
+        "how reference images that are not square become square: stretch, pad with white, or crop the centre",
     )
     pretrained_adapter: str = option(
         "", "encoder to go on from: a run, a file, or a released IP-Adapter (for ip_adapter)"
@@ -90,6 +94,7 @@ class SubjectMethod(Method):
         self.image_encoder = load_image_encoder(
             config.image_encoder or embedded.NAME, backbone.denoiser.dtype
         )
+        self.image_encoder.fit = config.reference_fit
         self.adapter = (
             self.start_from(config.pretrained_adapter) if config.pretrained_adapter else self.make_adapter()
         )
@@ -167,7 +172,7 @@ class SubjectMethod(Method):
         """A pipeline of the very modules that are being trained."""
         pipe = with_subjects(self.backbone.pipe)
         pipe.set_progress_bar_config(disable=True)
-        pipe.adapter = self.adapter
+        pipe.adapter, pipe.reference_fit = self.adapter, self.config.reference_fit
         pipe.register_modules(
             image_encoder=self.image_encoder.vision, feature_extractor=self.image_encoder.processor
         )

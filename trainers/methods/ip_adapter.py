@@ -1,11 +1,13 @@
 """IP-Adapter: visual tokens through cross-attention of their own (Ye et al., 2023, arXiv 2308.06721)."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from customize.adapters.subject import SubjectAdapter, image_prompt
+from customize.adapters.encoders.ip_adapter import RELEASED_DEPTH
+from customize.adapters.subject import FILE, SubjectAdapter, image_prompt
 from customize.backbones.base import Condition
 from customize.config import check_ranges, option
 from customize.trainers.methods.encoder_method import SubjectConfig, SubjectMethod, of_subjects
@@ -30,7 +32,14 @@ class IPAdapter(SubjectMethod):
         check_ranges(self.config)
         sizes = {name: getattr(self.config, name) for name in ("dim", "depth", "heads")}
         sizes = sizes | {"queries": self.config.visual_queries} if self.config.plus else {}
-        return image_prompt(self.backbone.pipe, self.image_encoder, self.config.plus, **sizes)
+        adapter = image_prompt(self.backbone.pipe, self.image_encoder, self.config.plus, **sizes)
+        if not adapter.encoder.released:
+            warnings.warn(
+                f"--depth {self.config.depth}: stock diffusers reads IP-Adapters of depth {RELEASED_DEPTH} "
+                f"alone; this one is written as {FILE}, which this toolkit reads.",
+                stacklevel=2,
+            )
+        return adapter
 
     def condition(self, batch, t: Tensor) -> Condition:
         """An image that is dropped becomes the blank one that the unconditional half is given at

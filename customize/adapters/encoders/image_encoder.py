@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
@@ -20,12 +21,23 @@ OPENAI = {
 }
 
 
+ReferenceFit = Literal["stretch", "pad", "crop"]
+
+
 class ImageEncoder(nn.Module):
     """`vision`, in evaluation mode and without gradients, and the preprocessing that it was trained with,
-    except that images of any shape are resized whole: a subject at the edge must not be cropped away."""
+    except that images are stretched to its square unless `fit` is "pad" (with white) or "crop" (to the
+    centre, as in CLIP's own preprocessing): a subject at the edge must not be cropped away."""
 
-    def __init__(self, vision: CLIPVisionModelWithProjection, mean: Sequence[float], std: Sequence[float]):
+    def __init__(
+        self,
+        vision: CLIPVisionModelWithProjection,
+        mean: Sequence[float],
+        std: Sequence[float],
+        fit: ReferenceFit = "stretch",
+    ):
         super().__init__()
+        self.fit = fit
         self.vision = vision.eval().requires_grad_(False)
         side = vision.config.image_size
         self.processor = CLIPImageProcessorPil(
@@ -48,7 +60,8 @@ class ImageEncoder(nn.Module):
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Images to (n, 3, side, side); what is transparent becomes white."""
-        return self.processor([flatten(image) for image in images], return_tensors="pt").pixel_values
+        squares = [squared(flatten(image), self.fit) for image in images]
+        return self.processor(squares, return_tensors="pt").pixel_values
 
     @torch.no_grad()
     def forward(self, pixels: Tensor):
@@ -58,6 +71,16 @@ class ImageEncoder(nn.Module):
         ):  # its weights come when it runs, and pixels with them: sequential offloading
             pixels = pixels.to(self.vision.device)
         return self.vision(pixels.to(self.vision.dtype), output_hidden_states=True)
+
+
+def squared(image: Image.Image, fit: ReferenceFit) -> Image.Image:
+    """The image as a square, if it is padded or cropped; stretching is left to the preprocessing."""
+    if fit == "stretch" or image.width == image.height:
+        return image
+    side = max(image.size) if fit == "pad" else min(image.size)
+    if fit == "pad":
+        return ImageOps.pad(image, (side, side), color="white")
+    return ImageOps.fit(image, (side, side))
 
 
 def load_image_encoder(name: str, dtype: torch.dtype = torch.float32) -> ImageEncoder:
@@ -93,7 +116,7 @@ def statistics(place: str, options: dict) -> dict:
     return {"mean": OPENAI["image_mean"], "std": OPENAI["image_std"]}
 
 
-def image_encoder_of(pipe: DiffusionPipeline) -> ImageEncoder | None:
+def image_encoder_of(pipe: DiffusionPipeline, fit: ReferenceFit = "stretch") -> ImageEncoder | None:
     """The image encoder that a pipeline holds as its `image_encoder`."""
     vision, extractor = getattr(pipe, "image_encoder", None), getattr(pipe, "feature_extractor", None)
     if vision is None:
@@ -102,4 +125,4 @@ def image_encoder_of(pipe: DiffusionPipeline) -> ImageEncoder | None:
         getattr(extractor, "image_mean", OPENAI["image_mean"]),
         getattr(extractor, "image_std", OPENAI["image_std"]),
     )
-    return ImageEncoder(vision, mean, std)
+    return ImageEncoder(vision, mean, std, fit)

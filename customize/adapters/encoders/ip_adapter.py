@@ -13,6 +13,7 @@ from customize.adapters.encoders.resampler import Resampler
 from customize.errors import UserError
 from customize.tensor_checks import misfit
 
+RELEASED_DEPTH = 4  # blocks of the resampler in all Plus adapters
 HEAD = 64  # width of an attention head in all Plus adapters: files do not say it, and every reader assumes it
 
 
@@ -32,7 +33,6 @@ class ImagePrompt(nn.Module):
     """`image_proj` is a `Projection` (plain) or a `Resampler` (Plus)."""
 
     location_dim = 0
-    released = True  # saved in the layout of released IP-Adapters
     has_blank = True  # trained with a blank image in the place of none, which the unconditional half is given
 
     def __init__(self, image_proj: Projection | Resampler):
@@ -42,6 +42,11 @@ class ImagePrompt(nn.Module):
     @property
     def plus(self) -> bool:
         return isinstance(self.image_proj, Resampler)
+
+    @property
+    def released(self) -> bool:
+        """Whether stock diffusers reads it, which makes every Plus adapter's resampler four blocks deep."""
+        return not isinstance(self.image_proj, Resampler) or len(self.image_proj.layers) == RELEASED_DEPTH
 
     @property
     def feature_dim(self) -> int:
