@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from customize.app.evaluate import EvaluateConfig
+from customize.app.evaluate import KINDS, read_evaluation
 from customize.app.generate import GenerateConfig, generate
 from customize.app.shared import check_run, split
-from customize.config import help_text, option, parse
+from customize.config import help_text, option
 from customize.errors import OUT_OF_MEMORY, UserError, nearest, run_safely
 from customize.quiet import quiet_libraries
 from customize.trainers.registry import find_entry, general_usage, methods_listed
@@ -55,10 +55,9 @@ def demo(words: list[str]) -> None:
 
 
 def evaluate(words: list[str]) -> None:
-    run = words.pop(0) if words and not words[0].startswith("--") else ""
-    (config,) = parse([EvaluateConfig], words)
-    if run:
-        check_run(run)
+    if words and not words[0].startswith("--"):
+        check_run(words[0])
+    run, config = read_evaluation(words)
     from customize.app.evaluate import evaluate
 
     quiet_libraries()
@@ -93,8 +92,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, list[type]]] = {
     "demo": (demo, " [--flag value ...]: train and draw in the embedded sticker world", [DemoConfig]),
     "evaluate": (
         evaluate,
-        " [RUN] [--flag value ...]: measure methods on a benchmark, or one run",
-        [EvaluateConfig],
+        " RUN | --bench stickers | --bench dreambench [--flag value ...]: measure a run, or methods",
+        list(KINDS),
     ),
     "methods": (methods, ": list the methods", []),
     "push": (push, " RUN REPO_ID [--flag value ...]: upload a run to the Hugging Face Hub", [PushConfig]),

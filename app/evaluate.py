@@ -1,79 +1,149 @@
 """`customize evaluate`: measures methods on a benchmark, or one finished run, and writes a report."""
 
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from customize.config import check_ranges, default, option
+from customize.config import check_config, option, parse, table
+from customize.embedded import is_embedded
 from customize.errors import UserError
-
-ENCODERS = {"clip", "dino", "dinov2"}
-SAMPLING = {"num_images_per_prompt", "num_inference_steps", "guidance_scale", "resolution", "batch_size"}
-DATASET = {
-    "methods",
-    "data_dir",
-    "pretrained_model_name_or_path",
-    "revision",
-    "variant",
-    "train_file",
-    "references",
-}
-USED = {  # the flags that count for each kind of evaluation
-    "--bench stickers": {"methods", "quick", "max_train_steps", "group"},
-    "--bench dreambench": ENCODERS | SAMPLING | DATASET | {"limit_subjects", "limit_prompts"},
-    "a run on stickers": {"quick", "subject"},
-    "a run on this base model": ENCODERS | SAMPLING,
-}
 
 
 @dataclass
 class EvaluateConfig:
-    """What is evaluated, and how."""
+    """Flags of every evaluation."""
 
-    bench: Literal["stickers", "dreambench"] = option("stickers", "which benchmark")
-    methods: list[str] = option(
-        ["base", "real", "textual_inversion", "dreambooth"],
-        "what is compared: methods, base (the untouched model), real (images), or folders of encoder runs",
+    output: str = option(
+        "", "folder of images and report; empty: runs/BENCH for a benchmark, RUN/evaluation for a run"
     )
-    quick: bool = option(False, "stickers: 6 subjects, 8 prompts, 1 image instead of 30, 25 and 4")
-    max_train_steps: int = option(200, "stickers: training steps of every method", least=1)
-    group: Literal["all", "known", "unknown"] = option(
-        "all",
-        "stickers: subjects whose class the base model knows by other drawings, or does not know, or both",
-    )
-    output: str = option("", "folder of images and report; empty: runs/BENCH, or RUN/evaluation")
     overwrite_output_dir: bool = option(
         False, "replace an earlier evaluation in the output folder instead of going on with it"
     )
     seed: int = option(0, "seed of training and of the first image", least=0, most=4_000_000_000)
-    data_dir: str = option("", "dreambench: the dataset's folder, with prompts_and_classes.txt")
-    pretrained_model_name_or_path: str = option("", "dreambench: base model, a diffusers folder or a hub id")
-    revision: str = option("", "dreambench: revision of the model on the hub")
-    variant: str = option("", "dreambench: variant of the weight files, such as fp16")
-    train_file: str = option(
-        "", "dreambench: YAML file of training settings, or a folder with one METHOD.yaml for each method"
-    )
+
+
+@dataclass
+class Photographs:
+    """How images of a real model are drawn and measured."""
+
     clip: str = option(
         "openai/clip-vit-base-patch32", "CLIP for CLIP-I and CLIP-T: hub id, folder, or stickers"
     )
-    dino: str = option("facebook/dino-vits16", "DINO: hub id, folder, or none")
-    dinov2: str = option("facebook/dinov2-base", "DINOv2: hub id, folder, or none")
-    references: Literal["all", "one"] = option(
-        "all", "dreambench: teach and compare with all images of a subject, or the first"
-    )
-    num_images_per_prompt: int = option(4, "dreambench: images of each prompt", least=1)
-    num_inference_steps: int = option(50, "dreambench: denoising steps", least=1)
-    guidance_scale: float = option(7.5, "dreambench: how strongly prompts steer", least=0)
+    dino: str = option("facebook/dino-vits16", "DINO for subject fidelity: hub id, folder, or none")
+    dinov2: str = option("facebook/dinov2-base", "DINOv2 for subject fidelity: hub id, folder, or none")
+    num_images_per_prompt: int = option(4, "images of each prompt", least=1)
+    num_inference_steps: int = option(50, "denoising steps", least=1)
+    guidance_scale: float = option(7.5, "how strongly prompts steer the images", least=0)
     resolution: int | None = option(
-        None, "dreambench: side of the images in pixels; none leaves it to the pipeline", least=8
+        None, "side of the images in pixels; none leaves it to the pipeline", least=8
     )
-    batch_size: int = option(4, "dreambench: images drawn at once", least=1)
-    limit_subjects: int | None = option(None, "dreambench: only the first subjects", least=1)
-    limit_prompts: int | None = option(None, "dreambench: only the first prompts", least=1)
+    batch_size: int = option(4, "images drawn at once", least=1)
+
+
+METHODS = ["base", "real", "textual_inversion", "dreambooth"]
+COMPARED = "what is compared: methods, base (the untouched model), real (images), or folders of encoder runs"
+
+
+@dataclass
+class StickerBenchConfig(EvaluateConfig):
+    """customize evaluate --bench stickers"""
+
+    methods: list[str] = option(METHODS, COMPARED)
+    quick: bool = option(False, "6 subjects, 8 prompts, 1 image each instead of 30, 25 and 4")
+    max_train_steps: int = option(200, "training steps of every method", least=1)
+    group: Literal["all", "known", "unknown"] = option(
+        "all",
+        "known: subjects of whose class the base model knows other drawings; unknown: of classes that it has "
+        "never seen; all: both",
+    )
+
+
+@dataclass
+class DreamBenchConfig(Photographs, EvaluateConfig):
+    """customize evaluate --bench dreambench"""
+
+    methods: list[str] = option(METHODS, COMPARED)
+    data_dir: str = option("", "folder of the DreamBooth dataset, with prompts_and_classes.txt")
+    pretrained_model_name_or_path: str = option("", "base model, a diffusers folder or a hub id")
+    revision: str = option("", "revision of the base model on the hub")
+    variant: str = option("", "variant of the base model's weight files, such as fp16")
+    train_file: str = option(
+        "", "YAML file of training settings, or a folder with one METHOD.yaml for each method"
+    )
+    references: Literal["all", "one"] = option(
+        "all", "teach and compare with all images of a subject, or with its first one"
+    )
+    limit_subjects: int | None = option(None, "only the first subjects of the dataset; none: all", least=1)
+    limit_prompts: int | None = option(None, "only the first prompts of the dataset; none: all", least=1)
+
+
+@dataclass
+class StickerRunConfig(EvaluateConfig):
+    """customize evaluate RUN, of a run on the embedded base model"""
+
+    quick: bool = option(False, "8 prompts and 1 image each instead of 25 and 4")
     subject: str = option(
-        "", "a run on stickers: the drawing it learned, such as 'flat fox'; empty: what its images show"
+        "",
+        "the drawing of the sticker world that the run learned, such as 'flat fox'; empty: the one that fits "
+        "its images, if any does",
     )
+
+
+@dataclass
+class PhotographRunConfig(Photographs, EvaluateConfig):
+    """customize evaluate RUN, of a run on another base model"""
+
+
+BENCHES: dict[str, type[EvaluateConfig]] = {"stickers": StickerBenchConfig, "dreambench": DreamBenchConfig}
+KINDS = (*BENCHES.values(), StickerRunConfig, PhotographRunConfig)
+CHOOSE = (
+    "name a RUN, or a benchmark: --bench stickers (4 methods, 30 subjects, 25 prompts, 4 images: 9,000 "
+    "images and 60 trainings, about two hours on two CPU cores; with --quick 144 images and 12 trainings, "
+    "about ten minutes), or --bench dreambench (needs --data_dir, a base model and a GPU)."
+)
+
+
+def read_evaluation(words: Sequence[str]) -> tuple[str, EvaluateConfig]:
+    """The run, empty for a benchmark, and the flags of `[RUN] [--bench NAME] [--flag value ...]`.
+
+    UserError if both or neither are named, and for a flag of another kind of evaluation.
+    """
+    rest = list(words)
+    run = rest.pop(0) if rest and not rest[0].startswith("--") else ""
+    bench, rest = _bench(rest)
+    if bool(run) == bool(bench):
+        raise UserError(f"customize evaluate: {CHOOSE}")
+    if bench and bench not in BENCHES:
+        raise UserError(f"--bench: there is no '{bench}'; choose {' or '.join(BENCHES)}.")
+    kind = BENCHES[bench] if bench else run_config(run)
+    own, others = table([kind]), {name for other in KINDS for name in table([other])}
+    for word in rest:
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name in others and name not in own:
+            what = f"--bench {bench}" if bench else "this run"
+            raise UserError(f"--{name} has no effect on {what}: leave it out.")
+    (config,) = parse([kind], rest)
+    return run, config
+
+
+def _bench(words: list[str]) -> tuple[str, list[str]]:
+    """The value of --bench, and the other words."""
+    for i, word in enumerate(words):
+        if word.startswith("--bench="):
+            return word.partition("=")[2], words[:i] + words[i + 1 :]
+        if word == "--bench":
+            return (words[i + 1 : i + 2] or ["nothing"])[0], words[:i] + words[i + 2 :]
+    return "", words
+
+
+def run_config(run: str) -> type[EvaluateConfig]:
+    """The kind of evaluation of a finished run; UserError if it is none."""
+    from customize.runs.folder import read_info
+
+    on_stickers = is_embedded(read_info(Path(run))["base_model"])
+    return StickerRunConfig if on_stickers else PhotographRunConfig
 
 
 def evaluate(run: str, config: EvaluateConfig) -> Path:
@@ -89,26 +159,32 @@ def evaluate(run: str, config: EvaluateConfig) -> Path:
         raise UserError(f"Evaluation needs {error.name}: pip install 'customize[evaluate]'.") from error
     from customize.runs.output import locked
 
-    bench = make_run_bench(run, config) if run else make_bench(config)
+    bench = make_bench(run, config)
     with locked(bench.folder, "--output"):
         check_folder(bench.folder, bench.methods, config.overwrite_output_dir)
+        print(bench.plan())
         results = bench.run()
         print(summary(results))
         return write_report(results, bench.folder)
 
 
-def check(config: EvaluateConfig, kind: str) -> None:
-    """UserError for numbers that cannot be, for flags that `kind` has no use for, and for a folder that
-    cannot be made."""
-    check_ranges(config)
-    if config.resolution is not None and config.resolution % 8:
-        raise UserError(f"--resolution must be a multiple of 8, not {config.resolution}.")
-    if len(set(config.methods)) != len(config.methods):
+def make_bench(run: str, config: Any) -> Any:
+    """The benchmark of a configuration, one of `KINDS`; UserError for numbers that cannot be, and for a
+    folder that cannot be made."""
+    check_config(config)
+    methods = getattr(config, "methods", [])
+    if len(set(methods)) != len(methods):
         raise UserError("--methods names a method twice: keep one of the two.")
-    used = USED[kind] | {"bench", "output", "overwrite_output_dir", "seed"}
-    for flag in fields(config):
-        if flag.name not in used and getattr(config, flag.name) != default(flag):
-            raise UserError(f"--{flag.name} has no effect on {kind}: leave it out.")
+    if (getattr(config, "resolution", None) or 0) % 8:
+        raise UserError(f"--resolution must be a multiple of 8, not {config.resolution}.")
+    if isinstance(config, StickerBenchConfig):
+        return make_sticker_bench(config)
+    if isinstance(config, DreamBenchConfig):
+        return make_dreambench(config)
+    if isinstance(config, StickerRunConfig):
+        return make_sticker_run(run, config)
+    assert isinstance(config, PhotographRunConfig)
+    return make_photograph_run(run, config)
 
 
 def output(config: EvaluateConfig, otherwise: str) -> Path:
@@ -117,18 +193,23 @@ def output(config: EvaluateConfig, otherwise: str) -> Path:
     return make_folder(Path(config.output or otherwise), "--output")
 
 
-def make_bench(config: EvaluateConfig) -> Any:
-    from customize.app.bench.dreambench import DreamBench
+def make_sticker_bench(config: StickerBenchConfig) -> Any:
     from customize.app.bench.stickers import StickerBench
 
-    check(config, f"--bench {config.bench}")
-    folder = output(config, f"runs/{config.bench}{'-quick' if config.quick else ''}")
-    common: dict[str, Any] = {"folder": folder, "methods": config.methods, "seed": config.seed}
-    if config.bench == "stickers":
-        repeats = 1 if config.quick else 4
-        return StickerBench(
-            **common, repeats=repeats, quick=config.quick, steps=config.max_train_steps, group=config.group
-        )
+    return StickerBench(
+        folder=output(config, f"runs/stickers{'-quick' if config.quick else ''}"),
+        methods=config.methods,
+        seed=config.seed,
+        repeats=1 if config.quick else 4,
+        quick=config.quick,
+        steps=config.max_train_steps,
+        group=config.group,
+    )
+
+
+def make_dreambench(config: DreamBenchConfig) -> Any:
+    from customize.app.bench.dreambench import DreamBench
+
     if not config.data_dir:
         raise UserError("--bench dreambench needs --data_dir, the folder of the DreamBooth dataset.")
     if not config.pretrained_model_name_or_path:
@@ -139,7 +220,9 @@ def make_bench(config: EvaluateConfig) -> Any:
             "METHOD.yaml files."
         )
     return DreamBench(
-        **common,
+        folder=output(config, "runs/dreambench"),
+        methods=config.methods,
+        seed=config.seed,
         data=Path(config.data_dir),
         encoders=encoders(config),
         sampling=sampling(config),
@@ -152,54 +235,58 @@ def make_bench(config: EvaluateConfig) -> Any:
     )
 
 
-def make_run_bench(run: str, config: EvaluateConfig) -> Any:
-    """The benchmark of one finished run: StickerBench's prompts and judge on the embedded model, DreamBench's
-    on others."""
-    from customize.app.bench.finished import PhotographRun, StickerRun
-    from customize.runs.folder import read_info
-
-    info = read_info(Path(run))
-    on_stickers = info["base_model"] == "stickers"
-    check(config, "a run on stickers" if on_stickers else "a run on this base model")
+def run_output(run: str, config: EvaluateConfig, quick: bool = False) -> Path:
+    """Where the evaluation of a run goes: not into the folders of steps, which a run replaces and removes."""
     place = Path(run)
-    if re.fullmatch(r"best|checkpoint-\d+", place.name):  # which a run replaces and removes
+    if re.fullmatch(r"best|checkpoint-\d+", place.name):
         place = place.with_name(f"evaluation-of-{place.name}")
     else:
         place /= "evaluation"
-    folder = output(config, f"{place}{'-quick' if config.quick else ''}")
-    common: dict[str, Any] = {
-        "folder": folder,
-        "run_path": Path(run),
-        "seed": config.seed,
-        "base": info["base_model"],
-    }
-    if on_stickers:
-        return StickerRun(
-            **common, quick=config.quick, repeats=1 if config.quick else 4, drawing_name=config.subject
-        )
-    common["base_options"] = {
-        name: value for name in ("revision", "variant") if (value := info["config"].get(name))
-    }
-    return PhotographRun(
-        **common, encoders=encoders(config), sampling=sampling(config), repeats=config.num_images_per_prompt
+    return output(config, f"{place}{'-quick' if quick else ''}")
+
+
+def make_sticker_run(run: str, config: StickerRunConfig) -> Any:
+    """A run on the embedded model: StickerBench's prompts, its judge, and the run's own images."""
+    from customize.app.bench.finished import StickerRun
+
+    return StickerRun(
+        folder=run_output(run, config, config.quick),
+        run_path=Path(run),
+        seed=config.seed,
+        quick=config.quick,
+        repeats=1 if config.quick else 4,
+        drawing_name=config.subject,
     )
 
 
-def encoders(config: EvaluateConfig) -> dict:
+def make_photograph_run(run: str, config: PhotographRunConfig) -> Any:
+    """A run on any other model: eight of DreamBench's prompts."""
+    from customize.app.bench.finished import PhotographRun
+    from customize.runs.folder import read_info
+
+    info = read_info(Path(run))
+    return PhotographRun(
+        folder=run_output(run, config),
+        run_path=Path(run),
+        seed=config.seed,
+        base=info["base_model"],
+        base_options={name: v for name in ("revision", "variant") if (v := info["config"].get(name))},
+        encoders=encoders(config),
+        sampling=sampling(config),
+        repeats=config.num_images_per_prompt,
+    )
+
+
+def encoders(config: Photographs) -> dict[str, Any]:
     """Loaded before anything is trained or drawn, so that a wrong name is told at once."""
     from customize.metrics import load_clip, load_dino, load_sticker_clip
 
-    found: dict[str, Any] = {
-        "clip": load_sticker_clip() if config.clip == "stickers" else load_clip(config.clip)
-    }
-    return found | {
-        flag: load_dino(name, flag)
-        for flag in ("dino", "dinov2")
-        if (name := getattr(config, flag)) != "none"
-    }
+    clip: Any = load_sticker_clip() if is_embedded(config.clip) else load_clip(config.clip)
+    names = {flag: getattr(config, flag) for flag in ("dino", "dinov2")}
+    return {"clip": clip} | {flag: load_dino(name, flag) for flag, name in names.items() if name != "none"}
 
 
-def sampling(config: EvaluateConfig):
+def sampling(config: Photographs) -> Any:
     from customize.app.bench.drawing import Sampling
 
     return Sampling(

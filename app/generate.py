@@ -12,8 +12,9 @@ from typing import Any, Literal, cast
 
 from customize.app.shared import check_run, split
 from customize.config import option
-from customize.embedded import GUIDANCE, is_embedded
+from customize.embedded import GUIDANCE, is_embedded, not_understood, warn_of_photographs
 from customize.errors import UserError, nearest, shortened
+from customize.prompts import without_words
 from customize.quiet import quiet_libraries
 from customize.reading import read_text
 from customize.runs.privacy import without_places
@@ -35,6 +36,9 @@ class GenerateConfig:
     )
     lora_scale: float = option(
         1.0, "strength of the run's LoRA: 0 is the base model, 1 is as trained", least=0
+    )
+    base_model: str = option(
+        "", "base model to use instead of the one that the run names, as when its folder has moved"
     )
     init_image: str = option("", "image to start from (image-to-image); empty: start from noise alone")
     strength: float = option(
@@ -88,6 +92,10 @@ def generate(words: list[str]) -> None:
             check_words(prompt, subjects, pipe.adapter.has_words)
     if config.guidance_scale is None and is_embedded(base_of(run)):
         config.guidance_scale = GUIDANCE
+    if subjects and is_embedded(base_of(run)):
+        from PIL import Image
+
+        warn_of_photographs([Image.open(file) for files in subjects.values() for file in files])
     for warning in (text for prompt in prompts for text in doubts(pipe, run, prompt)):
         warnings.warn(warning, stacklevel=1)
     for number, prompt in enumerate(prompts, 1):
@@ -112,13 +120,18 @@ def base_of(run: str) -> str:
 
 
 def doubts(pipe: Any, run: str, prompt: str) -> list[str]:
-    """What the user may not want of a prompt: words beyond what the text encoders read, or none of the
-    words that the run has learned."""
+    """What the user may not want of a prompt: words beyond what the text encoders read, none of the words
+    that the run has learned, or words that the embedded base model does not know."""
     from customize.backbones.text import lost_words
     from customize.runs.folder import INFO, read_info
 
-    words = list(read_info(Path(run))["words"]) if (Path(run) / INFO).exists() else []
+    info = read_info(Path(run)) if (Path(run) / INFO).exists() else {"words": {}, "config": {}}
+    words = list(info["words"])
     found = []
+    if is_embedded(base_of(run)):
+        own = " ".join([*words, info["config"].get("instance_prompt", "")])
+        if unknown := not_understood(without_words(prompt), own):
+            found.append(unknown)
     if lost := lost_words(pipe, prompt):
         found.append(
             f"the text encoder does not read the end of '{shortened(prompt)}': '{shortened(lost)}' is lost."
@@ -147,10 +160,6 @@ def check_request(run: str, prompts: list[str], config: GenerateConfig) -> None:
             raise UserError(
                 f"'{prompt}' is a folder, not a prompt: give one RUN, and describe the image in words."
             )
-    if config.init_image and config.subject_images:
-        raise UserError(
-            "--init_image and --subject_images cannot be used together; leave one of the two out."
-        )
     if config.strength != GenerateConfig.strength and not config.init_image:
         raise UserError("--strength needs --init_image, the image to start from.")
     if config.init_image and (config.height or config.width):
@@ -183,12 +192,15 @@ def load(run: str, config: GenerateConfig) -> Any:
     quiet_libraries()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype)
+    base = {"base_model": config.base_model} if config.base_model else {}
     if config.subject_images:
         from customize.pipelines import load_subject_pipeline
 
-        pipe = load_subject_pipeline(run, config.subject_adapter, config.image_encoder, dtype)
+        task = {"task": "image-to-image"} if config.init_image else {}
+        named = config.subject_adapter, config.image_encoder
+        pipe = load_subject_pipeline(run, *named, dtype, **task, **base)
     else:
-        pipe = load_pipeline(run, dtype=dtype)
+        pipe = load_pipeline(run, dtype=dtype, **base)
     return set_up(pipe, config).to(device)
 
 
@@ -211,7 +223,7 @@ def set_up(pipe: Any, config: GenerateConfig) -> Any:
         if not adapters:
             raise UserError("--lora_scale: this run has no LoRA; leave it out.")
         pipe.set_adapters(adapters, [config.lora_scale] * len(adapters))
-    if config.init_image:
+    if config.init_image and not config.subject_images:
         from diffusers import AutoPipelineForImage2Image
 
         pipe = AutoPipelineForImage2Image.from_pipe(pipe)

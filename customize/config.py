@@ -173,7 +173,9 @@ def help_text(dataclasses: list[type], defaults: Mapping[str, Any] | None = None
     }
     groups = {"Essential": [flag for flags in own.values() for flag in flags if flag.essential]}
     for cls, flags in own.items():
-        groups[cls.__name__.removesuffix("Config")] = [flag for flag in flags if not flag.essential]
+        said = (cls.__doc__ or "").strip()
+        title = said if said.startswith("customize ") else cls.__name__.removesuffix("Config")
+        groups[title] = [flag for flag in flags if not flag.essential]
     listed = {title: flags for title, flags in groups.items() if flags}
     return "\n\n".join("\n".join([f"{title}:", *map(help_line, flags)]) for title, flags in listed.items())
 

@@ -1,12 +1,14 @@
 """The base model that is embedded in the toolkit, `stickers`: the one place of the core that knows its name
 and its files."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from customize.errors import shortened
 from customize.stickers import ENCODER, MODEL
 
 NAME = "stickers"
@@ -31,12 +33,44 @@ def lasting_name(name: str | Path) -> str:
     return str(Path(name).resolve()) if not is_embedded(name) and Path(name).is_dir() else str(name)
 
 
+FLAT = 0.2  # median share of flat pixels: nearly all scenes have more, three of five photographs less
+
+
+def warn_of_photographs(images: Sequence[Image.Image]) -> None:
+    """Warns if images look like photographs, which the embedded base model cannot draw."""
+    shares = []
+    for image in images:
+        gray = np.asarray(ImageOps.fit(image.convert("L"), (128, 128)), np.float32)
+        slope = np.abs(np.diff(gray, axis=0))[:, 1:] + np.abs(np.diff(gray, axis=1))[1:]
+        shares.append(float((slope < 3).mean()))
+    if shares and float(np.median(shares)) < FLAT:
+        warnings.warn(
+            f"the images look like photographs: {NAME}, the embedded base model, knows drawn scenes of 128 "
+            "pixels and draws photographs as blots; name a real model with --pretrained_model_name_or_path.",
+            stacklevel=2,
+        )
+
+
+def not_understood(prompt: str, own: str = "") -> str:
+    """A sentence about what the embedded base model does not know of a prompt; empty if it knows all. `own`
+    holds the words that a run has learned."""
+    from customize.stickers.bench import not_understood
+
+    if not (unknown := not_understood(prompt, own)):
+        return ""
+    words = ", ".join(f"'{shortened(phrase)}'" for phrase in unknown[:5])
+    return (
+        f"{NAME}, the embedded base model, does not know {words}: it knows things such as a fox, a bus or an "
+        "apple, places such as 'on the beach' or 'under a night sky', colours, sizes and counts."
+    )
+
+
 def subject_score(
     references: Sequence[Image.Image],
 ) -> Callable[[list[tuple[str, Image.Image]]], dict[str, float]]:
-    """Scores drawn (prompt, image) pairs by the sticker world's judge, both 0 to 1: `identity`, how probable
-    it finds the drawing that the references show; `control`, the share of what the prompts ask for that it
-    finds.
+    """Scores drawn (prompt, image) pairs by the sticker world's judge, both 0 to 1: `subject_fidelity`, the
+    probability of the drawing that the references show; `prompt_fidelity`, the share of what the prompts ask
+    for that the images show.
 
     For choosing among checkpoints only: the judge has seen held-out drawings, so nothing may learn from it.
     """
@@ -49,7 +83,7 @@ def subject_score(
         verdicts = judge([image for _, image in drawn])
         obeyed = [verdicts.obeys(i, parse_prompt(prompt)) for i, (prompt, _) in enumerate(drawn)]
         found = [hit for hits in obeyed for hit in hits.values()]
-        identity = float(np.mean([verdicts.belief(i, drawing) for i in range(len(drawn))]))
-        return {"identity": identity, "control": float(np.mean(found)) if found else 1.0}
+        fidelity = float(np.mean([verdicts.belief(i, drawing) for i in range(len(drawn))]))
+        return {"subject_fidelity": fidelity, "prompt_fidelity": float(np.mean(found)) if found else 1.0}
 
     return score

@@ -29,6 +29,10 @@ class UserError(Exception):
         super().__init__(re.split(r"\n[\w.]+: ", message)[-1].strip() if is_traceback else message)
 
 
+class Stopped(UserError):
+    """A training was asked to stop, and has saved a checkpoint."""
+
+
 def nearest(name: str, known) -> str:
     """' Did you mean X?' for a misspelt name, or nothing."""
     close = get_close_matches(name, list(known), 1)

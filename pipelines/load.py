@@ -115,6 +115,7 @@ def load_subject_pipeline(
     task: Task = "text-to-image",
     controlnet: Any = None,
     reference_fit: ReferenceFit | Literal[""] = "",
+    base_model: str = "",
     **options: Any,
 ) -> Any:
     """A pipeline that draws subjects from images, without tuning.
@@ -124,11 +125,11 @@ def load_subject_pipeline(
     released IP-Adapter), by default that of the embedded stickers. The pipeline's call is that of diffusers'
     pipeline for the `task`; "controlnet" needs `controlnet`, a ControlNetModel or a list of them.
     `reference_fit` says how references that are not square become square: "stretch", "pad" or "crop"; empty:
-    as in the run. `options` go to `load_pipeline`. UserError
+    as in the run. `base_model` and `options` go to `load_pipeline`. UserError
     for a task that does not exist and for a base model or an encoder that does not fit.
     """
     _check_task(task, controlnet)
-    pipe = _for_task(load_pipeline(run, dtype, **options), task, controlnet)
+    pipe = _for_task(load_pipeline(run, dtype, base_model, **options), task, controlnet)
     folder = Path(run)
     base = read_info(folder)["base_model"] if (folder / INFO).exists() else str(run)
     if not adapter and holds(folder, "subject"):

@@ -2,21 +2,21 @@
 way."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from customize.app.bench import stickers
 from customize.app.bench.bench import Subject, Taken
 from customize.app.bench.drawing import ImageRequest, Sampling, draw_missing, same_protocol
 from customize.app.bench.dreambench import DreamBench, read_dreambench
-from customize.app.bench.sticker_scores import score
+from customize.app.bench.sticker_scores import score, score_unknown
 from customize.app.bench.stickers import RECIPES, StickerBench
 from customize.app.cli import main
-from customize.app.evaluate import EvaluateConfig, evaluate
 from customize.data.concepts import Concept
 from customize.embedded import subject_score
 from customize.errors import UserError
@@ -204,20 +204,20 @@ def test_scores_move_the_right_way(clip):
     prompts = bench_prompts()[:12]
     true = [true_scene(FOX, prompt, 50 + i) for i, prompt in enumerate(prompts)]
     right, factors, each = score(taken(true, prompts), clip)
-    assert right["likeness"] > 0.75
-    assert right["control"] > 0.9
+    assert right["correlation"] > 0.75
+    assert right["prompt_fidelity"] > 0.9
     assert right["background_leak"] < 0.15
     assert factors["background"] > 0.9
     assert len(each) == 12
 
     other = [true_scene(Drawing("bus", "cartoon"), prompt, 50 + i) for i, prompt in enumerate(prompts)]
     swapped, _, _ = score(taken(other, prompts), clip)
-    assert swapped["likeness"] < right["likeness"] - 0.2
+    assert swapped["correlation"] < right["correlation"] - 0.2
     assert swapped["clip_i"] < right["clip_i"]
     assert swapped["class"] < 0.2 < right["class"]
 
     shuffled, _, _ = score(taken(true[3:] + true[:3], prompts), clip)
-    assert shuffled["control"] < right["control"] - 0.4
+    assert shuffled["prompt_fidelity"] < right["prompt_fidelity"] - 0.4
     assert shuffled["clip_t"] < right["clip_t"]
 
     copied = [draw_scene(reference_scenes(FOX)[i % 4], World())[0] for i in range(12)]
@@ -229,7 +229,7 @@ def test_scores_move_the_right_way(clip):
 
     flat = [Image.new("RGB", (64, 64), "gray")] * 12
     constant, _, _ = score(taken(flat, prompts), clip)
-    assert constant["likeness"] < 0.3
+    assert constant["correlation"] < 0.3
     assert constant["class"] < 0.2
 
 
@@ -269,7 +269,7 @@ def test_a_method_is_taught_drawn_scored_and_resumed(tmp_path, small, monkeypatc
     assert all((tmp_path / image["file"]).exists() for image in row["pictures"])
     assert all((tmp_path / file).exists() for file in row["references"])
     real = results["methods"][1]["subjects"][0]
-    assert real["scores"]["likeness"] > 0.7
+    assert real["scores"]["correlation"] > 0.7
     assert real["scores"]["drift"] is None
     json.dumps(results)
 
@@ -292,29 +292,43 @@ def test_recipes_are_flags_that_exist():
             assert (settings.max_train_steps, settings.train_batch_size) == (200, 4)
 
 
-def test_an_unknown_method_and_bad_numbers(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"no recipe 'dreamboth'.*Did you mean.*dreambooth"):
-        StickerBench(folder=Path(), methods=["dreamboth"])
-    with pytest.raises(UserError, match="--limit_prompts must be at least 1"):
-        evaluate("", EvaluateConfig(limit_prompts=0))
-    with pytest.raises(UserError, match="--resolution must be a multiple of 8"):
-        evaluate("", EvaluateConfig(resolution=100))
-    with pytest.raises(UserError, match="--seed must be between 0"):
-        evaluate("", EvaluateConfig(seed=-1))
-    with pytest.raises(UserError, match="--guidance_scale has no effect on --bench stickers"):
-        evaluate("", EvaluateConfig(guidance_scale=3.0))
-    with pytest.raises(UserError, match="--quick has no effect on --bench dreambench"):
-        evaluate("", EvaluateConfig(bench="dreambench", quick=True))
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "name a RUN, or a benchmark: --bench stickers"),
+        (["--quick"], "9,000 images and 60 trainings"),
+        (["--bench", "sticker"], "there is no 'sticker'; choose stickers or dreambench"),
+        (["--bench"], "there is no 'nothing'"),
+        (
+            ["--bench", "stickers", "--methods", "dreamboth"],
+            "no recipe 'dreamboth'.*Did you mean.*dreambooth",
+        ),
+        (["--bench", "dreambench", "--limit_prompts", "0"], "--limit_prompts must be at least 1"),
+        (["--bench", "dreambench", "--resolution", "100"], "--resolution must be a multiple of 8"),
+        (["--bench=stickers", "--seed", "-1"], "--seed must be between 0"),
+        (
+            ["--bench", "stickers", "--guidance_scale", "3"],
+            "--guidance_scale has no effect on --bench stickers",
+        ),
+        (["--bench", "dreambench", "--quick"], "--quick has no effect on --bench dreambench"),
+        (["--bench", "stickers", "--output", "file"], "--output: cannot write into"),
+        (["--bench", "stickers", "--methods", "base", "base"], "names a method twice"),
+        (["--bench", "dreambench"], "needs --data_dir"),
+        (["--bench", "dreambench", "--data_dir", "x"], "needs --pretrained_model_name_or_path"),
+        (["nowhere"], "There is no run 'nowhere'"),
+        (["folder"], "'folder' is not a run folder"),
+        (["folder", "--bench", "stickers"], "name a RUN, or a benchmark"),
+    ],
+)
+def test_what_cannot_be_evaluated(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(UserError, match="--output: cannot write into"):
-        evaluate("", EvaluateConfig(output="file"))
-    with pytest.raises(UserError, match="names a method twice"):
-        evaluate("", EvaluateConfig(methods=["base", "base"]))
-    with pytest.raises(UserError, match="needs --data_dir"):
-        evaluate("", EvaluateConfig(bench="dreambench"))
-    with pytest.raises(UserError, match="needs --pretrained_model_name_or_path"):
-        evaluate("", EvaluateConfig(bench="dreambench", data_dir="x"))
+    Path("folder").mkdir()
+    assert main(["evaluate", *words]) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error)
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
 
 
 # DreamBench
@@ -506,7 +520,11 @@ def test_a_run_on_stickers_beside_its_base_model(tmp_path, monkeypatch, capsys):
     assert main(["evaluate", str(tmp_path / "run"), "--quick"]) == 0
     found = json.loads((tmp_path / "run" / "evaluation-quick" / "results.json").read_text())
     assert [m["name"] for m in found["methods"]] == ["base", "run", "real"]
-    assert found["methods"][1]["subjects"][0]["name"] == "flat-fox"  # the judge knows its references
+    assert found["methods"][1]["subjects"][0]["name"] == "flat-fox"  # the drawing that fits its images
+    assert found["title"] == "run"
+    page = (tmp_path / "run" / "evaluation-quick" / "report.html").read_text()
+    assert "interval" not in page.split("<section")[0]  # over one subject there is none
+    assert re.search(r"StickerBench: 2 images, about 1 min to draw|images, about", capsys.readouterr().out)
     assert found["methods"][1]["subjects"][0]["pictures"][0]["prompt"] == "a sks fox on the beach"
 
     write_references(
@@ -537,15 +555,67 @@ def test_a_run_from_a_users_own_images(tmp_path, monkeypatch):
     assert len(found["methods"][1]["subjects"][0]["references"]) == 3
 
 
+def stranger(i: int) -> Image.Image:
+    """Something that no studio of the world has drawn: three discs on a stripe."""
+    image = Image.new("RGB", (128, 128), (240, 240, 230))
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((0, 50 + i, 128, 70 + i), (20, 160, 90))
+    for k in range(3):
+        pen.ellipse(
+            (10 + 38 * k, 30 + 5 * i, 44 + 38 * k, 95 - 4 * i), (200 - 60 * k, 40 + 70 * k, 30 + 90 * k)
+        )
+    return image
+
+
+def test_a_run_of_what_is_no_drawing_of_the_world(tmp_path, monkeypatch, capsys):
+    """It is compared with its own images, and nothing that needs the true drawing is reported."""
+    monkeypatch.setattr("customize.app.bench.finished.bench_prompts", lambda quick: ["a {} on the beach"])
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        stranger(i).save(tmp_path / "pictures" / f"{i}.png")
+    train = ["train", "dreambooth", "--instance_data_dir", str(tmp_path / "pictures")]
+    train += ["--instance_prompt", "a sks toy", "--max_train_steps", "1", "--rank", "2"]
+    assert main([*train, "--output_dir", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--quick"]) == 0
+    found = json.loads((tmp_path / "run" / "evaluation-quick" / "results.json").read_text())
+    assert not {"subject_fidelity", "correlation", "class", "taken"} & found["metrics"].keys()
+    assert found["axes"] == ["prompt_fidelity", "clip_i"]
+    assert "its own images are the truth" in found["protocol"]["subjects"]
+    base, run, real = (method["subjects"][0] for method in found["methods"])
+    assert run["pictures"][0]["prompt"] == "a sks toy on the beach"
+    assert base["pictures"][0]["prompt"] == "a toy on the beach"
+    assert 0 < real["scores"]["clip_i"] <= 1
+    assert real["pictures"] == []
+
+
+def test_the_scores_of_an_unknown_subject_by_loops(clip):
+    images, prompts = [stranger(i) for i in range(4)], ["a {} on the beach", "a {} at sunset"]
+    subject = Subject("toy", "toy", "", tuple(prompts), None)
+    taken = Taken(subject, images, images[:2], images[2:], images[:2], 2)
+    scores, factors, each = score_unknown(taken, clip)
+    a, b = clip(images).double(), clip(images[:2]).double()
+    assert scores["clip_i"] == pytest.approx(np.mean([float(x @ y) for x in a for y in b]), abs=1e-5)
+    assert scores["diversity"] == pytest.approx(
+        np.mean([1 - float(a[0] @ a[1]), 1 - float(a[2] @ a[3])]), abs=1e-5
+    )
+    moved = np.mean([(1 - float(a[i] @ a[2 + i])) / 2 for i in range(2)])
+    assert scores["drift"] == pytest.approx(moved, abs=1e-5)
+    assert scores["prompt_fidelity"] == pytest.approx(np.mean([entry["prompt_fidelity"] for entry in each]))
+    assert list(factors) == ["background"]
+    alone, _, nothing = score_unknown(Taken(subject, [], images[:2], [], [], 2), clip)
+    assert alone["clip_i"] == pytest.approx(float(a[0] @ a[1]), abs=1e-5)
+    assert nothing == []
+
+
 def test_the_scorer_of_stickers_prefers_the_subject_and_the_prompt():
     rate = subject_score([draw_scene(scene, World())[0] for scene in reference_scenes(FOX)])
     prompts = [f"a sks fox {phrase}" for phrase in ("on the beach", "under a night sky", "at sunset")]
     right = [(p, true_scene(FOX, p, i)) for i, p in enumerate(prompts)]
     other = [(p, true_scene(Drawing("bus", "cartoon"), p, i)) for i, p in enumerate(prompts)]
     shuffled = [(p, image) for p, (_, image) in zip(prompts, right[1:] + right[:1], strict=True)]
-    assert rate(right)["identity"] > rate(other)["identity"] + 0.3
-    assert rate(right)["control"] > rate(shuffled)["control"] + 0.5
-    assert rate(other)["control"] > 0.6
+    assert rate(right)["subject_fidelity"] > rate(other)["subject_fidelity"] + 0.3
+    assert rate(right)["prompt_fidelity"] > rate(shuffled)["prompt_fidelity"] + 0.5
+    assert rate(other)["prompt_fidelity"] > 0.6
 
 
 def test_the_scorer_of_other_models_by_loops(clip):
@@ -555,5 +625,5 @@ def test_the_scorer_of_other_models_by_loops(clip):
     a, b = clip([image for _, image in drawn]), clip(references)
     texts = clip.texts(["a fox on the beach", "a fox at sunset"])
     found = rate(drawn)
-    assert found["identity"] == pytest.approx(np.mean([float(x @ y) for x in a for y in b]), abs=1e-5)
-    assert found["control"] == pytest.approx(float((a * texts).sum(1).mean()), abs=1e-5)
+    assert found["subject_fidelity"] == pytest.approx(np.mean([float(x @ y) for x in a for y in b]), abs=1e-5)
+    assert found["prompt_fidelity"] == pytest.approx(float((a * texts).sum(1).mean()), abs=1e-5)

@@ -50,11 +50,11 @@ def pipe(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     pipe = FakePipe()
 
-    def load_pipeline(run, dtype):
+    def load_pipeline(run, dtype, **options):
         pipe.run, pipe.dtype = run, dtype
         return pipe
 
-    def load_subject_pipeline(run, adapter, image_encoder, dtype):
+    def load_subject_pipeline(run, adapter, image_encoder, dtype, **options):
         pipe.adapter, pipe.loaded = SimpleNamespace(has_words=True), (adapter, image_encoder)
         return load_pipeline(run, dtype)
 

@@ -1,13 +1,17 @@
 """`customize generate`: prompts from a file, schedulers, the LoRA's strength, image-to-image, and what it
 warns of."""
 
+import json
 import re
+import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from customize import embedded
 from customize.adapters.lora import Lora, LoraFields
 from customize.app.cli import main
 from customize.app.generate import GenerateConfig, make_scheduler, prompts_in
@@ -15,6 +19,9 @@ from customize.backbones.families import wrap
 from customize.backbones.text import lost_words
 from customize.errors import UserError
 from customize.runs import checkpoint
+from customize.stickers import Drawing, World, draw_scene
+from customize.stickers import bench as stickers
+from customize.stickers.scene import draw_caption, draw_factors
 from tiny import tiny
 
 SMALL = ["--height", "32", "--width", "32", "--num_inference_steps", "2"]
@@ -132,3 +139,102 @@ def test_the_embedded_base_is_drawn_with_its_own_guidance(monkeypatch, tmp_path)
         assert main(["generate", "stickers", "a dog", "--output", str(tmp_path / "out"), *flags]) == 0
     assert seen == [4.0, 2.0]
     assert GenerateConfig().guidance_scale is None
+
+
+# what the embedded base model does not know
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("a sks fox on the moon", ["on the moon"]),
+        ("a portrait of an astronaut", ["portrait", "astronaut"]),
+        ("a fox next to a bus in the snow", []),
+        ("two copies of a red flat dog, upside down, at sunset in a wooden frame", []),
+        ("a photo of <toy> on the beach", []),
+        ("a fox riding a bus in paris", ["riding", "in paris"]),
+    ],
+)
+def test_words_that_no_scene_can_show(prompt, unknown):
+    assert stickers.not_understood(prompt, "a photo of sks fox <toy>") == unknown
+
+
+def test_every_caption_of_the_world_is_understood():
+    rng, world = np.random.default_rng(0), World()
+    drawings = world.drawings()
+    for _ in range(300):
+        scene = draw_factors(rng, world, drawings, extras=0.5)
+        assert stickers.not_understood(draw_caption(rng, scene)) == []
+
+
+def test_generate_names_what_the_embedded_model_does_not_know(tmp_path, capsys):
+    words = [
+        "generate",
+        "stickers",
+        "a fox on the moon",
+        "--num_inference_steps",
+        "1",
+        "--output",
+        str(tmp_path),
+    ]
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    assert "does not know 'on the moon': it knows things such as" in said
+    assert (
+        main([*words[:2], "a <s> fox on the beach", *words[3:], "--subject_images", *drawings(tmp_path)]) == 0
+    )
+    assert "does not know" not in capsys.readouterr().err
+
+
+def drawings(folder) -> list[str]:
+    for i, scene in enumerate(stickers.reference_scenes(Drawing("fox", "flat"))[:2]):
+        draw_scene(scene, World())[0].save(folder / f"reference-{i}.png")
+    return [str(folder / f"reference-{i}.png") for i in range(2)]
+
+
+def photograph() -> Image.Image:
+    """Texture everywhere, as in photographs of grass."""
+    noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((512, 512))
+
+
+def test_photographs_are_no_drawings(tmp_path):
+    with pytest.warns(UserWarning, match="look like photographs: stickers, the embedded base model"):
+        embedded.warn_of_photographs([photograph()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embedded.warn_of_photographs([Image.open(file) for file in drawings(tmp_path)])
+
+
+def test_an_image_to_start_from_beside_a_subject(tmp_path):
+    """The nearer to the end drawing begins, the more of the image remains."""
+    Image.new("RGB", (128, 128), (200, 30, 30)).save(tmp_path / "start.png")
+    found = {}
+    for strength in ("0.1", "1"):
+        folder = tmp_path / strength
+        words = ["generate", "stickers", "a <s> fox on the beach", "--subject_images", *drawings(tmp_path)]
+        words += [
+            "--init_image",
+            str(tmp_path / "start.png"),
+            "--strength",
+            strength,
+            "--output",
+            str(folder),
+        ]
+        assert main([*words, "--num_inference_steps", "10"]) == 0
+        [file] = folder.glob("*.png")
+        found[strength] = np.asarray(Image.open(file), np.float32)
+    start = np.asarray(Image.open(tmp_path / "start.png"), np.float32)
+    assert np.abs(found["0.1"] - start).mean() < np.abs(found["1"] - start).mean() / 2
+
+
+def test_another_base_model_than_the_one_that_the_run_names(run, tmp_path):
+    moved = shutil.copytree(run.parent / "base", tmp_path / "moved")
+    own = shutil.copytree(run, tmp_path / "run")
+    info = json.loads((own / "run.json").read_text())
+    (own / "run.json").write_text(json.dumps(info | {"base_model": "/gone"}))
+    assert main(["generate", str(own), "a dog", *SMALL, "--output", str(tmp_path / "a")]) == 2
+    words = ["generate", str(own), "a dog on grass", *SMALL, "--output", str(tmp_path / "b")]
+    assert main([*words, "--base_model", str(moved)]) == 0
+    [file] = (tmp_path / "b").glob("*.png")
+    assert np.array_equal(np.asarray(Image.open(file), np.float32), drawn(run, tmp_path))

@@ -617,14 +617,14 @@ def test_early_stopping_and_the_best(images, tmp_path, monkeypatch):
 
 
 def test_the_best_by_score(images, tmp_path, quick_images):
-    """Likeness x obedience of .1, .3, .2, .25 at steps 2, 4, 6, 8, whatever the loss says; all is written
-    down."""
+    """Subject fidelity times prompt fidelity of .1, .3, .2, .25 at steps 2, 4, 6, 8, whatever the loss says;
+    all is written down."""
     identities, seen = iter([0.2, 0.6, 0.4, 0.5]), []
 
     def scorer(drawn):
         seen.append([prompt for prompt, _ in drawn])
         assert all(image.size == (16, 16) for _, image in drawn)
-        return {"identity": next(identities), "control": 0.5}
+        return {"subject_fidelity": next(identities), "prompt_fidelity": 0.5}
 
     limits = {
         "validation_steps": 2,

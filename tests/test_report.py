@@ -142,7 +142,7 @@ def test_every_group_has_its_own_table(tmp_path):
 
 def test_factors_and_costs_are_means_over_subjects(tmp_path):
     page = page_of(results_of(tmp_path), tmp_path)
-    (factor,) = rows(section(page, "Text control by factor"))["a"]
+    (factor,) = rows(section(page, "Prompt fidelity by factor"))["a"]
     assert factor.startswith("50 %")
     assert "width:50%" in factor
     assert rows(section(page, "Cost"))["b"] == ["1,250"]

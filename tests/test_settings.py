@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import customize
 from customize.app.cli import DemoConfig, PushConfig, main
-from customize.app.evaluate import EvaluateConfig
+from customize.app.evaluate import KINDS
 from customize.app.generate import GenerateConfig
 from customize.backbones.base import Condition
 from customize.backbones.families import wrap
@@ -39,7 +39,7 @@ from tiny import tiny, vae
 LORA = "pytorch_lora_weights.safetensors"
 ALL = [
     *dict.fromkeys(kind for name in METHODS for kind in configs(find_method(name))),
-    *(GenerateConfig, EvaluateConfig, DemoConfig, PushConfig),
+    *(GenerateConfig, DemoConfig, PushConfig, *KINDS),
 ]
 EVERY = [pytest.param(cls, flag, id=f"{cls.__name__}-{flag.name}") for cls in ALL for flag in flags_of(cls)]
 

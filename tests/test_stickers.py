@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from customize.errors import UserError
 from customize.stickers import BACKGROUNDS, Drawing, Scene, World, caption, draw_scene
 from customize.stickers.measure import masked_correlation
 from customize.stickers.scene import (
@@ -144,3 +145,11 @@ def test_correlation_against_the_definition():
     assert masked_correlation(image, sprite) > 0.98
     flat = Image.new("RGB", (64, 64), (90, 90, 90))
     assert masked_correlation(flat, sprite) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("background", "moon"), ("tint", "pink"), ("size", "small"), ("count", 4)]
+)
+def test_a_scene_that_cannot_be_drawn(field, value):
+    with pytest.raises(UserError, match=f"there is no {field} {value!r}; choose"):
+        Scene(Drawing("fox", "flat"), **{field: value})

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from customize.data.dataset import to_device
 from customize.data.training_data import TrainingData
-from customize.errors import UserError
+from customize.errors import Stopped, UserError
 from customize.trainers.interruption import Unfailing, interruption
 from customize.trainers.methods.base import Method
 from customize.trainers.scorers import Scorer
@@ -66,7 +66,7 @@ def train(
             if stop:
                 end(accelerator)
                 again = f"--resume_from_checkpoint latest --output_dir {session.output}"
-                raise UserError(f"stopped at step {session.step}; go on with {again}.")
+                raise Stopped(f"stopped at step {session.step}; go on with {again}.")
             if config.early_stopping_patience and best.since >= config.early_stopping_patience:
                 what = f"validation {config.validation_metric}"
                 say(

@@ -1,5 +1,5 @@
-"""Choosing among a run's steps by what matters: likeness x obedience of validation images, rather than a
-loss."""
+"""Choosing among a run's steps by subject fidelity times prompt fidelity of validation images, rather than
+by a loss."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ from customize.prompts import class_word, subject_words
 
 Scorer = Callable[
     [list[tuple[str, Image.Image]]], dict[str, float]
-]  # drawn (prompt, image) to identity and control
+]  # drawn (prompt, image) pairs to subject_fidelity and prompt_fidelity
 
 
 def encoder_scorer(
@@ -30,8 +30,8 @@ def encoder_scorer(
         images = [image for _, image in drawn]
         texts = clip.texts([prompt.replace(words, word) for prompt, _ in drawn])
         return {
-            "identity": subject_score(dino(images), real),
-            "control": prompt_score(clip(images), texts),
+            "subject_fidelity": subject_score(dino(images), real),
+            "prompt_fidelity": prompt_score(clip(images), texts),
         }
 
     return score

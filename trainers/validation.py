@@ -85,7 +85,7 @@ def draw_validation(session: Session) -> dict[str, float]:
                 session.accelerator.device.type, enabled=False
             ):  # scores do not depend on training's precision
                 rated = session.scorer(drawn)
-            found = [rated | {"score": rated["identity"] * rated["control"]}]
+            found = [rated | {"score": rated["subject_fidelity"] * rated["prompt_fidelity"]}]
     return broadcast_object_list(found)[0]
 
 

@@ -1,11 +1,13 @@
 """What every benchmark does: for each method and subject teach, draw, score; resumable at every image."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -109,12 +111,36 @@ class Bench:
         return []
 
     def score(self, taken: Taken) -> tuple[dict, dict, list[dict]]:
-        """Scores by metric, text control by factor, and each image's scores."""
+        """Scores by metric, prompt fidelity by factor, and each image's scores."""
         raise NotImplementedError
 
     def results(self, protocol: dict[str, str], methods: list[dict]) -> dict:
         """What `write_report` takes."""
         raise NotImplementedError
+
+    def plan(self) -> str:
+        """What is still to be trained and drawn, in one line, and about how long drawing takes."""
+        images, trainings = 0, 0
+        for name in (name for name in self.methods if name != "real"):
+            for subject in self.subjects:
+                folder = self.folder / folder_of(name) / subject.name
+                shots = self.shots(subject, subject.word)
+                images += sum(not (folder / f"{shot.name}.png").exists() for shot in shots)
+                trainings += name != "base" and self.trains(name) and not (folder / "training.json").exists()
+        if not images:
+            return f"{self.title}: all images are there already"
+        prompt = self.subjects[0].prompts[0].format(self.subjects[0].word)
+        begin = time.perf_counter()
+        pipe = self.pipeline("base", self.subjects[0])
+        pipe(prompt, generator=torch.Generator().manual_seed(0), **self.sampling.options)
+        minutes = images * (time.perf_counter() - begin) / 60
+        taught = f"{trainings} trainings and " if trainings else ""
+        about = f"about {max(round(minutes), 1)} min to draw"
+        return f"{self.title}: {taught}{images} images, {about}"
+
+    def trains(self, name: str) -> bool:
+        """Whether a method is trained for each subject."""
+        return True
 
     def run(self) -> dict:
         """Teaches, draws and scores what is missing, and returns the results for the report."""

@@ -2,11 +2,12 @@
 that was not."""
 
 import gc
+import io
 import json
 import resource
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from customize.adapters.kohya import KOHYA
 from customize.backbones.text import COMPONENTS
-from customize.errors import UserError
+from customize.errors import Stopped, UserError
 from customize.files import remove, write_text
 from customize.runs.output import is_own_image, save_image
 
@@ -129,14 +130,10 @@ def trained(folder: Path, train: Callable[[Path], object]) -> Path:
     if not (cost.exists() and (run / "run.json").exists()):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with measured(cost):
+            with measured(cost), redirect_stdout(io.StringIO()):  # what each run says of itself
                 train(run)
-        except UserError as error:
-            if "--resume_from_checkpoint" in str(
-                error
-            ):  # Ctrl-C: what would resume the run would not resume the evaluation
-                raise UserError("stopped; the same command goes on with the evaluation.") from error
-            raise
+        except Stopped as error:  # what would resume the run would not resume the evaluation
+            raise UserError("stopped; the same command goes on with the evaluation.") from error
     return run
 
 

@@ -1,4 +1,4 @@
-"""DreamBench: likeness and obedience on photographs, by the field's measures (Ruiz et al., 2023, arXiv
+"""DreamBench: subject and prompt fidelity on photographs, by the field's measures (Ruiz et al., 2023, arXiv
 2208.12242)."""
 
 import ast
@@ -16,7 +16,7 @@ from PIL import Image
 from customize.app.bench.bench import NOT_TRAINED, Bench, Subject, Taken
 from customize.app.bench.drawing import write_images
 from customize.app.bench.published import PUBLISHED
-from customize.config import default, parse
+from customize.config import default, read_given
 from customize.data.images import find_images, read_image_file
 from customize.errors import UserError
 from customize.metrics import (
@@ -29,7 +29,7 @@ from customize.metrics import (
     prompt_score,
     subject_score,
 )
-from customize.trainers.launch import configs
+from customize.trainers.launch import complete, configs
 from customize.trainers.registry import find_method
 
 FILE = "prompts_and_classes.txt"
@@ -135,17 +135,18 @@ class DreamBench(Bench):
         return [str(self.train / f"{name}.yaml" if self.train.is_dir() else self.train)]
 
     def settings(self, name: str) -> dict[str, Any]:
-        """Training settings that differ from the method's defaults; UserError for those that the benchmark
-        decides."""
-        given = parse(configs(find_method(name)), self.flags(name))
-        changed = {
-            f.name: v for part in given for f in fields(part) if (v := getattr(part, f.name)) != default(f)
-        }
-        if decided := changed.keys() & DECIDED:
+        """Training settings that differ from the defaults of the configurations; UserError for those that
+        the benchmark decides."""
+        given = read_given(configs(find_method(name)), self.flags(name))
+        if decided := given.keys() & DECIDED:
             raise UserError(
                 f"--train_file: the benchmark decides '{min(decided)}' itself; remove it from '{self.train}'."
             )
-        return changed
+        made, _ = complete(name, given | {"pretrained_model_name_or_path": self.base})
+        changed = {
+            f.name: v for part in made for f in fields(part) if (v := getattr(part, f.name)) != default(f)
+        }
+        return {setting: value for setting, value in changed.items() if setting not in DECIDED}
 
     @cached_property
     def subjects(self) -> Sequence[Subject]:  # type: ignore[override]
@@ -160,7 +161,7 @@ class DreamBench(Bench):
 
     @property
     def main(self) -> str:
-        """The encoder of likeness in the plot, of `nearest` and of `diversity`."""
+        """The encoder of subject fidelity in the plot, of `nearest` and of `diversity`."""
         return "dino" if "dino" in self.encoders else "clip"
 
     def drawing(self):
@@ -237,9 +238,9 @@ class DreamBench(Bench):
         drawn = {name: encoder(taken.images) for name, encoder in self.encoders.items()}
         real = {name: encoder(taken.references) for name, encoder in self.encoders.items()}
         for name in self.encoders:
-            scores[LIKENESS[name]] = subject_score(drawn[name], real[name])
+            scores[FIDELITY[name]] = subject_score(drawn[name], real[name])
             for entry, feature in zip(each, drawn[name], strict=True):
-                entry[LIKENESS[name]] = subject_score(feature[None], real[name])
+                entry[FIDELITY[name]] = subject_score(feature[None], real[name])
         texts = self.clip.texts(taken.prompts)
         scores["clip_t"] = prompt_score(drawn["clip"], texts)
         for entry, feature, text in zip(each, drawn["clip"], texts, strict=True):
@@ -256,13 +257,13 @@ class DreamBench(Bench):
             return {}
         features = {name: encoder(real) for name, encoder in self.encoders.items()}
         scores: dict[str, float | None] = {
-            LIKENESS[name]: ceiling_score(some) for name, some in features.items()
+            FIDELITY[name]: ceiling_score(some) for name, some in features.items()
         }
         return scores | {"nearest": nearest_score(features[self.main])}
 
     def results(self, protocol, methods):
         rows = [subject["scores"] for method in methods for subject in method["subjects"]]
-        axes = ["clip_t", LIKENESS[self.main]]
+        axes = ["clip_t", FIDELITY[self.main]]
         metrics = {n: METRICS[n] for n in METRICS if n in axes or any(row.get(n) is not None for row in rows)}
         common = {
             "title": self.title,
@@ -274,7 +275,7 @@ class DreamBench(Bench):
         return common | {"published": PUBLISHED}
 
 
-LIKENESS = {"clip": "clip_i", "dino": "dino", "dinov2": "dinov2"}
+FIDELITY = {"clip": "clip_i", "dino": "dino", "dinov2": "dinov2"}
 
 
 def metric(title: str, better: str, about: str) -> dict[str, str]:
@@ -284,7 +285,7 @@ def metric(title: str, better: str, about: str) -> dict[str, str]:
 METRICS = {
     "dino": metric("DINO", "higher", "mean cosine of every image with every reference, class token of DINO"),
     "clip_i": metric(
-        "CLIP-I", "higher", "mean cosine of every image with every reference, CLIP's image image_encoder"
+        "CLIP-I", "higher", "mean cosine of every image with every reference, CLIP's image encoder"
     ),
     "dinov2": metric(
         "DINOv2", "higher", "mean cosine of every image with every reference, class token of DINOv2"

@@ -1,17 +1,18 @@
 """One finished run, measured like a benchmark of one subject beside its base model."""
 
 import hashlib
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 from PIL import Image, ImageOps
 
-from customize.app.bench.bench import Subject, Taken
+from customize.app.bench.bench import Bench, Subject, Taken
 from customize.app.bench.drawing import weights_of, write_images
 from customize.app.bench.dreambench import LIVE, DreamBench
+from customize.app.bench.sticker_scores import score_unknown
 from customize.app.bench.stickers import StickerBench
 from customize.data.images import ImageFile, find_images, read_image_file
 from customize.errors import UserError
@@ -20,6 +21,7 @@ from customize.runs.folder import read_info
 from customize.stickers import Drawing, World
 from customize.stickers.bench import bench_prompts
 from customize.stickers.judge import judge
+from customize.stickers.measure import masked_correlation
 from customize.stickers.scene import SIDE
 
 METHODS = ("base", "run", "real")
@@ -108,6 +110,9 @@ class FinishedRun:
     def run_folder(self, name: str, subject: Subject) -> Path:
         return self.run_path
 
+    def trains(self, name: str) -> bool:
+        return False
+
     def write_references(self, name: str, subject: Subject, folder: Path) -> list[Image.Image]:
         return write_images(self.images, folder)
 
@@ -132,34 +137,52 @@ class StickerRun(FinishedRun, StickerBench):
         ]
 
     @cached_property
-    def subjects(self) -> Sequence[Subject]:  # type: ignore[override]
+    def shown(self) -> Drawing | None:
+        """The drawing of the sticker world that the run learned; None if its images show none of them."""
         known = {str(drawing): drawing for drawing in World().drawings(held_out=None)}
         if self.drawing_name and self.drawing_name not in known:
             raise UserError(
                 f"--subject: there is no drawing '{self.drawing_name}'; write 'STUDIO CLASS', such as "
                 "'flat fox'."
             )
-        drawing = known[self.drawing_name] if self.drawing_name else most_seen(self.images)
-        name = str(drawing).replace(" ", "-")
-        return [Subject(name, drawing.word, "", tuple(bench_prompts(self.quick)), drawing)]
+        return known[self.drawing_name] if self.drawing_name else fitting(self.images)
+
+    @cached_property
+    def subjects(self) -> Sequence[Subject]:  # type: ignore[override]
+        word = self.shown.word if self.shown else self.word
+        name = str(self.shown).replace(" ", "-") if self.shown else self.name
+        return [Subject(name, word, "", tuple(bench_prompts(self.quick)), self.shown)]
 
     def taken(self, *parts) -> Taken:
-        return replace(super().taken(*parts), masks=None)  # a user's images are not the benchmark's
+        return Bench.taken(self, *parts)  # a user's images are not the benchmark's: no masks are known
 
     def drawing(self):
-        return super().drawing() | {"subjects": self.subjects[0].name} | self.stamp()
-
-
-def most_seen(images: list[Image.Image]) -> Drawing:
-    """The drawing that the judge sees in most of the images, with a warning if it is not sure."""
-    verdicts = judge(images)
-    drawing = verdicts.most_seen()
-    if sum(verdicts.belief(i, drawing) for i in range(len(images))) < len(images) / 2:
-        warnings.warn(
-            f"it is not sure that the images show the {drawing}; name the drawing with --subject.",
-            stacklevel=2,
+        what = (
+            str(self.shown) if self.shown else "no drawing of the sticker world: its own images are the truth"
         )
-    return drawing
+        return super().drawing() | {"subjects": what} | self.stamp()
+
+    def real(self, subject: Subject, folder: Path) -> list[Image.Image]:
+        return super().real(subject, folder) if self.shown else []
+
+    def score(self, taken: Taken):
+        return super().score(taken) if self.shown else score_unknown(taken, self.clip)
+
+    def results(self, protocol, methods):
+        found = super().results(protocol, methods) | {"title": self.name}
+        return found if self.shown else found | {"axes": ["prompt_fidelity", "clip_i"]}
+
+
+FITS = 0.65  # mean correlation of a drawing with images of it: .83 of real scenes, .49 of look-alikes
+
+
+def fitting(images: list[Image.Image]) -> Drawing | None:
+    """The drawing that the judge sees in most of the images, if it fits them: the judge knows no others, and
+    is sure of what it has never seen too."""
+    drawing = judge(images).most_seen()
+    sprite = World().sprite(drawing)
+    correlation = fmean(masked_correlation(image, sprite) for image in images)
+    return drawing if correlation >= FITS else None
 
 
 @dataclass(frozen=True, kw_only=True)

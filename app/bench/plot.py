@@ -1,4 +1,4 @@
-"""The plot that everyone reads: likeness against obedience, one point a method."""
+"""The main plot: subject fidelity against prompt fidelity, one point for each method."""
 
 import io
 from statistics import fmean
@@ -54,7 +54,7 @@ def scatter(results: dict) -> bytes | None:
     for method, y in ((method, y) for method, x, y in values if y and not x and method["kind"] != "method"):
         axes.axhline(
             fmean(y), color=method["colour"], linestyle="--", linewidth=1
-        )  # real images have no prompt to obey
+        )  # real images have no prompt
         at = axes.get_yaxis_transform()
         axes.text(
             0.99,
@@ -70,9 +70,12 @@ def scatter(results: dict) -> bytes | None:
         axis.set_label_text(
             results["metrics"][name]["title"] + ARROWS[results["metrics"][name]["better"]], parse_math=False
         )
-        if results["metrics"][name]["style"] == "percent":
-            axis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.margins(0.09)
+    for axis, name in zip((axes.xaxis, axes.yaxis), results["axes"], strict=True):
+        if results["metrics"][name]["style"] == "percent":
+            ticks = axis.get_majorticklocs()
+            fine = len(ticks) > 1 and ticks[1] - ticks[0] < 0.01  # without a decimal, ticks would repeat
+            axis.set_major_formatter(PercentFormatter(1, decimals=1 if fine else 0))
     axes.grid(color="#e8e8e8", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_color("#b8bcc2")

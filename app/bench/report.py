@@ -34,15 +34,15 @@ MISSING = "–"
 SIDE = 256  # pixels of an embedded photograph's longer side
 STRIP_PROMPTS = 2
 
-READ = """Each number is the mean over the subjects and under it the 95 % interval of that mean (bootstrap over subjects);
-arrows say which way is better, the best method of a column is bold, and shaded rows are marks to compare the methods with."""
+READ = """Arrows say which way is better, the best method of a column is bold, and shaded rows are marks to compare with."""
+MEANS = """Each number is the mean over the subjects and under it the 95 % interval of that mean (bootstrap over subjects)."""
 CSS = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #22262b; --soft: #666d76; --line: #e2e4e7;
   --shade: #f2f3f5 }
 @media (prefers-color-scheme: dark) { .plot { filter: invert(1) hue-rotate(180deg) } .dot, .bar i { filter: brightness(1.25) }
   :root { --page: #16181b; --card: #1d2024; --ink: #e4e6e9; --soft: #9aa1aa; --line: #33373d; --shade: #25292e } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 1200px; background: var(--page); color: var(--ink);
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 1500px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere }
 h1 { margin: 0; font-size: 1.75rem; line-height: 1.2 } h2 { margin: 2.75rem 0 .75rem; font-size: 1.2rem }
 h3 { margin: 1.5rem 0 .5rem; font-size: 1rem } p { max-width: 75ch; margin: .5rem 0 .8rem }
@@ -50,8 +50,8 @@ nav a { margin-right: 1rem; color: light-dark(#2f6fb3, #86b4e6); text-decoration
 small, .note, figcaption, .pair > span, .strip th, q { color: var(--soft); font-size: .82rem; font-weight: 400 }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px }
 table { border-collapse: collapse; width: 100%; overflow-wrap: normal; font-variant-numeric: tabular-nums }
-th, td { padding: .5rem .8rem; text-align: right; vertical-align: top; border-top: 1px solid var(--line) }
-thead th { border-top: 0; color: var(--soft); font-size: .85rem; line-height: 1.3; vertical-align: bottom }
+th, td { padding: .45rem .5rem; text-align: right; vertical-align: top; border-top: 1px solid var(--line) }
+thead th { border-top: 0; color: var(--soft); font-size: .8rem; line-height: 1.3; vertical-align: bottom }
 th:first-child, .strip td:first-child { position: sticky; left: 0; z-index: 1; background: var(--card) }
 th:first-child { min-width: 10.5rem; text-align: left } abbr { text-decoration: none }
 td { white-space: nowrap } td small { display: block } .words { white-space: normal; text-align: left; min-width: 14rem }
@@ -107,8 +107,8 @@ def render(results: dict, folder: Path) -> str:
     }
     sections = {
         "Scores": score_tables(results),
-        "Likeness against obedience": plot_section(results),
-        "Text control by factor": means_table(results["methods"], "factors", "percent"),
+        "Subject fidelity against prompt fidelity": plot_section(results),
+        "Prompt fidelity by factor": means_table(results["methods"], "factors", "percent"),
         "Cost": means_table(results["methods"], "cost", "amount"),
         "Best, median and worst images": extremes(results, folder),
         "Subject by subject": strips(results, folder),
@@ -127,10 +127,15 @@ def render(results: dict, folder: Path) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{CSS}</style></head>
-<body><h1>{title}</h1><p>{READ}</p><nav>{links}</nav>
+<body><h1>{title}</h1><p>{MEANS if several(results) else ""} {READ}</p><nav>{links}</nav>
 {bodies}
 </body></html>
 """
+
+
+def several(results: dict) -> bool:
+    """Whether there is more than one subject, over which means and intervals go."""
+    return any(len(method["subjects"]) > 1 for method in results["methods"])
 
 
 def score_tables(results: dict) -> str:
@@ -217,7 +222,7 @@ def plot_section(results: dict) -> str:
         f"Across: <b>{_heading(x)}</b>, {escape(x['about'])}. Up: <b>{_heading(y)}</b>, {escape(y['about'])}."
     )
     return f"""<div class="side"><img class="plot" src="{_uri(drawing, "image/svg+xml")}" alt="scatter plot of the methods">
-<p class="note">{across} Bars are 95 % intervals over subjects.</p></div>"""
+<p class="note">{across}{" Bars are 95 % intervals over subjects." if several(results) else ""}</p></div>"""
 
 
 def extremes(results: dict, folder: Path) -> str:

@@ -1,5 +1,5 @@
-"""StickerBench's measures: the world's truth, its judge and its CLIP, for one subject's images by one
-method."""
+"""StickerBench's measures: ground truth of the sticker world, its judge and its CLIP, for one subject's
+images by one method."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ import numpy as np
 from customize.app.bench.bench import Taken
 from customize.metrics import (
     ClipEncoder,
+    ceiling_score,
     copy_rate,
     diversity,
     drift,
@@ -20,9 +21,8 @@ from customize.stickers.bench import SEEN, parse_prompt, true_scene
 from customize.stickers.judge import Verdicts, judge, trusted
 from customize.stickers.measure import SCALES, Fit, best_fit
 
-# what makes a drawing hard to know again, for judge and correlation: prompts with it count for text
-# control
-# alone
+# what makes a drawing hard to recognise, for judge and correlation: prompts with it count for prompt
+# fidelity alone
 RESHAPED = {"tint", "size", "orientation", "count", "companion"}
 
 
@@ -31,14 +31,14 @@ def metric(title: str, better: str, style: str, about: str) -> dict[str, str]:
 
 
 METRICS = {
-    "identity": metric(
-        "Identity", "higher", "percent", "images in which the judge sees the subject, of 537 drawings"
+    "subject_fidelity": metric(
+        "Subject fidelity", "higher", "percent", "images in which the judge sees the subject, of 537 drawings"
     ),
-    "likeness": metric(
-        "Likeness",
+    "correlation": metric(
+        "Correlation",
         "higher",
         "number",
-        "best masked correlation of the true drawing with the image; no judge",
+        "subject fidelity without a judge: best masked correlation of the true drawing with the image",
     ),
     "class": metric(
         "Class kept",
@@ -46,8 +46,8 @@ METRICS = {
         "percent",
         "images in which the judge sees the subject's class, by any studio",
     ),
-    "control": metric(
-        "Text control", "higher", "percent", "of what the prompts ask for, what the judge finds"
+    "prompt_fidelity": metric(
+        "Prompt fidelity", "higher", "percent", "share of what the prompts ask for that the judge finds"
     ),
     "clip_i": metric(
         "CLIP-I", "higher", "number", "mean cosine with the four reference images, by the world's own CLIP"
@@ -90,7 +90,7 @@ METRICS = {
 
 
 def score(taken: Taken, clip: ClipEncoder, seed: int = 0) -> tuple[dict, dict, list[dict]]:
-    """Scores by metric, text control by factor, and each image's scores; None where a measure has
+    """Scores by metric, prompt fidelity by factor, and each image's scores; None where a measure has
     nothing to go on."""
     drawing, verdicts, every = (
         taken.subject.source,
@@ -108,20 +108,54 @@ def score(taken: Taken, clip: ClipEncoder, seed: int = 0) -> tuple[dict, dict, l
         best_fit(image, sprite) if known else None for image, known in zip(taken.images, plain, strict=True)
     ]
     each = [
-        {"identity": seen, "likeness": fit and fit.correlation, "control": mean(list(found.values()))}
+        {
+            "subject_fidelity": seen,
+            "correlation": fit and fit.correlation,
+            "prompt_fidelity": mean(list(found.values())),
+        }
         for seen, fit, found in zip(shown, fits, obeyed, strict=True)
     ]
-    scores = {name: mean([entry[name] for entry in each]) for name in ("identity", "likeness", "control")}
+    scores = {
+        name: mean([entry[name] for entry in each])
+        for name in ("subject_fidelity", "correlation", "prompt_fidelity")
+    }
     kept = [verdicts.shows_class(i, drawing.word) for i, known in enumerate(plain) if known]
     scores["class"] = mean(kept) if trusted("class") else None
     scores |= (
         by_clip(taken, clip, fits, seed) | prior_scores(taken, clip) | leaks(taken, every, verdicts, fits)
     )
-    factors = {
-        name: mean([found[name] for found in obeyed if name in found])
-        for name in dict.fromkeys(k for o in obeyed for k in o)
+    return {name: scores.get(name) for name in METRICS}, by_factor(obeyed), each
+
+
+def score_unknown(taken: Taken, clip: ClipEncoder) -> tuple[dict, dict, list[dict]]:
+    """The same for a subject that is no drawing of the sticker world: without what needs the true drawing.
+
+    Without images (the row of the subject's real ones), the references are compared with each other.
+    """
+    real = clip(taken.references)
+    if not taken.images:
+        return {"clip_i": ceiling_score(real) if len(real) > 1 else None}, {}, []
+    verdicts, images = judge(taken.images), clip(taken.images)
+    asked = [parse_prompt(prompt) for prompt in taken.prompts]
+    obeyed = [verdicts.obeys(i, factors) for i, factors in enumerate(asked)]
+    each = [
+        {"clip_i": subject_score(image[None], real), "prompt_fidelity": mean(list(found.values()))}
+        for image, found in zip(images, obeyed, strict=True)
+    ]
+    scores: dict[str, float | None] = {
+        "prompt_fidelity": mean([entry["prompt_fidelity"] for entry in each]),
+        "clip_i": subject_score(images, real),
+        "clip_t": prompt_score(images, clip.texts(taken.prompts)),
+        "diversity": diversity(images.unflatten(0, (-1, taken.repeats))) if taken.repeats > 1 else None,
+        "drift": drift(clip(taken.before), clip(taken.prior)) if taken.before and taken.prior else None,
     }
-    return {name: scores.get(name) for name in METRICS}, factors, each
+    return scores, by_factor(obeyed), each
+
+
+def by_factor(obeyed: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """Prompt fidelity by factor of the scene."""
+    names = dict.fromkeys(name for found in obeyed for name in found)
+    return {name: mean([found[name] for found in obeyed if name in found]) for name in names}
 
 
 def mean(values: Sequence[float | bool | None]) -> float | None:

@@ -194,7 +194,7 @@ class StickerBench(Bench):
             "encoder": self.clip.stamp,
             "judge's own accuracy": ", ".join(f"{k} {v:.1%}" for k, v in accuracy().items() if k != "scenes"),
             "not quoted": (
-                f"what the judge gets right in less than {TRUSTED:.0%}; identity of changed drawings"
+                f"what the judge gets right in less than {TRUSTED:.0%}; subject fidelity of changed drawings"
             ),
             "pairing": "CLIP-I: every image with every reference; CLIP-T: every image with its own prompt",
             "averages": (
@@ -207,6 +207,9 @@ class StickerBench(Bench):
 
     def words(self, name, subject):
         return find_recipe(name).words.format(subject.word)
+
+    def trains(self, name):
+        return not encoder_of(name)
 
     def training(self, name, subject):
         recipe = find_recipe(name)
@@ -245,13 +248,13 @@ class StickerBench(Bench):
 
     def results(self, protocol, methods):
         title = f"{self.title} (quick)" if self.quick else self.title
-        likeness = "identity" if trusted("drawing") else "likeness"
+        fidelity = "subject_fidelity" if trusted("drawing") else "correlation"
         rows = [subject["scores"] for method in methods for subject in method["subjects"]]
-        metrics = {name: METRICS[name] for name in METRICS if any(row[name] is not None for row in rows)}
+        metrics = {name: METRICS[name] for name in METRICS if any(row.get(name) is not None for row in rows)}
         return {
             "title": title,
             "protocol": protocol,
-            "axes": ["control", likeness],
+            "axes": ["prompt_fidelity", fidelity],
             "metrics": metrics,
             "methods": methods,
         }

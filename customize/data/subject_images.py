@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from customize import embedded
 from customize.cache import TensorCache
 from customize.data.batches import BucketBatches
 from customize.data.concepts import Concept, DataConfig, read_concept_images, read_concepts
 from customize.data.dataset import SubjectDataset, collate, split_holdout, to_device
-from customize.data.images import ImageFile
+from customize.data.images import ImageFile, read_image_file
 from customize.data.latents import LatentDataset
 from customize.data.training_data import Source, TrainingData
 from customize.errors import UserError, shortened
@@ -63,6 +64,8 @@ class SubjectImages(Source):
             backbone.check_length(f"class prompt '{shortened(concept.class_prompt)}'", concept.class_prompt)
         for image in (*self.images, *self.held_out):
             backbone.check_length(f"caption of '{image.path}'", image.caption)
+        if embedded.is_embedded(backbone.name):
+            embedded.warn_of_photographs([read_image_file(image)[0] for image in self.images])
 
     def prepare(self, method, preparation):
         backbone, cache, images = method.backbone, preparation.cache, [*self.images, *self.held_out]

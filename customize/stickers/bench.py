@@ -61,6 +61,43 @@ def parse_prompt(prompt: str) -> dict[str, object]:
     return found
 
 
+PREPOSITIONS = {
+    "on",
+    "in",
+    "at",
+    "under",
+    "against",
+    "with",
+    "near",
+    "behind",
+    "inside",
+    "over",
+    "by",
+    "wearing",
+}
+GRAMMAR = {"a", "an", "the", "of", "and", "photo", "picture", "image", "sticker", "copies"}
+
+
+def not_understood(prompt: str, own: str = "") -> list[str]:
+    """What no scene of the sticker world can show of a prompt, in its order: single words, and phrases from
+    their preposition on. `own` holds the words that a run has learned."""
+    text = re.sub(r" next to (?=an? )", " and ", f" {prompt.lower()} ")
+    for phrase in sorted((phrase for named in PHRASES.values() for phrase in named), key=len, reverse=True):
+        text = re.sub(rf"\b{re.escape(phrase)}\b", " ", text)
+    known = GRAMMAR | set(World().classes) | {studio.lower() for studio in World().studios}
+    known |= set(re.findall(r"<\w+>|\w+", own.lower()))
+    found: list[str] = []
+    after_preposition = False
+    for word in re.findall(r"<\w+>|\w+", text):
+        if word in PREPOSITIONS:
+            found, after_preposition = [*found, word], True
+        elif after_preposition:
+            found[-1] += f" {word}"
+        elif word not in known:
+            found.append(word)
+    return found
+
+
 def reference_scenes(subject: Drawing, seed: int = 0) -> list[Scene]:
     """Four scenes of the subject in different poses: the images that a user brings."""
     rng = np.random.default_rng(seed)

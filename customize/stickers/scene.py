@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageFilter
 
+from customize.errors import UserError
 from customize.stickers.backgrounds import BACKGROUNDS, draw_background
 from customize.stickers.world import Drawing, World
 
@@ -84,6 +85,12 @@ class Scene:
     pose: Pose = Pose()
     seed: int = 0
     arrangement: str = "beside"
+
+    def __post_init__(self) -> None:
+        for name, known in FACTORS.items():
+            if (value := getattr(self, name)) not in known:
+                told = ", ".join(repr(choice) for choice in known)
+                raise UserError(f"Scene: there is no {name} {value!r}; choose {told}.")
 
 
 def draw_pose(rng: np.random.Generator, spread: float = 1.0) -> Pose:

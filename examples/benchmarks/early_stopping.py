@@ -4,8 +4,8 @@ runs/early_stopping]`
 DreamBooth LoRA on StickerBench's six quick subjects, validated every 50 of 300 steps. Three choices among
 the checkpoints of each run are compared on prompts and noises that no choice has seen: the last step, the
 lowest fixed-seed validation loss on a held-out image (`--validation_metric loss`), and the best
-likeness x obedience on four validation prompts (`score`). Prints a Markdown table with 95 % bootstrap
-intervals over subjects. Resumable.
+subject fidelity times prompt fidelity on four validation prompts (`score`). Prints a Markdown table with
+95 % bootstrap intervals over subjects. Resumable.
 """
 
 import argparse
@@ -67,11 +67,11 @@ def measure(folder: Path, run_folder: Path, step: int, drawing: Drawing, clip) -
     scores, _, _ = score(
         Taken(Subject("", drawing.word, "", tuple(prompts), drawing), images, references, [], [], 1), clip
     )
-    kept = {name: scores[name] for name in ("identity", "likeness", "control")}
-    likeness = kept["likeness"] if kept["identity"] is None else kept["identity"]
+    kept = {name: scores[name] for name in ("subject_fidelity", "correlation", "prompt_fidelity")}
+    fidelity = kept["correlation"] if kept["subject_fidelity"] is None else kept["subject_fidelity"]
     return kept | {
-        "likeness x control": kept["likeness"] * kept["control"],
-        "identity x control": likeness * kept["control"],
+        "correlation x prompt fidelity": kept["correlation"] * kept["prompt_fidelity"],
+        "subject x prompt fidelity": fidelity * kept["prompt_fidelity"],
     }
 
 

@@ -63,7 +63,15 @@ def train(name: str, options) -> None:
     run([method, file, *f"{flags} --max_train_steps {steps} --output_dir {output} {resumed}".split()])
 
 
-SHOWN = ("identity", "likeness", "class", "control", "clip_i_masked", "background_leak", "pose_leak")
+SHOWN = (
+    "subject_fidelity",
+    "correlation",
+    "class",
+    "prompt_fidelity",
+    "clip_i_masked",
+    "background_leak",
+    "pose_leak",
+)
 
 
 class MoreSubjects(StickerBench):
@@ -96,13 +104,13 @@ def table(options) -> None:
             print(f"| {name} | {' | '.join(cells)} | {sum(seconds) / len(seconds):.2f} |")
         if "words" in rows:
             print(
-                f"\n{group} classes: difference to words\n\n| | identity | likeness | control "
-                "|\n|---|---|---|---|"
+                f"\n{group} classes: difference to words\n\n| | subject fidelity | correlation | prompt "
+                "fidelity |\n|---|---|---|---|"
             )
             for name in names:
                 cells = [
                     difference(rows[Path(name).name], rows["words"], metric)
-                    for metric in ("identity", "likeness", "control")
+                    for metric in ("subject_fidelity", "correlation", "prompt_fidelity")
                 ]
                 print(f"| {name} | {' | '.join(cells)} |")
     for name in names:
