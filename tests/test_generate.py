@@ -108,7 +108,6 @@ def test_prompts_of_a_file(run, tmp_path):
         (["FOLDER"], "is a folder, not a prompt"),
         (["a dog", "--strength", "0.5"], "--strength needs --init_image"),
         (["a dog", "--init_image", "none.png"], "there is no file 'none.png'"),
-        (["a dog", "--init_image", "none.png", "--subject_images", "FILE"], "cannot be used together"),
         (["a dog", "--prompts_file", "none.txt"], "none.txt cannot be read"),
         (["a dog", "--guidance_scale", "nan"], "--guidance_scale must be"),
         (["a dog", "--lora_scale", "-1"], "--lora_scale must be"),
