@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint quick-demo
+.PHONY: demo test lint quick-demo docs
 
 demo: .venv/ready
 	$(BIN)/customize demo --overwrite_output_dir
@@ -17,9 +18,19 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy customize trainers pipelines app
 
+# the pages of docs/ and an API reference from the docstrings, in build/site
+docs: .venv/docs
+	rm -rf build/source && mkdir -p build/source/customize
+	ln -s $(CURDIR)/customize/* $(CURDIR)/pipelines $(CURDIR)/trainers $(CURDIR)/app build/source/customize/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+.venv/docs: .venv/ready
+	$(INSTALL) -e ".[docs]"
+	touch .venv/docs
+
 # torch first and alone: some package indexes offer a CPU build of it, which must be chosen before others ask for it
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(INSTALL) torch
+	$(INSTALL) -e ".[dev]"
 	touch .venv/ready

@@ -1,4 +1,4 @@
-"""The command `customize`. Whatever is heavy is imported by the command that needs it."""
+"""The command `customize`. Heavy libraries are imported by the command that needs them."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -119,7 +119,8 @@ def run_command(words: list[str]) -> None:
 
 
 def _is_text(word: str) -> bool:
-    """Python reads bytes that are no UTF-8 as half characters, which nothing else takes."""
+    """Whether a word is valid Unicode: Python reads other bytes as lone surrogates, which no library
+    takes."""
     return not any("\ud800" <= sign <= "\udfff" for sign in word)
 
 

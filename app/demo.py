@@ -28,11 +28,11 @@ PAGE = "demo.png"
 
 
 def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False) -> Path:
-    """Trains and draws in `output`; returns the path of the image that shows it all. `quick` only proves
-    that it runs.
+    """Trains and draws in `output`; returns the path of the resulting image. `quick` only proves that
+    everything runs.
 
-    UserError where `output` holds what is not of an earlier demo, or an earlier demo or run without
-    `overwrite`.
+    UserError if `output` holds files that are not of an earlier demo, or holds an earlier demo or run and
+    `overwrite` is False.
     """
     folder = make_folder(Path(output), "--output")
     check_output(folder, overwrite)
@@ -70,8 +70,8 @@ def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """UserError where the demo would replace what it has not written, or an earlier one without being asked
-    to."""
+    """UserError if the demo would replace files that it did not write, or an earlier demo without
+    `overwrite`."""
     check_free(folder, overwrite, resumed=False, flag="--output")
     own = [path for path in (folder / PAGE, *(folder / "pictures").glob("*")) if path.exists()]
     if own and not overwrite:

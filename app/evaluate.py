@@ -236,7 +236,8 @@ def make_dreambench(config: DreamBenchConfig) -> Any:
 
 
 def run_output(run: str, config: EvaluateConfig, quick: bool = False) -> Path:
-    """Where the evaluation of a run goes: not into the folders of steps, which a run replaces and removes."""
+    """The output folder for the evaluation of a run; not in the folders of steps, which a later run
+    replaces."""
     place = Path(run)
     if re.fullmatch(r"best|checkpoint-\d+", place.name):
         place = place.with_name(f"evaluation-of-{place.name}")

@@ -120,8 +120,8 @@ def base_of(run: str) -> str:
 
 
 def doubts(pipe: Any, run: str, prompt: str) -> list[str]:
-    """What the user may not want of a prompt: words beyond what the text encoders read, none of the words
-    that the run has learned, or words that the embedded base model does not know."""
+    """Warnings about a prompt: words beyond the text encoders' limit, none of the run's learned words, or
+    words that the embedded base model does not know."""
     from customize.backbones.text import lost_words
     from customize.runs.folder import INFO, read_info
 
@@ -174,8 +174,8 @@ def check_request(run: str, prompts: list[str], config: GenerateConfig) -> None:
 
 
 def output_folder(run: str, output: str | None) -> Path:
-    """Where images go: a base model's folder is left alone, and so are those of steps, which a run replaces
-    and removes."""
+    """The output folder for images: never in a base model's folder or in the folders of steps, which a
+    run replaces."""
     folder = Path(run)
     if re.fullmatch(r"best|checkpoint-\d+", folder.name) and folder.parent.is_dir():
         folder = folder.parent
@@ -308,7 +308,7 @@ def draw(
 
 
 def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: GenerateConfig) -> Path:
-    """Writes the image with what re-makes it, under a name that is still free."""
+    """Writes the image, with the settings that reproduce it, under a name that is not taken yet."""
     from customize.runs.output import save_image
 
     parameters = {"run": run, "prompt": prompt, "negative_prompt": config.negative_prompt, "seed": seed}

@@ -11,8 +11,8 @@ from customize.errors import UserError, nearest
 
 
 def split(words: list[str], config: type, names: list[str], more: bool = False) -> tuple[list[str], Any]:
-    """The words before the first flag, one a name (`more`: or more), and the flags as an instance of
-    `config`."""
+    """The words before the first flag, one for each of `names` (or more, if `more`), and the flags as an
+    instance of `config`."""
     first = list(takewhile(lambda word: not word.startswith("--"), words))
     if len(first) < len(names) or (len(first) > len(names) and not more):
         raise UserError(f"Write {' '.join(names) or 'nothing'} before the flags, not '{' '.join(first)}'.")
@@ -20,7 +20,7 @@ def split(words: list[str], config: type, names: list[str], more: bool = False) 
 
 
 def check_run(run: str) -> None:
-    """Raises where `run` is neither a folder, nor `stickers`, nor something that could be on the hub."""
+    """UserError unless `run` is a folder, `stickers`, or looks like a hub id."""
     if Path(run).is_dir() or is_embedded(run):
         return
     beside = [str(path.parent) for path in Path(run).parent.glob("*/run.json")]

@@ -31,7 +31,7 @@ class TensorCache:
             ) from error
 
     def get(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The CPU tensors of `key`, from `compute()` the first time; they are shared, so never change
+        """The CPU tensors of `key`, computed by `compute()` the first time. They are shared: never change
         them in place."""
         if key not in self._memory:
             self._memory[key] = self._read(key) or self._write(key, compute())
@@ -72,8 +72,8 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def key_of(*parts) -> str:
-    """One key for JSON-like parts (text, numbers, lists, dicts, None): different parts give different
-    keys."""
+    """A string key for JSON-like parts (text, numbers, lists, dicts, None); different parts give
+    different keys."""
     return json.dumps(parts, sort_keys=True)
 
 

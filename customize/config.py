@@ -22,7 +22,7 @@ DIGITS = 18  # of whole numbers: torch and numpy hold those
 
 
 class Range(NamedTuple):
-    """Where a number must lie; `above` and `below` are not among them."""
+    """The range of a number; `above` and `below` are excluded."""
 
     least: float | None = None
     most: float | None = None
@@ -61,7 +61,7 @@ def option(
 
 
 class Flag(NamedTuple):
-    """One field of one dataclass, as the user sees it."""
+    """One field of a dataclass as a command-line flag."""
 
     name: str
     type: Any
@@ -73,7 +73,7 @@ class Flag(NamedTuple):
 
 
 class WordLoader(yaml.BaseLoader):
-    """Reads every scalar but null as text, so that a file's `1e-4` and `no` mean what they mean on the
+    """Reads every YAML scalar except null as text, so that `1e-4` and `no` mean the same as on the
     command line."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -84,7 +84,7 @@ class WordLoader(yaml.BaseLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """YAML's own loader lets the last of two equal keys win."""
+        """Refuses a key that is given twice; YAML's own loader keeps the last one."""
         found: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in found:
@@ -101,8 +101,8 @@ WordLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 
 
 def parse(dataclasses: list[type], words: Sequence[str]) -> list[Any]:
-    """One instance of each dataclass from `[FILE.yaml] --flag value ...`: words beat the file, the file
-    beats defaults."""
+    """One instance of each dataclass from `[FILE.yaml] --flag value ...`. Flags override the file, the
+    file overrides defaults."""
     values = read_given(dataclasses, words)
     return [build(cls, values) for cls in dataclasses]
 
@@ -126,7 +126,7 @@ def check_config(config: Any) -> None:
 
 
 def is_of_type(value: Any, wanted: Any) -> bool:
-    """Whether a value made in Python is what a field of this type holds; a whole number is a number."""
+    """Whether a value has the type of a field; whole numbers count as numbers."""
     if get_origin(wanted) is Literal:
         return value in get_args(wanted)
     if get_origin(wanted) is list:
@@ -148,7 +148,7 @@ def check_ranges(config: Any) -> None:
 
 
 def unmet(limits: Range, number: float) -> str:
-    """What a number must be and is not, in words; nothing if all is well."""
+    """The requirement that a number does not meet, in words; empty if it meets all."""
     if not limits.holds(number):
         endless = (
             not isinstance(number, int)
@@ -303,8 +303,7 @@ def expected(wanted: Any) -> str:
 
 
 def convert(value: Any, wanted: Any, label: str) -> Any:
-    """A word, list of words or None as the type that is wanted; `label` names the flag or key in the
-    message."""
+    """A word, a list of words or None as the wanted type; `label` names the flag or key in the message."""
     # None comes first, or the word "none" would be good text.
     for member in sorted(members(wanted), key=lambda member: member is not NoneType):
         with suppress(ValueError, KeyError):
@@ -315,7 +314,7 @@ def convert(value: Any, wanted: Any, label: str) -> Any:
 
 
 def cast(value: Any, wanted: Any) -> Any:
-    """One type, no union; raises ValueError or KeyError where the value does not fit."""
+    """The value as one type that is no union; ValueError or KeyError if it does not fit."""
     if wanted is NoneType:
         return {"none": None}[str(value).lower()]
     if get_origin(wanted) is list and isinstance(value, str | list):

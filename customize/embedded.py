@@ -1,5 +1,4 @@
-"""The base model that is embedded in the toolkit, `stickers`: the one place of the core that knows its name
-and its files."""
+"""The embedded base model, `stickers`: the only place in the core that knows its name and its files."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ IMAGE_ENCODER = MODEL / "image_encoder"
 
 
 def is_embedded(name: str | Path) -> bool:
-    """Whether a base model, an encoder or an image encoder of this name is the embedded one."""
+    """Whether a name of a base model, encoder or image encoder means the embedded one."""
     return str(name) == NAME
 
 
@@ -28,8 +27,7 @@ def folder_of(name: str | Path) -> str:
 
 
 def lasting_name(name: str | Path) -> str:
-    """A base model's name by which it is found from every working folder: of a local folder, its absolute
-    path."""
+    """A base model's name that is valid in every working folder: the absolute path of a local folder."""
     return str(Path(name).resolve()) if not is_embedded(name) and Path(name).is_dir() else str(name)
 
 
@@ -52,8 +50,8 @@ def warn_of_photographs(images: Sequence[Image.Image]) -> None:
 
 
 def not_understood(prompt: str, own: str = "") -> str:
-    """A sentence about what the embedded base model does not know of a prompt; empty if it knows all. `own`
-    holds the words that a run has learned."""
+    """A sentence that names the words of a prompt which the embedded base model does not know; empty if
+    it knows all. `own` holds the words that a run has learned."""
     from customize.stickers.bench import not_understood
 
     if not (unknown := not_understood(prompt, own)):

@@ -1,4 +1,4 @@
-"""What goes wrong through the user's input: one sentence with its remedy, and exit code 2."""
+"""Errors that the user can fix: one sentence with the remedy, and exit code 2."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ OUT_OF_MEMORY = (
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the command line prints the message alone and exits with code 2."""
+    """A mistake that the user can fix. The command line prints the message alone and exits with code 2."""
 
     def __init__(self, message: str):
         # torch's loading processes hand on an error as the text of its traceback
@@ -30,7 +30,7 @@ class UserError(Exception):
 
 
 class Stopped(UserError):
-    """A training was asked to stop, and has saved a checkpoint."""
+    """Training was asked to stop and has saved a checkpoint."""
 
 
 def nearest(name: str, known) -> str:
@@ -40,13 +40,13 @@ def nearest(name: str, known) -> str:
 
 
 def shortened(text: str, most: int = 80) -> str:
-    """A text as messages quote it: on one line, of about `most` characters."""
+    """A text for a message: on one line, of about `most` characters."""
     line = " ".join(text[: 4 * most].split())
     return line if len(line) <= most and len(text) <= 4 * most else line[: most - 3] + "..."
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, on one line; its kind where it says nothing."""
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -40,8 +40,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; UserError if it is no file or no JSON, FileNotFoundError if there is
-    none."""
+    """The content of a JSON file; UserError if it is not a regular file or not JSON, FileNotFoundError if
+    it does not exist."""
     if path.exists() and not path.is_file():  # a pipe would block for ever
         raise UserError(f"'{path}' is not a regular file; remove it.")
     try:
@@ -56,9 +56,9 @@ def damaged(path: Path, reason: object) -> UserError:
 
 @contextmanager
 def atomic_file(path: Path, exclusive: bool = False) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when it is written and flushed to disk.
+    """A path to write to; it replaces `path` once it is complete and flushed to disk.
 
-    With `exclusive`, FileExistsError where `path` exists by then: two programs never write one file.
+    With `exclusive`, FileExistsError if `path` exists by then, so that two programs never write one file.
     """
     partial = path.with_name(f"{PART}{os.getpid()}-{uuid.uuid4().hex[:12]}")
     try:
@@ -88,11 +88,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` only when all is written and flushed
-    to disk.
+    """A new folder to write into; it replaces `folder` once all is written and flushed to disk.
 
-    Raises UserError when the disk is full; what stood there before is then untouched. After a kill,
-    `recover` puts it right.
+    UserError when the disk is full; the old folder is then untouched. After a kill, `recover` cleans up.
     """
     partial, old = (
         folder.with_name(NEW + folder.name),
@@ -120,10 +118,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def recover(parent: Path) -> None:
-    """Puts right what a kill left of `atomic_folder`, `atomic_file` and `remove` in `parent`: removes
-    what was not finished, and puts back what was on its way to be replaced. What other programs are
-    writing stays.
-    """
+    """Cleans up after a kill during `atomic_folder`, `atomic_file` or `remove` in `parent`: removes
+    unfinished files, and restores what was about to be replaced. Files that other programs are writing
+    stay."""
     for path in parent.glob(f"{OLD}*"):
         target = path.with_name(path.name.removeprefix(OLD).partition("-")[2])
         _discard(path) if target.exists() else os.replace(path, target)
@@ -145,7 +142,7 @@ def _is_alive(process: str) -> bool:
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Removes files and folders. A kill on the way leaves none of them in part: they are hidden first."""
+    """Removes files and folders. They are hidden first, so that a kill leaves none of them in part."""
     for path in paths:
         hidden = path.with_name(f"{NEW}{uuid.uuid4().hex[:12]}")
         with suppress(FileNotFoundError):

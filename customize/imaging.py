@@ -14,7 +14,7 @@ from customize.reading import ordinary
 
 
 class TooLarge(Exception):
-    """Says how large an image is that has more pixels than it may have."""
+    """An image has too many pixels; the message states its size."""
 
 
 _pil_limit = threading.Lock()

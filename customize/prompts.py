@@ -1,4 +1,4 @@
-"""What prompts call the subject, and the words of subjects that an encoder sees."""
+"""The words for subjects in prompts."""
 
 import re
 from collections.abc import Collection
@@ -7,16 +7,16 @@ from customize.errors import UserError, nearest, shortened
 
 
 def subject_words(prompt: str) -> str:
-    """What stands for the subject in an instance prompt: "a photo of a sks dog" gives "sks dog"."""
+    """The subject's words in an instance prompt: "a photo of a sks dog" gives "sks dog"."""
     start = r"^((an?|the)\s+)?((photo|picture|image|painting)\s+of\s+)?((an?|the)\s+)?"
     return re.sub(start, "", prompt.strip(), flags=re.IGNORECASE)
 
 
 def class_word(instance_prompt: str, class_prompt: str = "", initializer_token: str = "") -> str:
-    """The subject's class: that of the class prompt, or the word that a learned one started from, or the
+    """The subject's class: that of the class prompt, the word that a learned word started from, or the
     subject's last word.
 
-    UserError where that would be the subject's only word, which is a rare or learned one.
+    UserError if that is the subject's only word, which is a rare or learned one.
     """
     given, words = subject_words(class_prompt or initializer_token), subject_words(instance_prompt).split()
     if not given and len(words) < 2:
@@ -33,14 +33,14 @@ MAX_REFERENCES = 4  # images of one subject
 
 
 def without_words(prompt: str) -> str:
-    """The prompt for an adapter that gives no words."""
+    """The prompt without subjects' words, for an adapter that has none."""
     for word in WORDS:
         prompt = prompt.replace(f"{word} ", "").replace(word, "")
     return prompt
 
 
 def check_words(prompt: str, subjects: Collection[str], has_words: bool) -> None:
-    """UserError unless the prompt says the word of every subject, and has a subject for every word."""
+    """UserError unless the prompt holds the word of every subject, and every such word has a subject."""
     for word in subjects:
         if word not in WORDS:
             raise UserError(

@@ -1,4 +1,4 @@
-"""What the libraries say, and what of it reaches the screen."""
+"""Which messages of the libraries reach the screen."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +18,8 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Inside, diffusers and transformers say errors alone and show no bars, but of downloads; what they say
-    elsewhere is the user's choice."""
+    """Context in which diffusers and transformers print errors only, and show progress bars for downloads
+    only."""
     import diffusers.utils.logging
     import huggingface_hub.utils
     import transformers.utils.logging

@@ -1,4 +1,4 @@
-"""Generators: their state, and randomness that is the same at every call."""
+"""Random generators: their state, and fixed randomness."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def random_state() -> dict[str, Tensor]:
-    """Every generator that training draws from, on this process."""
+    """The state of every generator that training uses, on this process."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
@@ -21,7 +21,7 @@ def set_random_state(state: dict[str, Tensor]) -> None:
 
 @contextmanager
 def fixed_randomness(seed: int) -> Iterator[None]:
-    """Draws inside are the same every time, and training's generators do not notice them."""
+    """Context in which random draws are the same every time and training's generators are not affected."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Text files that a user names: they are read whole, or refused in one sentence."""
+"""Text files of the user: read completely, or refused with one sentence."""
 
 import codecs
 import json
@@ -10,7 +10,7 @@ from customize.errors import UserError, shortened
 
 
 def ordinary(path: str | Path) -> Path:
-    """The path, if it is that of an ordinary file; OSError otherwise: opening a pipe would wait for ever."""
+    """The path, if it is an ordinary file; OSError otherwise. Opening a pipe would block."""
     if not os.path.isfile(path):
         raise OSError("it is no ordinary file" if os.path.lexists(path) else "there is no such file")
     return Path(path)
@@ -30,8 +30,8 @@ def read_text(path: Path) -> str:
 
 
 def parsed_json(text: str) -> Any:
-    """ValueError also for a key that is given twice, for text that is no Unicode, and for what is nested too
-    deeply."""
+    """The content of a JSON text. ValueError also for a key that is given twice, for invalid Unicode, and
+    for deep nesting."""
     try:
         found = json.loads(text, object_pairs_hook=_once)
         json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text to a tokenizer
@@ -50,7 +50,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def inside(path: str, folders: list[str]) -> bool:
-    """Whether an absolute path lies in one of these folders by its words alone: links are not followed, as
-    snapshots of the hub consist of them."""
+    """Whether an absolute path lies in one of these folders, judged by the path as written. Links are not
+    resolved, as snapshots of the hub consist of links."""
     place = os.path.normpath(path)
     return any(os.path.commonpath([place, folder]) == folder for folder in map(os.path.normpath, folders))

@@ -1,4 +1,4 @@
-"""What can be wrong with the values of tensors that came from a file."""
+"""Checks of tensors that were read from files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,8 +29,7 @@ def check_finite(
 
 
 def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """How the tensors of a file differ from those wanted, in names, shapes or kind; nothing if they do
-    not."""
+    """How a file's tensors differ from the expected ones in names, shapes or types; empty if they do not."""
     for name in sorted(found.keys() ^ wanted.keys()):
         return f"{'it lacks' if name in wanted else 'it has an unknown tensor'} '{name}'"
     for name, value in found.items():
@@ -42,8 +41,8 @@ def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
 
 
 def load_whole(kind: Any, place: str | Path, **options: Any) -> Any:
-    """`kind.from_pretrained(place)` with all of its weights, finite: diffusers and transformers leave
-    those that a file lacks at random. ValueError if it is not whole."""
+    """`kind.from_pretrained(place)`; ValueError unless all of its weights are there and finite. diffusers
+    and transformers leave missing weights at random values."""
     model, info = kind.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
     name = Path(place).name
     if missing := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):

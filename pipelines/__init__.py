@@ -1,4 +1,4 @@
-"""Diffusers pipelines of what was trained."""
+"""Diffusers pipelines of trained runs."""
 
 from customize.pipelines.load import load_pipeline, load_subject_pipeline
 from customize.pipelines.subject import SubjectSDPipeline, SubjectSDXLPipeline

@@ -1,4 +1,4 @@
-"""Text and tokens of subjects for each step of a call."""
+"""Text and subject tokens for each step of a pipeline's call."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ from customize.prompts import WORDS
 
 @dataclass
 class SubjectCall:
-    """The subjects of one call: a row for each prompt, a column for each of the first `WORDS`; what
-    depends on time is made once for each time bin of the encoder."""
+    """The subjects of one call: a row for each prompt, a column for each of the first `WORDS`. What
+    depends on time is computed once for each time bin of the encoder."""
 
     adapter: SubjectAdapter
     features: Tensor  # (prompts, subjects, references, tokens, features)
@@ -49,7 +49,7 @@ class SubjectCall:
         return self.present.to(self.features.dtype) * self.strengths
 
     def encoded(self, bins: int) -> Encoded:
-        """All subjects of the call in a time bin, (prompts * subjects, ...)."""
+        """All subjects of the call in a time bin, encoded: (prompts * subjects, ...)."""
         if bins not in self._encoded:
             encoder, features = self.adapter.encoder, self.features[self.present]
             t = encoder.middle_of(torch.full((len(features),), float(bins), device=features.device))
@@ -57,7 +57,7 @@ class SubjectCall:
         return self._encoded[bins]
 
     def injected(self, bins: int, guided: bool) -> Injected:
-        """What the processors are given in a time bin, with or without an unconditional half."""
+        """The input of the attention processors in a time bin, with or without an unconditional half."""
         if (bins, guided) not in self._injected:
             texts = self.block_texts.get(bins)
             made = self.adapter.injected(
@@ -76,7 +76,7 @@ class SubjectCall:
         return self.adapter.encoder(self.blank, one, torch.zeros(1, device=self.features.device)).visual
 
     def pooled_text(self, bins: int, text_embeds: Tensor, samples: int) -> Tensor | None:
-        """The pooled text of XL (samples, dim) with the subjects' words of this time in the conditional
+        """SDXL's pooled text (samples, dim), with the subjects' words of this time bin in the conditional
         half."""
         if bins not in self.pooled:
             return None
@@ -92,8 +92,8 @@ def _with_words(tokenizer: Any, added: frozenset) -> Any:
 
 
 def with_words(tokenizer: Any) -> Any:
-    """A copy that knows the subjects' words. The pipeline's own never does: other words may be loaded
-    into it at any time."""
+    """A copy of a tokenizer that knows the subjects' words. The pipeline's own tokenizer stays unchanged,
+    as other words may be loaded into it later."""
     return _with_words(tokenizer, frozenset(tokenizer.get_added_vocab().items()))
 
 

@@ -1,4 +1,4 @@
-"""What a call with subjects is given: read and checked."""
+"""The inputs of a call with subjects: parsed and checked."""
 
 import inspect
 import math
@@ -28,7 +28,7 @@ def texts_of(prompt: str | list[str] | None) -> list[str] | None:
 
 
 def by_name(call: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """What a call is given, all of it by name."""
+    """The arguments of a call, all by name."""
     found = inspect.signature(call).bind(*args, **kwargs).arguments
     others = found.pop("kwargs", {})  # what the call itself takes as **kwargs
     return found | others
@@ -62,8 +62,8 @@ def each_prompt(images: Any, count: int) -> list[Any]:
 
 
 def opened(image: Any, kind: str = "reference") -> Image.Image:
-    """An image, or the file of one, upright and of 8 bits; UserError if it is neither, or too large. Nothing
-    is fetched."""
+    """An image, or the image in a file, upright and in 8 bits. UserError if it is neither, or too large.
+    No address is fetched."""
     if not isinstance(image, Image.Image | str | Path):
         raise UserError(f"a {kind} must be an image or the path of one, not {type(image).__name__}.")
     named = f"the {kind}" if isinstance(image, Image.Image) else f"the {kind} '{shortened(str(image))}'"
@@ -84,8 +84,8 @@ def opened(image: Any, kind: str = "reference") -> Image.Image:
 
 
 def check_length(prompt: str, subjects: Iterable[str], tokenizer: Any) -> None:
-    """UserError if the word of a subject lies beyond what the text encoder reads; the tokenizer knows these
-    words."""
+    """UserError if a subject's word lies beyond what the text encoder reads; the tokenizer must know
+    these words."""
     read = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
     for word in subjects:
         if tokenizer.convert_tokens_to_ids(word) not in read:
@@ -96,11 +96,13 @@ def check_length(prompt: str, subjects: Iterable[str], tokenizer: Any) -> None:
             )
 
 
-def side_by_side(there: Tensor, height: int, width: int) -> Tensor:
-    """Regions (rows, subjects, height, width) of columns as wide as each other, from left to right in the
-    order of the subjects that are `there` (rows, subjects)."""
-    column = torch.arange(width, device=there.device) * there.sum(1, keepdim=True) // width  # (rows, width)
-    regions = (column[:, None] == (there.cumsum(1) - 1)[..., None]) & there[..., None]
+def side_by_side(present: Tensor, height: int, width: int) -> Tensor:
+    """Regions (prompts, subjects, height, width): columns of equal width, from left to right, for the
+    subjects that are `present` (prompts, subjects)."""
+    column = (
+        torch.arange(width, device=present.device) * present.sum(1, keepdim=True) // width
+    )  # (prompts, width)
+    regions = (column[:, None] == (present.cumsum(1) - 1)[..., None]) & present[..., None]
     return regions[:, :, None].expand(-1, -1, height, -1)
 
 

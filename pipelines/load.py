@@ -1,4 +1,4 @@
-"""Pipelines of what was trained, by the names of their runs."""
+"""Loading pipelines of runs and base models."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +47,7 @@ def load_pipeline(
 
 
 def _base_options(info: Mapping[str, Any]) -> dict[str, str]:
-    """What a run loaded its base model with."""
+    """The options with which a run loaded its base model."""
     config = info["config"]
     names = {"revision": "revision", "variant": "variant", "vae_name": "pretrained_vae_model_name_or_path"}
     return {option: value for option, name in names.items() if (value := config.get(name))}

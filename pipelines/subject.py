@@ -171,7 +171,7 @@ class SubjectMixin(Stock):
         return image_encoder
 
     def unload_subject_adapter(self) -> None:
-        """Back to the stock pipeline."""
+        """Removes the subject encoder: the pipeline is the stock one again."""
         self.adapter = None
         self.unet.set_attn_processor(AttnProcessor2_0())
 
@@ -225,7 +225,8 @@ class SubjectMixin(Stock):
         return self.adapter.encoder.read(image_encoder(pixels))
 
     def _place_adapter(self) -> None:
-        """Where and in the precision in which the denoiser runs, unless it is being trained."""
+        """Moves the adapter to the denoiser's device and precision; while it is trained, only to the
+        device."""
         frozen = not any(parameter.requires_grad for parameter in self.adapter.parameters())
         self.adapter.to(self._execution_device, self.unet.dtype if frozen else None)
 
@@ -313,14 +314,13 @@ class SubjectMixin(Stock):
         return {word: self._as_adapter(own) for word, own in found.items()}
 
     def _as_adapter(self, features: Tensor) -> Tensor:
-        """Features where the adapter is, in its precision."""
+        """Features on the adapter's device, in its precision."""
         self._place_adapter()
         some = next(self.adapter.parameters())
         return features.to(some.device, some.dtype)
 
     def _refuse_words(self, kwargs: dict, names: Sequence[str]) -> None:
-        """UserError if one of these texts of the call says a subject's word, where there is no subject to
-        be meant."""
+        """UserError if one of these texts of the call holds a subject's word that has no subject."""
         if self.adapter is not None and self.adapter.has_words:
             for name in names:
                 why = (
@@ -332,8 +332,9 @@ class SubjectMixin(Stock):
                     check_shown(text, why=why)
 
     def _region_maker(self, masks: Any, present: Tensor, kwargs: dict) -> Callable[[int, int], Tensor] | None:
-        """From a latent height and width to where each subject may be, (rows, subjects, height, width):
-        masks by word, the same in every row, or columns for those that are `present` (rows, subjects)."""
+        """A function from a latent height and width to the regions (prompts, subjects, height, width):
+        masks by word, the same for every prompt, or columns for those that are `present` (prompts,
+        subjects)."""
         if masks is None:
             return None
         if kwargs.get("padding_mask_crop") is not None:
@@ -383,7 +384,7 @@ class SubjectMixin(Stock):
                 setattr(self, name, tokenizer)
 
     def _inject(self, unet, inputs, named):
-        """Before every step: what the processors are given at its time."""
+        """Before every step: gives the attention processors the subjects of its time."""
         call, encoder = self._subjects, self.adapter.encoder
         sample, t = (
             inputs[i] if len(inputs) > i else named[name] for i, name in enumerate(("sample", "timestep"))
@@ -408,8 +409,8 @@ class SubjectMixin(Stock):
         return inputs, named
 
     def encode_prompt(self, *args, **kwargs):
-        """The stock method's results; with subjects, S+ is in the prompts, and the text of every time and
-        slot is kept."""
+        """The stock method's results. With subjects, S+ is put into the prompts, and the text of every
+        time bin and block is kept."""
         with clip_skip_works(self.text_encoder):
             return self._encode_prompt_of_call(self._subjects, args, kwargs)
 
@@ -437,7 +438,7 @@ class SubjectMixin(Stock):
             return super().encode_prompt(*args, **kwargs)
 
     def _encode_text(self, prompts: list[str], bound: dict) -> dict[str, Tensor]:
-        """The denoiser's text states of prompts, under the options of the call; of XL also the pooled
+        """The denoiser's text states of prompts under the options of the call; for SDXL also the pooled
         ones."""
         options = {name: bound[name] for name in ("clip_skip", "lora_scale") if name in bound}
         if bound.get("prompt_2"):
@@ -453,8 +454,8 @@ class SubjectMixin(Stock):
         return {"encoder_hidden_states": states} | ({"text_embeds": pooled[0]} if pooled else {})
 
     def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
-        """Refused with a warning while an adapter is loaded: diffusers would replace its processors, and
-        so the subject."""
+        """Ignored with a warning while an adapter is loaded: diffusers would replace its processors and
+        thereby remove the subject."""
         if self.adapter is None:
             super().enable_attention_slicing(slice_size)
         else:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from customize.app.bench import stickers
-from customize.app.bench.bench import Subject, Taken
+from customize.app.bench.bench import ImagesToScore, Subject
 from customize.app.bench.drawing import ImageRequest, Sampling, draw_missing, same_protocol
 from customize.app.bench.dreambench import DreamBench, read_dreambench
 from customize.app.bench.sticker_scores import score, score_unknown
@@ -190,7 +190,7 @@ def test_another_protocol_is_refused(tmp_path):
 
 def taken(images, prompts, subject=FOX, references=None, prior=(), before=()):
     references = references or [draw_scene(scene, World())[0] for scene in reference_scenes(subject)]
-    return Taken(
+    return ImagesToScore(
         Subject("flat-fox", subject.word, "", tuple(prompts), subject),
         images,
         references,
@@ -591,7 +591,7 @@ def test_a_run_of_what_is_no_drawing_of_the_world(tmp_path, monkeypatch, capsys)
 def test_the_scores_of_an_unknown_subject_by_loops(clip):
     images, prompts = [stranger(i) for i in range(4)], ["a {} on the beach", "a {} at sunset"]
     subject = Subject("toy", "toy", "", tuple(prompts), None)
-    taken = Taken(subject, images, images[:2], images[2:], images[:2], 2)
+    taken = ImagesToScore(subject, images, images[:2], images[2:], images[:2], 2)
     scores, factors, each = score_unknown(taken, clip)
     a, b = clip(images).double(), clip(images[:2]).double()
     assert scores["clip_i"] == pytest.approx(np.mean([float(x @ y) for x in a for y in b]), abs=1e-5)
@@ -602,7 +602,7 @@ def test_the_scores_of_an_unknown_subject_by_loops(clip):
     assert scores["drift"] == pytest.approx(moved, abs=1e-5)
     assert scores["prompt_fidelity"] == pytest.approx(np.mean([entry["prompt_fidelity"] for entry in each]))
     assert list(factors) == ["background"]
-    alone, _, nothing = score_unknown(Taken(subject, [], images[:2], [], [], 2), clip)
+    alone, _, nothing = score_unknown(ImagesToScore(subject, [], images[:2], [], [], 2), clip)
     assert alone["clip_i"] == pytest.approx(float(a[0] @ a[1]), abs=1e-5)
     assert nothing == []
 

@@ -592,7 +592,7 @@ def test_contrasts_without_words_are_refused(tower):
 def test_a_diagnosis_names_its_numbers_and_writes_its_image(tower, tmp_path):
     method = make(tower)
     found = method.diagnose([batch_of([0, 1, 2]), batch_of([3, 4], seed=10)], tmp_path / "samples", 30)
-    slots = [found[f"retrieval slot {i}"] for i in range(method.adapter.text_blocks)]
+    slots = [found[f"retrieval block {i}"] for i in range(method.adapter.text_blocks)]
     assert found["retrieval"] == pytest.approx(np.mean(slots))
     assert -1 <= found["spearman"] <= 1
     assert found["cscl gradient"] > 0

@@ -209,7 +209,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tower, subjects, tmp_path):
 def test_diagnostics_are_logged_with_the_validation_loss(tower, subjects, tmp_path):
     trained(build("sd15", "custom_contrast", tower), subjects, tmp_path, 2)
     row = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[-1])
-    slots = [name for name in row if name.startswith("retrieval slot")]
+    slots = [name for name in row if name.startswith("retrieval block")]
     assert {"validation_loss", "retrieval", "spearman", "cscl gradient", "macl gradient"} <= row.keys()
     assert len(slots) == build("sd15", "custom_contrast", tower).adapter.text_blocks
     assert (tmp_path / "samples" / "similarity-000002.png").exists()

@@ -294,7 +294,13 @@ def test_padding_references_of_an_image_prompt_are_masked(plus):
 
 
 def encoder_of(**options) -> MultimodalEncoder:
-    sizes = {"image_dim": 32, "image_layers": 4, "visual_dim": 12, "text_dims": [16, 10], "slots": 5} | SIZES
+    sizes = {
+        "image_dim": 32,
+        "image_layers": 4,
+        "visual_dim": 12,
+        "text_dims": [16, 10],
+        "text_blocks": 5,
+    } | SIZES
     return MultimodalEncoder(MultimodalConfig(**(sizes | options)))
 
 

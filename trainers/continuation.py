@@ -1,4 +1,4 @@
-"""Resuming a run: what is not given is as it was, and what differs is applied or refused by name."""
+"""Resuming a run: settings that are not given stay as they were; others are applied or refused by name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,9 +29,9 @@ OWN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_
 
 
 def earlier_settings(given: Mapping[str, Any], known: Mapping[str, Flag]) -> dict[str, Any]:
-    """The settings of the run that is resumed, as far as they are still settings; none for a fresh start.
+    """The settings of the resumed run that still exist; empty for a fresh start.
 
-    UserError if one is of another type. What else is wrong with the checkpoint is told once the output
+    UserError if one has the wrong type. Other faults of the checkpoint are reported once the output
     folder is claimed.
     """
     names = ("output_dir", "resume_from_checkpoint")
@@ -51,7 +51,7 @@ def earlier_settings(given: Mapping[str, Any], known: Mapping[str, Flag]) -> dic
 
 
 def check_same_settings(folder: Path | None, config: Mapping[str, Any], known: Mapping[str, Flag]) -> None:
-    """UserError naming the first setting that differs from the resumed run's and that cannot be changed."""
+    """UserError naming the first setting that differs from the resumed run and cannot be changed."""
     then = read_info(folder)["config"] if folder and folder.is_dir() else {}
     for name, value in config.items() if then else ():
         before = then.get(name, known[name].default)

@@ -1,4 +1,4 @@
-"""Signals that end a run, after the step is finished and saved."""
+"""Signals that end a run after the current step is finished and saved."""
 
 import os
 import signal
@@ -14,8 +14,9 @@ TOGETHER = 2.0
 
 @contextmanager
 def interruption():
-    """Gives a function that says whether the run was asked to stop, by Ctrl-C (SIGINT), a scheduler (SIGTERM)
-    or a closing terminal (SIGHUP): the step is finished and saved first; a second signal stops at once."""
+    """Context that gives a function: whether the run was asked to stop by Ctrl-C (SIGINT), a scheduler
+    (SIGTERM) or a closing terminal (SIGHUP). The step is finished and saved first; a second signal stops
+    at once."""
     pressed: list[float] = []
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
 
@@ -43,8 +44,7 @@ def interruption():
 
 
 class Unfailing:
-    """A stream whose words go nowhere once nobody listens: a closed terminal, or a `tee` that Ctrl-C has
-    ended."""
+    """A stream that ignores errors once nobody reads it: a closed terminal, or a `tee` that Ctrl-C ended."""
 
     def __init__(self, stream):
         self.stream = stream

@@ -32,10 +32,9 @@ from customize.trainers.settings import ModelConfig, TrainConfig, is_first_proce
 def claimed_output(
     model_config: ModelConfig, train_config: TrainConfig, config: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Inside, the output folder is this run's alone: it can be written, holds nothing that is not a run's,
-    and no earlier run that was not given up. `config` holds all settings. UserError otherwise, on the first
-    process.
-    """
+    """Context in which the output folder belongs to this run: it can be written, holds only files of
+    runs, and no earlier run that was not given up. `config` holds all settings. UserError otherwise, on
+    the first process."""
     if not is_first_process():
         yield
         return
@@ -79,8 +78,8 @@ def check_progress(train_config: TrainConfig) -> None:
 
 
 def later_results(train_config: TrainConfig) -> list[Path]:
-    """What the output folder holds of steps after the checkpoint that is resumed: checkpoints, samples, and
-    the best step."""
+    """Checkpoints, samples and the best step in the output folder that are later than the checkpoint to
+    resume from."""
     output, start = (
         Path(train_config.output_dir),
         checkpoint_step(Path(train_config.resume_from_checkpoint).resolve()),
@@ -94,7 +93,7 @@ def later_results(train_config: TrainConfig) -> list[Path]:
 
 
 def clear_output(train_config: TrainConfig, accelerator: Accelerator) -> None:
-    """Removes what an earlier run left that this one replaces: only once all that it needs was found."""
+    """Removes the earlier run that this one replaces; called once everything the run needs was found."""
     if not accelerator.is_main_process:
         return
     if not resumes_here(train_config):
@@ -104,7 +103,7 @@ def clear_output(train_config: TrainConfig, accelerator: Accelerator) -> None:
 
 
 def forget_later(log: Path, step: int) -> None:
-    """Takes the validations after a step out of the log: the resumed run makes them again."""
+    """Removes the validations after a step from the log, as the resumed run makes them again."""
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
     kept = [
         line
@@ -116,7 +115,7 @@ def forget_later(log: Path, step: int) -> None:
 
 
 def resumed_folder(train_config: TrainConfig) -> Path | None:
-    """The checkpoint that is resumed, None for a fresh start; UserError if there is none to be the latest."""
+    """The checkpoint to resume from, None for a fresh start; UserError if there is no latest one."""
     if train_config.resume_from_checkpoint != "latest":
         return Path(train_config.resume_from_checkpoint) if train_config.resume_from_checkpoint else None
     if (folder := latest_checkpoint(Path(train_config.output_dir))) is None:
@@ -128,6 +127,5 @@ def resumed_folder(train_config: TrainConfig) -> Path | None:
 
 
 def drop_old_checkpoints(output: Path, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints that can be resumed, and those into which somebody has put
-    something."""
+    """Removes all but the last `keep` checkpoints, except those to which the user has added files."""
     remove(folder for folder in checkpoints(output)[:-keep] if only_a_run(folder))

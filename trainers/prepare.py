@@ -1,4 +1,4 @@
-"""What happens once before training: the base model is loaded, and class images are drawn."""
+"""Before training: loading the base model and drawing class images."""
 
 import itertools
 import json
@@ -41,8 +41,7 @@ def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Acce
 
 
 def decode_whole(vae) -> None:
-    """Images drawn under autocast are still decoded in the autoencoder's own precision: XL's overflows in
-    float16."""
+    """Makes the autoencoder decode in its own precision even under autocast: SDXL's overflows in float16."""
     decode = vae.decode
 
     def decoded(latents: torch.Tensor, *args, **options):
@@ -103,8 +102,8 @@ def class_images(
 
 
 def remove_others(folder: Path, recipe: str, prompt: str) -> None:
-    """Removes the class images that an earlier run has drawn by another recipe, and says so. Images of
-    before recipes were noted stay."""
+    """Removes class images that an earlier run drew under other conditions, with a warning. Images
+    without a recipe, of earlier versions, stay."""
     paths = [path for path in sorted(folder.glob("class-*.png")) if is_own_image(path)]
     others = [path for path in paths if own_text(path, RECIPE) not in ("", recipe)]
     if others:

@@ -1,4 +1,4 @@
-"""Resume state: one safetensors file with all that a run needs to go on as if it had never stopped."""
+"""Resume state: one safetensors file with everything a run needs to continue exactly."""
 
 import json
 from collections.abc import Iterator
@@ -101,7 +101,7 @@ def load_state(folder: Path, accelerator, trained: dict[str, Tensor], **parts) -
 
 @contextmanager
 def _damaged(path: Path) -> Iterator[None]:
-    """Whatever goes wrong inside is the file's fault."""
+    """Context in which every error means that the file is damaged."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError, MemoryError):
@@ -128,8 +128,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_part(name: str, part: Any, state: dict) -> None:
-    """ValueError unless a part's state is of the form of its present one: not every part looks when it is
-    loaded."""
+    """ValueError unless the stored state of a part has the form of its present one; not every part checks
+    this itself."""
     if not hasattr(part, "param_groups"):
         _check_alike(name, part.state_dict(), state)
         return
@@ -166,8 +166,7 @@ def _kind(value: Any) -> type:
 
 
 def good_checkpoint(run: Path) -> Path | None:
-    """The checkpoint-N folder with the highest N among those that can be read and whose values are finite, or
-    None."""
+    """The latest checkpoint-N folder that can be read and whose values are finite, or None."""
     return next((folder for folder in reversed(checkpoints(run)) if _is_good(folder)), None)
 
 

@@ -19,8 +19,8 @@ Scorer = Callable[
 def encoder_scorer(
     references: Sequence[Image.Image], concept: Concept, initializer: str, clip, dino
 ) -> Scorer:
-    """Of any other model: DINO's mean cosine with the references, and CLIP's with the prompts, class word in
-    the subject's place (see `customize.metrics`)."""
+    """The scorer for real models: the mean cosine with the references by DINO, and with the prompts by
+    CLIP, with the class word in the subject's place (see `customize.metrics`)."""
     from customize.metrics import prompt_score, subject_score
 
     real, words = dino(references), subject_words(concept.instance_prompt)
@@ -40,10 +40,9 @@ def encoder_scorer(
 def make_scorer(
     settings, base: str, concepts: list[Concept], images: Sequence[ImageFile], initializer: str = ""
 ) -> Scorer:
-    """The scorer of a run: the sticker world's judge on the embedded base model, CLIP and DINO on others.
+    """The scorer of a run: the judge on the embedded base model, CLIP and DINO on others.
 
-    UserError for several concepts, which would need a score each, and where the metrics' libraries are
-    missing.
+    UserError for several concepts, and where the metrics' libraries are missing.
     """
     if len(concepts) != 1:
         raise UserError("--validation_metric score is for one concept; use loss with several.")

@@ -1,4 +1,4 @@
-"""A run in progress: what it trains, how it starts or resumes, and what it writes."""
+"""A run in progress: what it trains, how it starts or resumes, and its files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -64,7 +64,7 @@ class Session:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, what is trained holds its running average, if there is one."""
+        """Context in which the trained parameters hold their running average, if there is one."""
         if (ema := self.train_state["ema"]) is None:
             yield
             return
@@ -76,7 +76,8 @@ class Session:
             ema.restore(self.trained.values())
 
     def write(self, folder: Path) -> None:
-        """Writes what is trained into `folder`, unless the last update spoilt it."""
+        """Writes the adapters into `folder`; UserError if the last update made values that are not
+        finite."""
         if not all(value.isfinite().all() for value in self.trained.values()):
             raise UserError(not_finite(self.step, self.output))
         if self.accelerator.is_main_process:
@@ -86,7 +87,7 @@ class Session:
                 )
 
     def whole(self, name: str):
-        """A folder of the output that is there only when all is written, on the first process."""
+        """A folder of the output that appears only when it is complete; only the first process writes it."""
         target = self.output / name
         return atomic_folder(target) if self.accelerator.is_main_process else nullcontext(target)
 

@@ -1,4 +1,4 @@
-"""What every run begins with: its base model, and settings that can be checked at once."""
+"""Settings of every run: base model and training."""
 
 import os
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from customize.trainers.methods.base import Method
 
 @dataclass
 class ModelConfig:
-    """Which base model, and what is kept of its work."""
+    """The base model, caching and upload."""
 
     pretrained_model_name_or_path: str = option(
         embedded.NAME,
@@ -115,7 +115,7 @@ class TrainConfig:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes and prints; known before accelerate is started."""
+    """Whether this process writes and prints; known before accelerate is started."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 

@@ -1,5 +1,4 @@
-"""Looking at a method while it trains: a loss that can be compared between steps, images, and which step
-was the best."""
+"""Validation: a loss that is comparable between steps, images, and the choice of the best step."""
 
 import json
 import math
@@ -43,7 +42,7 @@ def validate(session: Session, bar: tqdm) -> None:
     decisive = -found["score"] if "score" in found else found["validation_loss"]
     best.add(decisive)
     values = ", ".join(
-        f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items() if "slot" not in name
+        f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items() if "block" not in name
     )
     say(bar, f"step {step}: {values}{' (best)' if best.since == 0 else ''}")
     if best.since == 0:
@@ -51,14 +50,14 @@ def validate(session: Session, bar: tqdm) -> None:
 
 
 def say(bar: tqdm, text: str) -> None:
-    """Writes a line above the bar, if anybody listens."""
+    """Prints a line above the progress bar; errors of a closed terminal are ignored."""
     with suppress(OSError):
         bar.write(text)
 
 
 def diagnosis(session: Session) -> dict[str, float]:
-    """What the method says of itself, in evaluation mode and without touching training's generators; left out
-    where there was too little to compare (NaN)."""
+    """The method's diagnostics, in evaluation mode and with fixed randomness; values that could not be
+    computed (NaN) are left out."""
     method = session.method
     method.eval()
     with fixed_randomness(session.config.seed):
@@ -105,7 +104,7 @@ def validation_loss(method: Method, batches: list[dict], seed: int = 0, repeats:
 def sample(
     method: Method, prompts: list[str], count: int, resolution: int, seed: int = 0, steps: int = 25
 ) -> list[tuple[str, Image.Image]]:
-    """`count` images for each prompt, drawn by the very modules that are being trained."""
+    """`count` images for each prompt, drawn by the modules that are being trained."""
     images = []
     method.backbone.pipe.set_progress_bar_config(disable=True)
     was_training = method.training
@@ -126,7 +125,7 @@ def sample(
 
 
 def sheet(images: list[tuple[str, Image.Image]], columns: int = 4) -> Image.Image:
-    """The images side by side, without their prompts."""
+    """The images side by side, without prompts."""
     width, height = images[0][1].size
     columns = min(columns, len(images))
     page = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")

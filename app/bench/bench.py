@@ -1,4 +1,5 @@
-"""What every benchmark does: for each method and subject teach, draw, score; resumable at every image."""
+"""What all benchmarks share: train each method on each subject, draw the prompts, score the images. Every
+image is kept, so that an interrupted evaluation goes on where it stopped."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ PRIOR_PROMPTS = 4  # of these many prompts the class word alone is drawn, before
 
 
 def folder_of(name: str) -> str:
-    """The folder of a method's images: some methods are named by a path."""
+    """The folder name of a method's images; some methods are named by a path."""
     return name.strip("./").replace("/", "-")
 
 
@@ -38,10 +39,10 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A subject's images to be scored: as many of each of `prompts`, the references, and those of the class
-    word alone by the method (`prior`) and by the base model (`before`); all but the references may be empty.
-    """
+class ImagesToScore:
+    """The images of one subject and method that are to be scored: `images` for `prompts`, the subject's
+    `references`, and images of the class word alone by the method (`prior`) and by the base model
+    (`before`). All but the references may be empty."""
 
     subject: Subject
     images: list[Image.Image]
@@ -61,7 +62,7 @@ class Taken:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Subclasses say what the subjects are, how a method is taught, and what the scores are."""
+    """Subclasses define the subjects, how a method is trained, and the scores."""
 
     folder: Path
     methods: Sequence[str]
@@ -78,12 +79,12 @@ class Bench:
         raise NotImplementedError
 
     def drawing(self) -> dict[str, str]:
-        """All that decides the images, but for the methods' own settings: images made otherwise are never
-        mixed in."""
+        """Everything that decides the images apart from the methods' own settings. Images made under
+        another description are never mixed in."""
         raise NotImplementedError
 
     def teaching(self, name: str) -> str:
-        """All that decides what method `name` learns, beyond `drawing`."""
+        """Everything that decides what method `name` learns, beyond `drawing`."""
         raise NotImplementedError
 
     def scoring(self) -> dict[str, str]:
@@ -94,11 +95,11 @@ class Bench:
         raise NotImplementedError
 
     def words(self, name: str, subject: Subject) -> str:
-        """What stands for the subject in the prompts of method `name`; the class word for the base model."""
+        """The words for the subject in the prompts of method `name`; the class word for the base model."""
         raise NotImplementedError
 
     def training(self, name: str, subject: Subject) -> list[str]:
-        """Method and flags of `customize train`, but for data, output and seed."""
+        """Method and flags of `customize train`, except data, output and seed."""
         raise NotImplementedError
 
     def write_references(self, name: str, subject: Subject, folder: Path) -> list[Image.Image]:
@@ -110,12 +111,12 @@ class Bench:
         none."""
         return []
 
-    def score(self, taken: Taken) -> tuple[dict, dict, list[dict]]:
+    def score(self, taken: ImagesToScore) -> tuple[dict, dict, list[dict]]:
         """Scores by metric, prompt fidelity by factor, and each image's scores."""
         raise NotImplementedError
 
     def results(self, protocol: dict[str, str], methods: list[dict]) -> dict:
-        """What `write_report` takes."""
+        """The argument of `write_report`."""
         raise NotImplementedError
 
     def plan(self) -> str:
@@ -143,7 +144,7 @@ class Bench:
         return True
 
     def run(self) -> dict:
-        """Teaches, draws and scores what is missing, and returns the results for the report."""
+        """Trains, draws and scores what is missing; returns the results for the report."""
         drawing = self.drawing()
         same_protocol(self.folder, drawing)
         # whose class images methods are compared with, even where it is no row
@@ -184,7 +185,7 @@ class Bench:
         before = (
             [] if name in NOT_TRAINED else self.prior("base", subject, lambda: self.pipeline("base", subject))
         )
-        scores, factors, each = self.score(self.taken(subject, images, references, prior, before))
+        scores, factors, each = self.score(self.images_to_score(subject, images, references, prior, before))
         return {
             "name": subject.name,
             "label": subject.name.replace("-", " ").replace("_", " "),
@@ -234,11 +235,11 @@ class Bench:
         return pipe.to(self.sampling.device)
 
     def prior(self, name: str, subject: Subject, load: Callable) -> list[Image.Image]:
-        """What the class word alone draws, from the same noises for every method."""
+        """Images of the class word alone, drawn from the same noise for every method."""
         shots = self.shots(subject, subject.word)[: PRIOR_PROMPTS * self.repeats : self.repeats]
         return draw_missing(
             load, shots, self.folder / folder_of(name) / subject.name / "class", self.sampling
         )
 
-    def taken(self, subject, images, references, prior, before) -> Taken:
-        return Taken(subject, images, references, prior, before, self.repeats)
+    def images_to_score(self, subject, images, references, prior, before) -> ImagesToScore:
+        return ImagesToScore(subject, images, references, prior, before, self.repeats)

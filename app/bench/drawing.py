@@ -1,5 +1,5 @@
-"""Images made once: an interrupted evaluation goes on where it stopped, and makes the same images as one
-that was not."""
+"""Images that are drawn once: an interrupted evaluation goes on where it stopped, and ends with the same
+images as one that was not interrupted."""
 
 import gc
 import io
@@ -86,7 +86,7 @@ def draw_missing(
 
 
 def write_images(images: Sequence[Image.Image], folder: Path) -> list[Image.Image]:
-    """Writes the images as all that `folder` holds, and returns them."""
+    """Writes the images into `folder`, removes other images of ours there, and returns them."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:02d}.png" for i in range(len(images))]
     remove(path for path in set(folder.glob("*.png")) - set(paths) if is_own_image(path))
@@ -97,8 +97,8 @@ def write_images(images: Sequence[Image.Image], folder: Path) -> list[Image.Imag
 
 @contextmanager
 def measured(path: Path):
-    """Writes to `path` the wall time of what is inside, in seconds, and the most memory that was in use, in
-    MB: the accelerator's, or else the process's (resident)."""
+    """Writes to `path` the wall time of the block in seconds, and its peak memory in MB: of the GPU, or
+    else the resident memory of the process."""
     cuda = torch.cuda.is_available()
     gc.collect()  # what an earlier run left behind is not this one's
     if cuda:
@@ -138,8 +138,8 @@ def trained(folder: Path, train: Callable[[Path], object]) -> Path:
 
 
 def cost_of(folder: Path) -> dict[str, float]:
-    """What training in `folder` took, the size of what it left, and what an image took in the last batch
-    that was drawn."""
+    """Time and memory of the training in `folder`, the size of its files, and the seconds for an image in
+    the last batch that was drawn."""
     cost: dict[str, float] = {}
     if (folder / "training.json").exists():
         spent = json.loads((folder / "training.json").read_text())
@@ -158,7 +158,7 @@ def weights_of(run: Path) -> list[Path]:
 
 
 def same_protocol(folder: Path, protocol: dict[str, str]) -> None:
-    """Remembers the protocol of the images in `folder`; UserError if they were made by another."""
+    """Stores the protocol of the images in `folder`; UserError if they were made under another one."""
     path = folder / "protocol.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from customize.app.bench.bench import NOT_TRAINED, Bench, Subject, Taken
+from customize.app.bench.bench import NOT_TRAINED, Bench, ImagesToScore, Subject
 from customize.app.bench.drawing import write_images
 from customize.app.bench.published import PUBLISHED
 from customize.config import default, read_given
@@ -122,14 +122,14 @@ class DreamBench(Bench):
     title = "DreamBench"
 
     def __post_init__(self):
-        """The mistakes of settings and dataset are told before anything is trained."""
+        """Reports mistakes in the settings and the dataset before anything is trained."""
         self.subjects  # noqa: B018
         for name in self.methods:
             if name not in NOT_TRAINED:
                 self.settings(name)
 
     def flags(self, name: str) -> list[str]:
-        """What precedes the benchmark's own flags on the command line of `customize train`."""
+        """The words before the benchmark's own flags on the command line of `customize train`."""
         if self.train is None:
             return []
         return [str(self.train / f"{name}.yaml" if self.train.is_dir() else self.train)]
@@ -187,7 +187,7 @@ class DreamBench(Bench):
 
     @cached_property
     def dataset(self) -> str:
-        """Which images were there, once for all methods: it reads every file."""
+        """Number and digest of all images; computed once, as it reads every file."""
         found = [image.digest for subject in self.subjects for image in find_images(subject.source, "any")]
         return f"{len(found)} images, sha256 {hashlib.sha256(''.join(found).encode()).hexdigest()[:12]}"
 
@@ -230,7 +230,7 @@ class DreamBench(Bench):
         chosen = real if self.references == "all" or name == "real" else real[:1]
         return write_images(chosen, folder)
 
-    def score(self, taken: Taken):
+    def score(self, taken: ImagesToScore):
         if not taken.images:
             return self.ceiling(taken.references), {}, []
         scores: dict[str, float | None] = {}
@@ -252,7 +252,7 @@ class DreamBench(Bench):
         return scores, {}, each
 
     def ceiling(self, real: list[Image.Image]) -> dict[str, float | None]:
-        """What real images score: each against each other one."""
+        """The scores of real images: each one against every other one."""
         if len(real) < 2:
             return {}
         features = {name: encoder(real) for name, encoder in self.encoders.items()}

@@ -1,5 +1,5 @@
-"""An evaluation that its folder holds already: it goes on, or is replaced where that was asked for, but
-nothing else is."""
+"""An earlier evaluation in the output folder is continued, or replaced if that was asked for. Nothing
+else there is touched."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,8 +16,8 @@ NOTES = (PROTOCOL, "drawing.json", "training.json")
 
 
 def check_folder(folder: Path, methods: Sequence[str], overwrite: bool) -> None:
-    """UserError if evaluating `methods` would write over what no evaluation wrote; removes an earlier one if
-    `overwrite`."""
+    """UserError if evaluating `methods` would overwrite files that no evaluation wrote. Removes an
+    earlier evaluation if `overwrite`."""
     parts = [folder / folder_of(name) for name in methods]
     strange = (
         []
@@ -43,7 +43,7 @@ def check_folder(folder: Path, methods: Sequence[str], overwrite: bool) -> None:
 
 
 def is_protocol(folder: Path) -> bool:
-    """Whether an evaluation left its protocol here."""
+    """Whether the folder holds the protocol of an evaluation."""
     try:
         found = read_json(folder / PROTOCOL)
     except (UserError, OSError):
@@ -52,7 +52,7 @@ def is_protocol(folder: Path) -> bool:
 
 
 def others(part: Path) -> Iterable[Path]:
-    """What lies among a method's images and runs without being of an evaluation."""
+    """Files among a method's images and runs that do not belong to an evaluation."""
     runs = [path for path in part.rglob("run") if path.is_dir()]
     for run in runs:
         yield from foreign(run)

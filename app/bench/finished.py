@@ -9,7 +9,7 @@ from statistics import fmean
 
 from PIL import Image, ImageOps
 
-from customize.app.bench.bench import Bench, Subject, Taken
+from customize.app.bench.bench import Bench, ImagesToScore, Subject
 from customize.app.bench.drawing import weights_of, write_images
 from customize.app.bench.dreambench import LIVE, DreamBench
 from customize.app.bench.sticker_scores import score_unknown
@@ -42,7 +42,7 @@ DREAMBENCH_PROMPTS = tuple(
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """What the two kinds have in common; comes before a benchmark in the order of base classes."""
+    """What both kinds of runs share; it stands before the benchmark among the base classes."""
 
     run_path: Path
     methods: Sequence[str] = METHODS
@@ -73,7 +73,7 @@ class FinishedRun:
 
     @cached_property
     def calls(self) -> str:
-        """What stands for the subject in prompts."""
+        """The words for the subject in prompts."""
         words = subject_words(self.settings["instance_prompt"])
         if not words:
             raise UserError(
@@ -83,7 +83,8 @@ class FinishedRun:
         return words
 
     def stamp(self) -> dict[str, str]:
-        """Exactly this run, learned from exactly these images: another one's images are not mixed in."""
+        """Identifies the run and the images it learned from, so that images of another run are not mixed
+        in."""
         digest = hashlib.sha256((self.run_path / "run.json").read_bytes())
         for path in weights_of(self.run_path):
             digest.update(path.read_bytes())
@@ -119,8 +120,8 @@ class FinishedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class StickerRun(FinishedRun, StickerBench):
-    """A run on the embedded model. `drawing_name`: what it learned ("flat fox"); empty: what the judge sees
-    in its images."""
+    """A run on the embedded model. `drawing_name` is the drawing that it learned ("flat fox"); empty: the
+    one that fits its images, if any does."""
 
     drawing_name: str = ""
     methods: Sequence[str] = METHODS
@@ -130,7 +131,7 @@ class StickerRun(FinishedRun, StickerBench):
 
     @cached_property
     def images(self) -> list[Image.Image]:
-        """As training saw them: squares of the embedded model's size."""
+        """The images as training saw them: squares of the embedded model's size."""
         return [
             ImageOps.fit(read_image_file(image)[0], (SIDE, SIDE), Image.Resampling.LANCZOS)
             for image in self.found
@@ -153,8 +154,8 @@ class StickerRun(FinishedRun, StickerBench):
         name = str(self.shown).replace(" ", "-") if self.shown else self.name
         return [Subject(name, word, "", tuple(bench_prompts(self.quick)), self.shown)]
 
-    def taken(self, *parts) -> Taken:
-        return Bench.taken(self, *parts)  # a user's images are not the benchmark's: no masks are known
+    def images_to_score(self, *parts) -> ImagesToScore:
+        return Bench.images_to_score(self, *parts)  # no masks of a user's images are known
 
     def drawing(self):
         what = (
@@ -165,7 +166,7 @@ class StickerRun(FinishedRun, StickerBench):
     def real(self, subject: Subject, folder: Path) -> list[Image.Image]:
         return super().real(subject, folder) if self.shown else []
 
-    def score(self, taken: Taken):
+    def score(self, taken: ImagesToScore):
         return super().score(taken) if self.shown else score_unknown(taken, self.clip)
 
     def results(self, protocol, methods):
@@ -177,8 +178,8 @@ FITS = 0.65  # mean correlation of a drawing with images of it: .83 of real scen
 
 
 def fitting(images: list[Image.Image]) -> Drawing | None:
-    """The drawing that the judge sees in most of the images, if it fits them: the judge knows no others, and
-    is sure of what it has never seen too."""
+    """The drawing that the judge sees in most of the images, if it fits them. The judge always names one
+    of the drawings it knows, and is confident about unknown ones too."""
     drawing = judge(images).most_seen()
     sprite = World().sprite(drawing)
     correlation = fmean(masked_correlation(image, sprite) for image in images)

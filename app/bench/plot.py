@@ -12,7 +12,7 @@ ARROWS = {"higher": "\u00a0↑", "lower": "\u00a0↓", "": ""}
 
 
 def numbers(method: dict, part: str, name: str, group: str | None = None) -> list[float]:
-    """What is known of `name` among the scores, factors or costs of a method's subjects."""
+    """The known values of `name` among the scores, factors or costs of a method's subjects."""
     subjects = [subject for subject in method["subjects"] if group in (None, subject["group"])]
     return [value for subject in subjects if (value := subject.get(part, {}).get(name)) is not None]
 
@@ -88,8 +88,8 @@ def scatter(results: dict) -> bytes | None:
 
 
 def _place_labels(axes, points: list[tuple[dict, list[float], list[float]]]) -> None:
-    """Every label goes near its point to where it covers least of the markers, the bars and the labels before
-    it."""
+    """Places each label near its point, where it covers least of the markers, the bars and the labels
+    before it."""
     from matplotlib.text import Text
 
     def covered(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:

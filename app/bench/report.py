@@ -1,4 +1,4 @@
-"""What a benchmark hands out: `results.json`, `results.csv` and `report.html`, one page that needs no
+"""The results of a benchmark as `results.json`, `results.csv` and `report.html`, a page that needs no
 other file."""
 
 import base64
@@ -99,7 +99,7 @@ def write_report(results: dict, folder: Path) -> Path:
 
 
 def render(results: dict, folder: Path) -> str:
-    """The page's HTML, with everything that it shows inside."""
+    """The HTML of the page, with all images embedded."""
     ordered = sorted(results["methods"], key=lambda method: list(KINDS).index(method["kind"]))
     colours = [GREYS.get(method["kind"], COLOURS[i % len(COLOURS)]) for i, method in enumerate(ordered)]
     results = results | {
@@ -134,7 +134,7 @@ def render(results: dict, folder: Path) -> str:
 
 
 def several(results: dict) -> bool:
-    """Whether there is more than one subject, over which means and intervals go."""
+    """Whether there is more than one subject, so that means and intervals make sense."""
     return any(len(method["subjects"]) > 1 for method in results["methods"])
 
 
@@ -200,7 +200,7 @@ def means_table(methods: list[dict], part: str, style: str) -> str:
 
 
 def published_table(results: dict) -> str:
-    """Other people's numbers, apart from ours."""
+    """Published numbers, in a table of their own."""
     rows, metrics = results.get("published", []), results["metrics"]
     names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
     heads = {name: _heading(metrics[name]) if name in metrics else escape(name) for name in names}
@@ -328,8 +328,7 @@ def _table(heads: dict[str, str], rows: list[dict], cell: Callable[[dict, str], 
 
 
 def _best(methods: list[dict], name: str, metric: dict, group: str | None) -> str | None:
-    """The best mean as it is printed: methods that print the same are equally bold, and a method alone is
-    not."""
+    """The best mean as it is printed; methods that print alike are all bold, and a single method is not."""
     values = [numbers(method, "scores", name, group) for method in methods if method["kind"] == "method"]
     means = [fmean(some) for some in values if some]
     if len(means) < 2 or not metric["better"]:

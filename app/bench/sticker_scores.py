@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from customize.app.bench.bench import Taken
+from customize.app.bench.bench import ImagesToScore
 from customize.metrics import (
     ClipEncoder,
     ceiling_score,
@@ -63,7 +63,7 @@ METRICS = {
         "(1 - cosine) / 2 between what the class word alone draws before and after",
     ),
     "taken": metric(
-        "Class taken",
+        "Class leakage",
         "lower",
         "percent",
         "images of the class word alone in which the judge sees the subject",
@@ -89,7 +89,7 @@ METRICS = {
 }
 
 
-def score(taken: Taken, clip: ClipEncoder, seed: int = 0) -> tuple[dict, dict, list[dict]]:
+def score(taken: ImagesToScore, clip: ClipEncoder, seed: int = 0) -> tuple[dict, dict, list[dict]]:
     """Scores by metric, prompt fidelity by factor, and each image's scores; None where a measure has
     nothing to go on."""
     drawing, verdicts, every = (
@@ -127,7 +127,7 @@ def score(taken: Taken, clip: ClipEncoder, seed: int = 0) -> tuple[dict, dict, l
     return {name: scores.get(name) for name in METRICS}, by_factor(obeyed), each
 
 
-def score_unknown(taken: Taken, clip: ClipEncoder) -> tuple[dict, dict, list[dict]]:
+def score_unknown(taken: ImagesToScore, clip: ClipEncoder) -> tuple[dict, dict, list[dict]]:
     """The same for a subject that is no drawing of the sticker world: without what needs the true drawing.
 
     Without images (the row of the subject's real ones), the references are compared with each other.
@@ -159,12 +159,14 @@ def by_factor(obeyed: Sequence[dict[str, float]]) -> dict[str, float | None]:
 
 
 def mean(values: Sequence[float | bool | None]) -> float | None:
-    """The mean of what is there, None of nothing."""
+    """The mean of the values that are not None; None if there are none."""
     known = [float(value) for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
-def by_clip(taken: Taken, clip: ClipEncoder, fits: list[Fit | None], seed: int) -> dict[str, float | None]:
+def by_clip(
+    taken: ImagesToScore, clip: ClipEncoder, fits: list[Fit | None], seed: int
+) -> dict[str, float | None]:
     """The field's own measures, by the world's CLIP."""
     images, references = clip(taken.images), clip(taken.references)
     views = [
@@ -179,7 +181,7 @@ def by_clip(taken: Taken, clip: ClipEncoder, fits: list[Fit | None], seed: int) 
     }
 
 
-def masked_score(taken: Taken, clip: ClipEncoder, fits: list[Fit | None]) -> float | None:
+def masked_score(taken: ImagesToScore, clip: ClipEncoder, fits: list[Fit | None]) -> float | None:
     """CLIP-I of the subject alone: where the drawing fits best in an image, and its masks in the
     references."""
     sprite, side = World().sprite(taken.subject.source), taken.images[0].width
@@ -191,8 +193,8 @@ def masked_score(taken: Taken, clip: ClipEncoder, fits: list[Fit | None]) -> flo
     return subject_score(clip(crops), clip(real)) if crops else None
 
 
-def prior_scores(taken: Taken, clip: ClipEncoder) -> dict[str, float | None]:
-    """What became of the class word."""
+def prior_scores(taken: ImagesToScore, clip: ClipEncoder) -> dict[str, float | None]:
+    """Drift and class leakage: what happened to the class word."""
     if not taken.prior:
         return {}
     verdicts = judge(taken.prior)
@@ -206,9 +208,9 @@ def prior_scores(taken: Taken, clip: ClipEncoder) -> dict[str, float | None]:
 
 
 def leaks(
-    taken: Taken, every: list[dict], verdicts: Verdicts, fits: list[Fit | None]
+    taken: ImagesToScore, every: list[dict], verdicts: Verdicts, fits: list[Fit | None]
 ) -> dict[str, float | None]:
-    """Does what belongs to the reference images and not to the subject come back?"""
+    """Whether background or pose of the reference images come back in images that should not have them."""
     new = [
         i for i, asked in enumerate(every) if asked.get("background") not in SEEN and trusted("background")
     ]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from customize.adapters import holds
 from customize.adapters.subject_files import adapter_file
-from customize.app.bench.bench import Bench, Subject, Taken
+from customize.app.bench.bench import Bench, ImagesToScore, Subject
 from customize.app.bench.drawing import Sampling
 from customize.app.bench.sticker_scores import METRICS, score
 from customize.errors import UserError, nearest
@@ -103,7 +103,7 @@ def encoder_of(name: str) -> str:
 
 
 class WithReferences:
-    """A pipeline that is given a subject's images whenever it is asked for the subject."""
+    """A pipeline that adds the subject's reference images to every call."""
 
     def __init__(self, pipe, references: Sequence[Image.Image]):
         self.pipe, self.references = pipe, list(references)
@@ -121,8 +121,8 @@ def encoder_pipeline(encoder: str, device: str):
 
 @dataclass(frozen=True, kw_only=True)
 class StickerBench(Bench):
-    """`methods` of `RECIPES` on 30 subjects, 25 prompts, 4 images each, or on the `quick` subset: 6, 8
-    and 1."""
+    """`methods` of `RECIPES` on 30 subjects with 25 prompts and 4 images each; `quick`: 6 subjects, 8
+    prompts, 1 image."""
 
     sampling: Sampling = Sampling(num_inference_steps=25, guidance_scale=4.0, batch_size=16)
     quick: bool = False
@@ -223,7 +223,7 @@ class StickerBench(Bench):
         return WithReferences(encoder_pipeline(encoder, self.sampling.device), references)
 
     def prior(self, name, subject, load):
-        """An encoder leaves the base model as it is: the class word alone draws what it drew."""
+        """An encoder leaves the base model unchanged, so the class word alone is drawn by the base model."""
         if encoder_of(name):
             return super().prior("base", subject, lambda: super(StickerBench, self).pipeline("base", subject))
         return super().prior(name, subject, load)
@@ -232,18 +232,18 @@ class StickerBench(Bench):
         return write_references(folder, subject.source, self.words(name, subject), self.seed)
 
     def real(self, subject: Subject, folder: Path) -> list[Image.Image]:
-        """What a perfect method could draw."""
+        """Rendered scenes as the prompts ask: what a perfect method could draw."""
         shots = self.shots(subject, subject.word)
         images = [true_scene(subject.source, shot.prompt, 10_000 + shot.seed) for shot in shots]
         for shot, image in zip(shots, images, strict=True):
             save_image(image, folder / f"{shot.name}.png")
         return images
 
-    def taken(self, subject, images, references, prior, before):
+    def images_to_score(self, subject, images, references, prior, before):
         masks = [draw_scene(scene, World())[1] for scene in reference_scenes(subject.source, self.seed)]
-        return replace(super().taken(subject, images, references, prior, before), masks=masks)
+        return replace(super().images_to_score(subject, images, references, prior, before), masks=masks)
 
-    def score(self, taken: Taken):
+    def score(self, taken: ImagesToScore):
         return score(taken, self.clip, self.seed)
 
     def results(self, protocol, methods):

@@ -1,4 +1,5 @@
-"""What is trained and saved, one kind a file. A new kind is one file and one line of `ADAPTERS`."""
+"""Kinds of adapters: things that are trained and saved. A new kind is one file and one line of
+`ADAPTERS`."""
 
 from pathlib import Path
 

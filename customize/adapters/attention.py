@@ -1,9 +1,9 @@
 """Attention processors: where subjects enter the cross-attention of a UNet.
 
-`CrossAttention` serves every attention layer of a UNet: the model's own text branch, and beside it a
-visual branch with keys and values of its own for the subjects (the dual cross-attention of IP-Adapter,
-arXiv 2308.06721, eq. 5), where an adapter gave the layer one. All of it goes through diffusers'
-`dispatch_attention_fn`, so `unet.set_attention_backend(...)` counts.
+`CrossAttention` serves every attention layer of a UNet. It computes the model's own text branch and,
+where an adapter added one, a visual branch with its own keys and values for the subjects (the decoupled
+cross-attention of IP-Adapter, arXiv 2308.06721, eq. 5). All attention goes through diffusers'
+`dispatch_attention_fn`, so that `unet.set_attention_backend(...)` takes effect.
 """
 
 from dataclasses import dataclass, field, fields
@@ -25,7 +25,7 @@ OPEN = 2.0  # a location's logit at the start, where the map is 1
 
 @dataclass
 class SubjectTokens:
-    """What the visual branches read, for each sample and each of its subjects."""
+    """The inputs of the visual branches, for each sample and each of its subjects."""
 
     visual: Tensor  # (samples, subjects, tokens, dim)
     weight: Tensor  # (samples, subjects): 0 where a sample lacks the subject
@@ -44,8 +44,8 @@ class SubjectTokens:
         return SubjectTokens(**repeated)
 
     def with_unconditional(self, blank: Tensor) -> "SubjectTokens":
-        """For both halves of guidance: before these samples as many that see the tokens `blank` (1,
-        tokens, dim) instead."""
+        """The same for classifier-free guidance: unconditional samples, which read the tokens `blank` (1,
+        tokens, dim), are put before the conditional ones."""
         samples, subjects, tokens, _ = self.visual.shape
         own = blank.repeat(1, -(-tokens // blank.shape[1]), 1)[:, :tokens].expand(samples, subjects, -1, -1)
         mask = self.mask
@@ -198,8 +198,8 @@ class CrossAttention:
         return torch.cat([text[: len(text) - samples], kept + added])
 
     def text_gates(self, maps: Tensor, present: Tensor) -> Tensor:
-        """What the text branch is multiplied by (samples, pixels, 1): `same` keeps text where any of the
-        subjects that are `present` (samples, subjects, 1, 1) is, `complement` where none is; 1 without a
+        """The factor of the text branch, (samples, pixels, 1). `same` keeps text where a subject that is
+        `present` (samples, subjects, 1, 1) may be, `complement` where none may be. It is 1 without a
         subject."""
         if self.text_gate == "complement":
             return torch.where(present, gate(-maps), 1.0).prod(1)
@@ -234,7 +234,7 @@ def at_size(regions: Tensor, pixels: int) -> Tensor:
 
 
 def text_layers(denoiser: UNet2DConditionModel) -> dict[str, str]:
-    """The layers where image meets text, in the order in which they run: their names, by the number that
+    """The cross-attention layers in the order in which they run: their names, by the numbers that
     released IP-Adapters give them (1, 3, 5, ... over all attention layers: down, up, middle)."""
     if not isinstance(denoiser, UNet2DConditionModel):
         raise TypeError(
@@ -247,8 +247,8 @@ def text_layers(denoiser: UNet2DConditionModel) -> dict[str, str]:
 
 
 def stacks(denoiser: UNet2DConditionModel) -> list[str]:
-    """The stacks of transformer layers, in the order in which they run: the layers of one share a text,
-    as XL has 70 layers in 11 stacks, and one word for each layer would cost a text encoding each."""
+    """The stacks of transformer layers, in the order in which they run. The layers of a stack share one
+    text: SDXL has 70 layers in 11 stacks, and one word for each layer would need 70 text encodings."""
     return list(
         dict.fromkeys(name.partition(".transformer_blocks")[0] for name in text_layers(denoiser).values())
     )
@@ -279,7 +279,7 @@ def install(denoiser: UNet2DConditionModel, branches: nn.ModuleDict, text_gate: 
 
 
 def is_installed(denoiser: UNet2DConditionModel, branches: nn.ModuleDict) -> bool:
-    """Whether these branches are those that the denoiser's text layers have; UserError if their
+    """Whether the denoiser's cross-attention layers have exactly these branches; UserError if their
     processors are not ours."""
     found = [denoiser.attn_processors[f"{name}.processor"] for name in text_layers(denoiser).values()]
     if foreign := [

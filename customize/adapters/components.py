@@ -49,7 +49,7 @@ class Components(Adapter):
 
 
 def _forget_place(path: Path) -> None:
-    """Takes the folder that a component was loaded from out of its configuration: it names the user's
+    """Removes the folder that a component was loaded from from its configuration, as it names the user's
     machine."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
@@ -57,8 +57,8 @@ def _forget_place(path: Path) -> None:
 
 
 def trained_component(folder: Path, base: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A component that was trained as a whole; UserError if it is not whole, or not of the shape of the base
-    model's."""
+    """A component that was trained as a whole; UserError if weights are missing or their shapes are not
+    those of the base model."""
     try:
         part = load_whole(type(base), folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:

@@ -1,5 +1,5 @@
-"""Vectors in the place of words, while a text encoder runs; its embedding table stays as it is, bit for
-bit."""
+"""Vectors in the place of words while a text encoder runs. The embedding table itself stays unchanged,
+bit for bit."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,12 +20,12 @@ class _Substitution:
 
 
 def substitute(table: Any, ids: Tensor, vectors: Callable[[], Tensor]) -> Callable[[], None]:
-    """From now on the embedding layer returns `vectors()` wherever one of `ids` stands; returns what ends
-    that.
+    """Makes the embedding layer return `vectors()` wherever one of `ids` occurs; returns a function that
+    ends this.
 
-    `ids` (words,) may lie beyond the table. `vectors()` is (words, dim), or (rows, words, dim), in which
-    row r of a batch of prompts reads its own; gradients flow into it. Several substitutions in one table
-    hold side by side.
+    `ids` (words,) may lie beyond the table. `vectors()` is (words, dim), or (prompts, words, dim) where
+    each prompt of a batch has its own; gradients flow into it. Several substitutions of one table work
+    together.
     """
     active = table.__dict__.setdefault("substitutions", [])
     if not active:
@@ -50,7 +50,7 @@ def _same(vectors: Tensor) -> Tensor:
 
 
 def _look_up(table, args):
-    """Remembers the ids; for those beyond the table any row is looked up."""
+    """Stores the ids; for ids beyond the table, the last row is looked up."""
     table.asked = args[0]
     return (args[0].clamp(max=table.num_embeddings - 1),)
 
@@ -67,11 +67,11 @@ def _replace(table, args, embedded):
 def replaced_words(
     tokenizers: Sequence, encoders: Sequence, words: list[str], vectors: Sequence[Tensor]
 ) -> Iterator[None]:
-    """Inside, row r of a batch of prompts reads `vectors[encoder][r, word]` wherever one of `words`
-    stands.
+    """Context in which prompt i of a batch reads `vectors[encoder][i, word]` wherever one of `words`
+    occurs.
 
-    `vectors` holds (rows, words, dim) for each text encoder; gradients flow into them. Embedding tables
-    may be exchanged between two uses, as loading learned words does.
+    `vectors` holds (prompts, words, dim) for each text encoder; gradients flow into them. Embedding
+    tables may be exchanged between two uses, as loading learned words does.
     """
     with ExitStack() as stack:
         for tokenizer, encoder, own in zip(tokenizers, encoders, vectors, strict=True):
@@ -83,8 +83,8 @@ def replaced_words(
 
 @contextmanager
 def _pooled_at_end(tokenizer, encoder) -> Iterator[None]:
-    """CLIP configurations with eos_token_id 2 (those of XL) pool at the largest token id; added words
-    have larger ids than the end of the text, so the true end-of-text token is set meanwhile."""
+    """CLIP configurations with eos_token_id 2 (those of SDXL) pool at the largest token id. Added words
+    have larger ids than the end-of-text token, so the real end-of-text id is set in the meantime."""
     mistaken = [module for module in encoder.modules() if getattr(module, "eos_token_id", None) == 2]
     for module in mistaken:
         module.eos_token_id = tokenizer.eos_token_id

@@ -73,7 +73,7 @@ def add_lora(
 
 
 def check_rank(rank: int, weights: list[Tensor]) -> None:
-    """UserError for a rank above that of every layer, which would cost memory and teach nothing more."""
+    """UserError for a rank above that of every layer, which would cost memory without a use."""
     largest = max(min(len(weight), weight[0].numel()) for weight in weights)
     if rank > largest:
         raise UserError(f"--rank {rank} is more than any layer of this model has; choose {largest} at most.")
@@ -120,7 +120,7 @@ class Lora(Adapter):
 
 
 def adapter_name(folder: Path, pipe: DiffusionPipeline) -> str:
-    """A name for a run's LoRA in a pipeline: that of its folder, as far as modules can be called so."""
+    """A name for a run's LoRA in a pipeline: its folder's name with only letters, digits and underscores."""
     name = re.sub(r"\W+", "_", folder.resolve().name) or "run"
     taken = {own for names in pipe.get_list_adapters().values() for own in names}
     numbered = (f"{name}_{i}" for i in itertools.count(2))

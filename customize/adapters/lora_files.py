@@ -42,7 +42,7 @@ def folded_state(module: ModelMixin) -> dict[str, Tensor]:
     """The LoRA tensors in peft's names, float32 on the CPU, with alpha / rank multiplied into `lora_B`.
 
     Readers that know no alpha (ComfyUI ignores the header) then apply the right scale, as alpha equals
-    rank.
+    the rank.
     """
     scale, state = lora_scale(module), get_peft_model_state_dict(module)
     scaled = {name: value * scale if ".lora_B." in name else value for name, value in state.items()}
@@ -79,9 +79,9 @@ def with_text_model(path: str) -> str:
 def check_lora(
     pipe: DiffusionPipeline, state: dict[str, Tensor], where: str, header: dict[str, str] | None = None
 ) -> None:
-    """UserError unless each layer that a LoRA file of ours names is in the pipeline, with both matrices,
-    of its widths, and all values are finite. With the file's `header`, also unless the layers are those
-    that it lists."""
+    """UserError unless every layer in a LoRA file exists in the pipeline, with both matrices and matching
+    widths, and all values are finite. With the file's `header`, the layers must also be those that it
+    lists."""
     about = _described(header, where) if header and METADATA in header else None
     if reason := _misfit(pipe, state, about):
         raise UserError(

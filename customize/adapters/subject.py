@@ -1,8 +1,8 @@
-"""The subject adapter: an encoder of reference images and the attention branches that its tokens enter
-by.
+"""The subject adapter: an encoder of reference images, and the attention branches through which its
+tokens enter.
 
-Saved as one file: `subject.safetensors` with the configuration in its header, or, for encoders of
-IP-Adapter's kind, the released IP-Adapter layout, which stock diffusers reads.
+It is saved as one file: `subject.safetensors` with the configuration in its header, or for IP-Adapter's
+encoders the released IP-Adapter layout, which stock diffusers reads.
 """
 
 import json
@@ -73,11 +73,11 @@ class SubjectAdapter(nn.Module, Adapter):
 
     @property
     def text_blocks(self) -> int:
-        return self.encoder.config.slots
+        return self.encoder.config.text_blocks
 
     def word_vectors(self, encoded: Encoded, weight: Tensor) -> list[Tensor]:
-        """S+ for each text encoder, (text_blocks, rows, subjects, dim); a subject of weight 0 is its
-        start."""
+        """S+ for each text encoder, (text_blocks, samples, subjects, dim). A subject of weight 0 gets the
+        starting word."""
         rows, subjects = weight.shape
         here = (weight != 0).view(rows, subjects, 1, 1)
         offsets = [words.unflatten(0, (rows, subjects)) * here for words in encoded.words]
@@ -91,8 +91,8 @@ class SubjectAdapter(nn.Module, Adapter):
         prompts: list[str],
         vectors: list[Tensor],
     ) -> dict[str, Tensor]:
-        """The denoiser's text arguments with S+ of each slot in the prompts, (text_blocks, rows, ...):
-        one batch for all slots."""
+        """The denoiser's text arguments with S+ of every block in the prompts, (text_blocks, prompts,
+        ...), encoded in one batch."""
         subjects = vectors[0].shape[2]
         with replaced_words(
             tokenizers, text_encoders, list(WORDS[:subjects]), [v.flatten(0, 1) for v in vectors]
@@ -126,7 +126,7 @@ class SubjectAdapter(nn.Module, Adapter):
         else:
             state = self.state_dict()
             about = {
-                "config": asdict(self.encoder.config),
+                "config": to_header(asdict(self.encoder.config)),
                 "text_gate": self.text_gate,
                 "layers": self.layers,
             }
@@ -136,11 +136,21 @@ class SubjectAdapter(nn.Module, Adapter):
 
     @staticmethod
     def load(folder: Path, info: Mapping[str, Any], pipe: DiffusionPipeline) -> None:
-        """Nothing: a subject pipeline loads it together with the image encoder that it reads."""
+        """Nothing: a subject pipeline loads it together with its image encoder."""
+
+
+def to_header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The encoder's sizes by their names in files, where `text_blocks` is called slots."""
+    return {"slots" if name == "text_blocks" else name: value for name, value in config.items()}
+
+
+def from_header(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"text_blocks" if name == "slots" else name: value for name, value in config.items()}
 
 
 def layer_widths(denoiser) -> dict[str, list]:
-    """Name and width of each text layer, by its released number: adapters of one base model share them."""
+    """Name and width of each cross-attention layer, by its released number. Adapters for one base model
+    agree in them."""
     return {
         number: [name, denoiser.get_submodule(name).inner_dim]
         for number, name in text_layers(denoiser).items()
@@ -160,8 +170,8 @@ def multimodal(
     """CustomContrast's adapter for a pipeline and an image encoder, untrained; `sizes` are fields of
     `MultimodalConfig`.
 
-    `start` is the word that S+ starts from; its tokenizers learn the subjects' words, for training.
-    UserError if `start` is empty for a tokenizer.
+    `start` is the word that S+ starts from. The pipeline's tokenizers learn the subjects' words, for
+    training. UserError if `start` is empty for a tokenizer.
     """
     tokenizers, encoders = text_parts(pipe)
     tables = [encoder.get_input_embeddings().weight for encoder in encoders]
@@ -170,7 +180,7 @@ def multimodal(
         image_layers=image_encoder.depth,
         visual_dim=pipe.unet.config.cross_attention_dim,
         text_dims=[table.shape[1] for table in tables],
-        slots=len(stacks(pipe.unet)),
+        text_blocks=len(stacks(pipe.unet)),
         **sizes,
     )
     starts = []

@@ -12,7 +12,7 @@ from customize.adapters.attention import TextGate
 from customize.adapters.encoders.image_encoder import ImageEncoder
 from customize.adapters.encoders.ip_adapter import from_released
 from customize.adapters.encoders.multimodal import MultimodalConfig, MultimodalEncoder
-from customize.adapters.subject import FILE, RELEASED, SubjectAdapter, layer_widths
+from customize.adapters.subject import FILE, RELEASED, SubjectAdapter, from_header, layer_widths
 from customize.backbones.text import text_parts
 from customize.errors import UserError, first_line
 from customize.files import header, tensors_of
@@ -58,7 +58,7 @@ def _config(path: Path, about: dict) -> MultimodalConfig:
     ):
         raise UserError(f"'{path}' is damaged (its header has no configuration); use an earlier checkpoint.")
     try:
-        made = MultimodalConfig(**config)
+        made = MultimodalConfig(**from_header(config))
         made.check()
     except TypeError as error:
         raise UserError(

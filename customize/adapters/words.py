@@ -41,9 +41,8 @@ def add_words(tokenizer, words: list[str]) -> None:
 class LearnedWords(nn.Module, Adapter):
     """`words` maps each placeholder, such as "<dog>", to the word whose embedding it starts from.
 
-    Each text encoder gets `num_vectors` trained vectors a word, shape (words * num_vectors, dim),
-    float32. They replace rows on the fly, so the encoder's own embedding table stays as it was, bit for
-    bit.
+    Each text encoder gets `num_vectors` trained vectors for each word, shape (words * num_vectors, dim),
+    float32. They replace embeddings on the fly; the encoder's own table stays unchanged, bit for bit.
     """
 
     files = ("learned_embeds*.safetensors",)
@@ -107,8 +106,8 @@ class LearnedWords(nn.Module, Adapter):
 
 
 def _check_found(pipe: DiffusionPipeline, tokenizer: Any, words: list[str], num_vectors: int) -> None:
-    """UserError unless diffusers puts all vectors of each word into a prompt: a tokenizer that lower-cases
-    finds only the first one of a word with capitals."""
+    """UserError unless diffusers puts all vectors of each word into a prompt. A tokenizer that
+    lower-cases finds only the first vector of a word with capitals."""
     expand = getattr(pipe, "maybe_convert_prompt", None)
     if expand is None:
         return
@@ -136,7 +135,7 @@ def _start(tokenizer, word: str) -> int:
 
 
 def load_words(pipe: DiffusionPipeline, word: str, vectors: dict[str, Tensor]) -> None:
-    """Gives a pipeline a learned word; `vectors` as in `ConceptTokens.by_word`, or of the one text
+    """Gives a pipeline a learned word; `vectors` as in `LearnedWords.by_word`, or those of the only text
     encoder under any name.
 
     UserError if they are of another base model or damaged, or if the pipeline knows the word already.

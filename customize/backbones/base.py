@@ -23,8 +23,7 @@ from customize.errors import UserError, shortened
 
 @dataclass
 class Condition:
-    """What the denoiser is conditioned on: its text arguments, and what its attention processors are
-    given."""
+    """What the denoiser is conditioned on: its text arguments and the inputs of its attention processors."""
 
     text: dict[str, Tensor]
     # of a subject encoder; `ip_hidden_states` is the one name that diffusers lets through
@@ -39,7 +38,7 @@ class Condition:
 
 @dataclass
 class Step:
-    """One noising and one prediction: all that a loss may need. Latents are (batch, channels, height,
+    """One noising and one prediction: everything a loss may need. Latents are (batch, channels, height,
     width)."""
 
     latents: Tensor
@@ -52,15 +51,14 @@ class Step:
 
 
 def unsupported(why: str) -> UserError:
-    """For a setting that would change what is trained, and that no backbone here knows."""
+    """The error for a setting that would change the training objective and that no backbone supports."""
     return UserError(
         f"this base model cannot be trained here: {why}; give another base model or mend its configuration."
     )
 
 
 class Backbone(nn.Module):
-    """The frozen components of a diffusers pipeline, registered so that they move and train as one
-    module.
+    """The frozen components of a diffusers pipeline as one module.
 
     A family of base models is a subclass that declares what is peculiar to it, and one line of
     `BACKBONES`.
@@ -92,8 +90,8 @@ class Backbone(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
-        """Stays in evaluation mode, as its components were pretrained (T5 has dropout); only LoRA's own
-        dropout follows."""
+        """Keeps the components in evaluation mode, as they were pretrained (T5 has dropout); only the
+        dropout of LoRA follows."""
         super().train(False)
         for name, module in self.named_modules():
             if name.endswith(("lora_dropout", "lora_dropout.default")):
@@ -146,7 +144,8 @@ class Backbone(nn.Module):
     # images
 
     def _check_latents(self) -> None:
-        """Settings of the autoencoder that change what is trained on are used, or refused."""
+        """UserError for settings of the autoencoder that would change the training objective and are not
+        supported."""
         config, channels = self.vae.config, self.latent_channels
         if not config.scaling_factor > 0:
             raise unsupported(f"the autoencoder's scaling_factor is {config.scaling_factor}")
@@ -202,8 +201,8 @@ class Backbone(nn.Module):
         return [tokenizer.model_max_length for tokenizer in self.tokenizers]
 
     def check_length(self, name: str, prompt: str) -> None:
-        """UserError for a prompt that no text encoder reads to its end; `name` is what the message calls
-        it."""
+        """UserError for a prompt that every text encoder would cut; `name` is what the message calls the
+        prompt."""
         lengths = [
             len(tokenizer(self._expanded(prompt, tokenizer)).input_ids) for tokenizer in self.tokenizers
         ]
@@ -228,7 +227,7 @@ class Backbone(nn.Module):
             self.prompts[prompt] = cache.get(key_of(model, prompt), partial(self._encode_prompt, [prompt]))
 
     def prompt_arguments(self, prompt: str) -> dict[str, str | Tensor]:
-        """The prompt as the pipeline's call takes it: words, or the cached embeddings once the text
+        """The prompt as arguments of the pipeline's call: the text, or cached embeddings once the text
         encoders were released."""
         if len(self.text_encoders):
             return {"prompt": prompt}
@@ -256,18 +255,18 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def nearest_times(self, t: Tensor) -> Tensor:
-        """Times in [0, 1] as the times that the model knows."""
+        """Times in [0, 1], rounded to the times that the model was trained at."""
         return t
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy latents, and what the denoiser must predict from them."""
+        """The noisy latents and the target that the denoiser must predict."""
         raise NotImplementedError
 
     def denoise(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
         raise NotImplementedError
 
     def clean(self, noisy: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
-        """The latents that a prediction stands for."""
+        """The clean latents that a prediction implies."""
         raise NotImplementedError
 
     def snr_weights(self, t: Tensor, gamma: float) -> Tensor:
@@ -280,8 +279,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
-        """The base model as it came: LoRA of the denoiser and of the text encoders is switched off
-        inside."""
+        """Context in which LoRA of the denoiser and of the text encoders is switched off."""
         adapted = [m for m in (self.denoiser, *self.text_encoders) if getattr(m, "peft_config", None)]
         for module in adapted:
             module.disable_adapters()

@@ -1,4 +1,4 @@
-"""The families of base models by the name of their diffusers pipeline: a new family is one line here."""
+"""The families of base models, by the name of their diffusers pipeline."""
 
 from diffusers import DiffusionPipeline
 

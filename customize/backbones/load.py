@@ -1,4 +1,4 @@
-"""Base models: from a name to the diffusers pipeline, whole or not at all."""
+"""Base models: from a name to a complete diffusers pipeline."""
 
 import inspect
 import json
@@ -77,7 +77,7 @@ def load_base(
 
 
 def _let_clip_skip(pipe: Any) -> None:
-    """The option clip_skip of the pipeline's call works with this transformers too."""
+    """Makes the option clip_skip of the pipeline's call work with this version of transformers."""
     stock = pipe.encode_prompt
 
     @wraps(stock)
@@ -116,7 +116,7 @@ def _autoencoder(name: str, dtype: torch.dtype) -> AutoencoderKL:
 
 
 def _failed(name: str, error: Exception) -> Exception:
-    """What to say of an error of the libraries; the machine's own shortages stay what they are."""
+    """The error to raise for an error of the libraries; lack of memory stays what it is."""
     if isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
         return error
     reason = first_line(error)[:300].rstrip(".")
@@ -160,8 +160,8 @@ def _components(folder: Path) -> dict[str, list]:
 
 
 def _check_settings(folder: Path) -> None:
-    """UserError unless the component's settings are objects: a text in their place would be looked up on the
-    hub."""
+    """UserError unless the component's settings are JSON objects: a string in their place would be looked
+    up on the hub."""
     for path in filter(Path.exists, map(folder.joinpath, SETTINGS)):
         kind = _read_object(path).get("_class_name", "SchedulerMixin")
         if path.name == "scheduler_config.json" and not hasattr(diffusers, str(kind)):
@@ -169,7 +169,8 @@ def _check_settings(folder: Path) -> None:
 
 
 def _is_component(value: Any) -> bool:
-    """Two names: other lists are settings of the pipeline, and two nulls a component that it does without."""
+    """Whether an entry of model_index.json is a pair of names. Other lists are settings; two nulls are an
+    absent component."""
     return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
 
 
@@ -236,7 +237,7 @@ def _check_parts(name: str, pipe: DiffusionPipeline) -> None:
 
 
 def _odd_setting(part: Any) -> str:
-    """A setting that is of another type than its default, which is found out late or never; or nothing."""
+    """A setting whose type is not that of its default, as a message names it; empty if there is none."""
     if not hasattr(part, "config"):
         length = part.model_max_length
         return "" if _is_alike(length, 1.0) else f"model_max_length {length!r}"

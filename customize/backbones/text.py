@@ -20,13 +20,13 @@ ENCODER_NAMES = (
 
 
 def embedding_table(encoder: PreTrainedModel) -> nn.Embedding:
-    """The embedding layer that the encoder calls: T5 keeps a second one, with the same weights, outside its
+    """The embedding layer that the encoder uses. T5 keeps a second one with the same weights outside its
     stack."""
     return (encoder.encoder if isinstance(encoder, T5EncoderModel) else encoder).get_input_embeddings()
 
 
 def text_parts(pipe: DiffusionPipeline) -> tuple[list, list]:
-    """The tokenizers and text encoders of a pipeline, of those that it has."""
+    """The tokenizers and text encoders that a pipeline has."""
     parts = [
         (getattr(pipe, f"tokenizer{s}", None), getattr(pipe, f"text_encoder{s}", None)) for s in SUFFIXES
     ]
@@ -36,8 +36,9 @@ def text_parts(pipe: DiffusionPipeline) -> tuple[list, list]:
 
 @contextmanager
 def clip_skip_works(encoder: Any) -> Iterator[None]:
-    """Inside, diffusers finds text_model.final_layer_norm, which it reads for clip_skip and which
-    transformers 5.6 moved up. Elsewhere the name must be missing: diffusers' LoRA loader goes by it."""
+    """Context in which diffusers finds text_model.final_layer_norm, which it reads for clip_skip and
+    which transformers 5.6 moved. Outside of it the attribute must be missing, as diffusers' LoRA loader
+    checks for it."""
     moved = hasattr(encoder, "final_layer_norm") and not hasattr(encoder, "text_model")
     if moved:  # past nn.Module, so that no weight has two names
         object.__setattr__(encoder, "text_model", encoder)

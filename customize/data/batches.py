@@ -80,7 +80,7 @@ class BucketBatches(Sampler[list[Key]]):
 
 
 def _cycle(members: list[int], seed: tuple[int, ...]) -> Iterator[int]:
-    """All members in a new random order, again and again."""
+    """Endless: all members in a random order, again and again."""
     rng = np.random.default_rng(seed)
     while True:
         yield from rng.permutation(members).tolist()

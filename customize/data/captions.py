@@ -19,7 +19,7 @@ EXAMPLES = {
 
 
 class NoCaptionFile(UserError):
-    """A file that has the name of a caption and is none."""
+    """A path with the name of a caption file that is not an ordinary file."""
 
 
 class Sidecars:
@@ -39,9 +39,9 @@ class Sidecars:
         return [*found.get(image.stem, ()), *found.get(image.name, ())]
 
     def caption(self, image: Path) -> str:
-        """What the caption files of an image say; empty if there is none.
+        """The text of an image's caption files; empty if there is none.
 
-        UserError if two of them differ, or one is not UTF-8; `NoCaptionFile` if one is no ordinary file.
+        UserError if two of them differ, or one is not text; `NoCaptionFile` if one is no ordinary file.
         """
         captions: dict[str, Path] = {}
         for path in self.of(image):
@@ -102,8 +102,8 @@ def _malformed(where: str, path: Path) -> UserError:
 
 
 def _listed(folder: Path, name: str, where: str, allow_outside_files: bool) -> Path:
-    """The file of a metadata row. Its words alone decide whether it lies inside: a link may be there, as
-    snapshots of the hub consist of links."""
+    """The file of a metadata row. Only the path as written is checked, as snapshots of the hub consist of
+    links."""
     if (os.path.isabs(name) or Path(name).parts[:1] == ("..",)) and not allow_outside_files:
         raise UserError(
             f"{where} names a file outside its folder; move it inside, or allow it with "

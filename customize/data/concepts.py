@@ -1,4 +1,4 @@
-"""What is learned from: concepts, each with its folder of images and its prompt."""
+"""Concepts: subjects to learn, each with its folder of images and its prompt."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +11,7 @@ from customize.reading import parsed_json, read_text
 
 @dataclass
 class DataConfig:
-    """What to learn from, and how images become tensors."""
+    """The images to learn from, and how they become tensors."""
 
     instance_data_dir: str = option("", "folder of images of the subject", essential=True)
     instance_prompt: str = option("", "caption of images that have no caption file", essential=True)
@@ -53,7 +53,7 @@ class DataConfig:
 
 @dataclass
 class Concept:
-    """One subject: where its images and those of its class lie, and how they are captioned."""
+    """One subject: the folders of its images and of its class's images, and their prompts."""
 
     instance_data_dir: str
     instance_prompt: str
@@ -62,8 +62,8 @@ class Concept:
 
 
 def read_concepts(config: DataConfig) -> list[Concept]:
-    """The concepts of `concepts_list`, or the one of the four single flags; UserError if neither or both are
-    given."""
+    """The concepts of `concepts_list`, or the one that the single flags describe; UserError if neither or
+    both are given."""
     path = config.concepts_list
     if bool(path) == bool(config.instance_data_dir):
         raise UserError(

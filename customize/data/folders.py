@@ -1,4 +1,4 @@
-"""A folder of images for each subject as a source that encoders learn from."""
+"""Training data for encoders from a folder of images for each subject."""
 
 import os
 from collections.abc import Sequence

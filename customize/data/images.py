@@ -1,4 +1,4 @@
-"""Image files of a subject: found and checked, with their captions and masks, and read."""
+"""Image files of a subject: finding them with their captions and masks, checking and reading them."""
 
 import hashlib
 import math
@@ -102,7 +102,7 @@ def find_images(
 
 
 def is_image_name(path: Path) -> bool:
-    """Whether a file's name is that of an image that can be read, and not of a mask."""
+    """Whether a file name is that of a readable image and not of a mask."""
     return path.suffix.lower() in EXTENSIONS and not path.name.lower().endswith(MASK_SUFFIX)
 
 
@@ -120,7 +120,7 @@ def _entries(folder: str | Path, flag: str) -> tuple[Path, list[Path]]:
 
 
 def _tell_unused(paths: list[Path], used: Collection[Path], strict: bool) -> None:
-    """Warns of files and subfolders that are not used; UserError for images that cannot be read if
+    """Warns of files and subfolders that are not used; UserError for unreadable image formats if
     `strict`."""
     files = [path for path in paths if not path.is_dir() and path.name.lower() not in LEFT_BY_SYSTEMS]
     foreign = [path for path in files if path.suffix.lower() in FOREIGN]

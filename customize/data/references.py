@@ -1,13 +1,13 @@
-"""What encoders learn from: many subjects, of each two reference views and one target image with its
+"""Training data for encoders: many subjects, each with two reference views and one target image with its
 caption.
 
-Three sources: rendered sticker scenes (embedded), a folder of folders, and any Hugging Face `datasets`
-source. Items hold `pixels` (3, H, W) in [-1, 1], the target; `references` (subjects, 2, 3, h, w), normalised
-for the image encoder, the second of each subject always cut out on white where a mask is known; `prompt`,
-with each subject's word before its noun; and `identity`, the first subject's number; `shows_target`, whether
-the second references show the very target, as a subject has only two images; and `regions` (subjects, H,
-W), where each may be: 1 everywhere, if that is not told. Only rendered scenes have a second subject
-(`second_subject_rate`), and are told regions (`region_rate`).
+The sources are rendered sticker scenes (embedded), a folder of folders, and Hugging Face `datasets`.
+Items hold `pixels` (3, H, W) in [-1, 1], the target; `references` (subjects, 2, 3, h, w), normalised for
+the image encoder, the second view of each subject cut out on white where a mask is known; `prompt`, with
+each subject's word before its noun; `identity`, the number of the first subject; `shows_target`, whether
+the second reference is the target itself, as for subjects with two images; and `regions` (subjects, H,
+W), where each subject may be, 1 everywhere if unknown. Only rendered scenes have second subjects
+(`second_subject_rate`) and regions (`region_rate`).
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ WORD = WORDS[0]
 
 @dataclass
 class ReferenceConfig:
-    """Which subjects are learned from."""
+    """The subjects that an encoder learns from."""
 
     train_data_dir: str = option(
         "",
@@ -164,7 +164,7 @@ def item(
 
 
 def moved(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Turned by up to 15 degrees, scaled, shifted and perhaps mirrored, on white."""
+    """A random view: turned by up to 15 degrees, scaled, shifted and perhaps mirrored, on white."""
     side = min(max(image.size), 4096)  # the square of a panorama would not fit in memory
     square = ImageOps.pad(image, (side, side), color="white")
     square = ImageOps.mirror(square) if rng.random() < 0.5 else square
@@ -179,7 +179,7 @@ def moved(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def named(prompt: str) -> str:
-    """The caption with the subject's word; UserError if it stands nowhere."""
+    """The caption, if it holds the subject's word; UserError otherwise."""
     if WORD not in prompt:
         caption = shortened(prompt)
         raise UserError(
@@ -190,13 +190,13 @@ def named(prompt: str) -> str:
 
 
 class References(Dataset):
-    """Endless items by position: the same item at the same position whenever the seed is the same."""
+    """Endless items by position: the same position gives the same item for the same seed."""
 
     config: ReferenceConfig
 
 
 def drawn(rng: np.random.Generator, count: int) -> list[int]:
-    """Three images of `count`: a target and two references, different ones as far as there are any."""
+    """Indices of a target and two references among `count` images, all different if there are enough."""
     order = rng.permutation(count).tolist()
     return (order * 3)[:3] if count < 3 else order[:3]
 
@@ -220,7 +220,7 @@ def collate_references(items: Sequence[dict]) -> dict:
 
 
 def held_out_batches(items, count: int, size: int, device: torch.device) -> list[dict]:
-    """The first `count` items on the device, in batches of about `size`, but of two or more: subjects are
+    """The first `count` items on the device, in batches of about `size` but at least two, as subjects are
     compared."""
     parts = np.array_split(range(count), min(-(-count // size), max(count // 2, 1))) if count else []
     return [to_device(collate_references([items[i] for i in part]), device) for part in parts]

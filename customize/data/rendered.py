@@ -1,4 +1,4 @@
-"""Rendered sticker scenes as a source that encoders learn from."""
+"""Training data for encoders from rendered sticker scenes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,8 @@ from customize.stickers.scene import PREFIXES, caption, draw_factors, draw_pose
 
 
 class Rendered(References):
-    """Sticker scenes, endless: item i is the same at every run with one seed. Held-out drawings are never
-    among them, except for `validation`, which draws on those that no benchmark uses."""
+    """Endless sticker scenes; item i is the same in every run with the same seed. Held-out drawings never
+    occur, except for `validation`, which uses those that no benchmark uses."""
 
     def __init__(self, config: ReferenceConfig, pixels: Pixels, seed: int, validation: bool = False):
         self.config, self.pixels, self.seed = config, pixels, (seed, int(validation))
@@ -63,8 +63,8 @@ class Rendered(References):
 
 
 def halves(mask: Image.Image, side: int) -> torch.Tensor:
-    """Regions (2, side, side) of two subjects: the half in which most of the first one's mask lies, and the
-    other."""
+    """Regions (2, side, side) of two subjects: the half of the image with most of the first one's mask,
+    and the other half."""
     columns = np.asarray(mask, np.float32).sum(0)
     middle = len(columns) // 2
     left = torch.arange(side) < side / 2

@@ -1,5 +1,4 @@
-"""The three sources that encoders learn from: rendered scenes, folders, and datasets of the Hugging Face
-hub."""
+"""The three sources of training data for encoders: rendered scenes, folders, and Hugging Face datasets."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -50,7 +49,7 @@ class StreamedData(TrainingData):
 
 @dataclass
 class ReferenceSource(Source):
-    """Subjects with several images each; no concept of its own."""
+    """Subjects with several images each."""
 
     config: ReferenceConfig
     seed: int

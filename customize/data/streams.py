@@ -1,4 +1,4 @@
-"""The rows of a Hugging Face dataset as a source that encoders learn from."""
+"""Training data for encoders from the rows of a Hugging Face dataset."""
 
 import itertools
 import os
@@ -38,9 +38,9 @@ MISSED = 100  # subjects that cannot be read, one after another, end a run
 
 
 class Streamed(IterableDataset):
-    """Rows of a Hugging Face dataset, endless. Process `rank` of `world` takes each `world`-th subject:
-    rows or files could not be shared out, as the views of a subject must stay together. Images are
-    decoded when they are shown, not before."""
+    """Endless items from the rows of a Hugging Face dataset. Process `rank` of `world` takes every
+    `world`-th subject; rows cannot be distributed, as the views of a subject must stay together. Images
+    are decoded when they are used."""
 
     def __init__(
         self, config: ReferenceConfig, rows, pixels: Pixels, seed: int, rank: int = 0, world: int = 1
@@ -56,8 +56,7 @@ class Streamed(IterableDataset):
         self.skip = 0
 
     def after(self, items: int) -> "Streamed":
-        """Begins after so many subjects, whose rows are read and passed over: one item each, if none of
-        them was skipped."""
+        """Starts after `items` subjects, whose rows are read and passed over."""
         self.skip = items
         return self
 
@@ -158,10 +157,8 @@ class Unreadable(UserError):
 
 
 def decoded(image: Any, name: str, config: ReferenceConfig) -> Image.Image:
-    """The upright image of a row's undecoded one; `Unreadable` if it is none, too large, or a file that
-    is not the dataset's. The datasets library could read it too, but would fetch whatever address a row
-    names.
-    """
+    """The upright image of an undecoded row; `Unreadable` if it is none, too large, or a file outside the
+    dataset. The datasets library is not used for this, as it would fetch any address that a row names."""
     which = f"--dataset_name: an image of subject '{shortened(name)}'"
     try:
         return read_image(source_of(image, config), config.max_pixels)
@@ -194,8 +191,8 @@ def source_of(image: Any, config: ReferenceConfig) -> BytesIO | Path:
 
 
 def own_folders(config: ReferenceConfig) -> list[str]:
-    """Where the dataset lies on this machine, as it is named and with links followed; nowhere if it is
-    the hub's."""
+    """The folders of a dataset on this machine, as named and with links resolved; none for a dataset of
+    the hub."""
     found = [config.dataset_name] if os.path.isdir(config.dataset_name) else []
     if config.dataset_name in FORMATS and config.data_files and "://" not in config.data_files:
         above = Path(config.data_files).parts[:-1]
@@ -204,15 +201,15 @@ def own_folders(config: ReferenceConfig) -> list[str]:
 
 
 def called_by(rows, subject: str) -> Callable[[Any], str]:
-    """What the values of the subject column stand for: an imagefolder's labels are the names of its
-    folders."""
+    """A function from values of the subject column to names; the labels of an imagefolder are the names
+    of its folders."""
     label = (getattr(rows, "features", None) or {}).get(subject)
     names = getattr(label, "names", None) or []
     return lambda value: names[value] if isinstance(value, int) and 0 <= value < len(names) else str(value)
 
 
 def shuffled(subjects: Iterable, size: int, rng: np.random.Generator) -> Iterator:
-    """Those with two or more views, shuffled in a buffer of `size`."""
+    """The subjects with two or more views, shuffled in a buffer of `size`."""
     buffer: list = []
     for subject in subjects:
         if len(subject[1]) < 2:
@@ -288,7 +285,7 @@ def split_rows(rows, subject: str, count: int) -> tuple[list[dict], Any]:
 
 
 def first_epoch(items: Iterable[dict]) -> list[dict]:
-    """Of endless items those before the first subject comes again."""
+    """The items before the first subject comes again."""
     found: dict[int, dict] = {}
     for entry in items:
         if entry["identity"] in found:

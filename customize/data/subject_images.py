@@ -1,4 +1,4 @@
-"""Images of one or a few subjects, for methods that learn these subjects."""
+"""Training data for methods that learn one or a few subjects."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class SubjectData(TrainingData):
 
 
 def loader(dataset: Dataset, workers: int, seed: int, **options: Any) -> DataLoader:
-    """A loader with a generator of its own: without one, starting it would draw from training's generator."""
+    """A DataLoader with its own generator; otherwise starting it would draw from training's generator."""
     return DataLoader(dataset, num_workers=workers, generator=torch.Generator().manual_seed(seed), **options)
 
 
@@ -91,7 +91,7 @@ class SubjectImages(Source):
 
 
 def check_captions(method: Any, images: Iterable[ImageFile]) -> None:
-    """UserError for a caption that is too long with the words being learned, or has none of them."""
+    """UserError for a caption that is too long with the learned words in it, or that holds none of them."""
     words = method.learned_words
     for image in images:
         method.backbone.check_length(f"caption of '{image.path}'", image.caption)
@@ -105,8 +105,7 @@ def check_captions(method: Any, images: Iterable[ImageFile]) -> None:
 def cache_text(
     method: Any, images: Iterable[ImageFile], validation_prompts: Iterable[str], cache: TensorCache
 ) -> None:
-    """Encodes every prompt that training will ask for, and frees the text encoders, if training leaves them
-    as they are."""
+    """Encodes all prompts of the training and frees the text encoders, if training does not change them."""
     if not method.trains_text:
         prompts = [*(image.caption for image in images), *method.prompts(), *validation_prompts, ""]
         method.backbone.cache_prompts(prompts, cache)

@@ -1,7 +1,7 @@
-"""The contract of training data: what the loop is fed, wherever it comes from.
+"""The contract of training data: the loop's input, whatever its source.
 
-A `Source` reads the user's settings before a model is loaded; once the method stands, it prepares
-`TrainingData`. A method names its source; the loop knows `TrainingData` alone.
+A `Source` reads the user's settings before a model is loaded. Once the method exists, it prepares
+`TrainingData`. A method names its source; the loop only knows `TrainingData`.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from customize.cache import TensorCache
 
 @dataclass(kw_only=True)
 class TrainingData:
-    """Subclasses say in `batches` how their items become batches."""
+    """Subclasses implement `batches`."""
 
     size: str = ""  # how much it is, in words
     # collated batches, on the device, for the validation loss
@@ -26,7 +26,7 @@ class TrainingData:
     captions: list[str] = field(default_factory=list)  # of these images, and prompts of their concepts
 
     def described(self) -> dict[str, Any]:
-        """What `run.json` holds of it: a resumed run must be given the same."""
+        """The entries of `run.json` that a resumed run must agree with."""
         if not self.digests:
             return {}
         texts = hashlib.sha256("\0".join(self.captions).encode())
@@ -45,7 +45,7 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a source prepares its data with."""
+    """The inputs of `Source.prepare` besides the method."""
 
     batch_size: int  # of the held-out batches, where they hold several items
     cache: TensorCache | None  # for latents and prompt embeddings, if they may be computed once
@@ -55,22 +55,22 @@ class Preparation:
 
 
 class Source:
-    """What the user's settings name, found and checked before a model is loaded."""
+    """The data that the user's settings name, found and checked before a model is loaded."""
 
     Config: ClassVar[type]  # the dataclass of these settings
 
     @classmethod
     def read(cls, config: Any, base: str, seed: int) -> "Source":
-        """The source that the settings name; `base` is the base model's name, `seed` decides what is held
-        out.
+        """The source that the settings name; `base` is the base model's name, `seed` decides which items
+        are held out.
 
-        UserError for what is missing or broken.
+        UserError for missing or broken data.
         """
         raise NotImplementedError
 
     def check(self, backbone: Any) -> None:
-        """UserError for what this base model cannot be trained on."""
+        """UserError for data that this base model cannot be trained on."""
 
     def prepare(self, method: Any, preparation: Preparation) -> TrainingData:
-        """Everything that training reads, encoded once where nothing that trains could change it."""
+        """The training data, with everything encoded once that training does not change."""
         raise NotImplementedError

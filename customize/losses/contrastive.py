@@ -1,7 +1,9 @@
-"""Contrast between subjects: CustomContrast's two losses (Chen et al., 2025, arXiv 2409.05606, section 3.3).
+"""Contrastive losses between subjects: CustomContrast's CSCL and MACL (Chen et al., 2025, arXiv
+2409.05606, section 3.3).
 
-Rows and columns are samples; column i is the positive of row i, and there may be more columns than rows (a
-queue). `same` (rows, columns) is True where both are of one subject: such pairs are no negatives.
+In similarity matrices, rows are anchors and columns are candidates: column i is the positive of row i,
+and a queue may add columns. `same` (rows, columns) is True where both are of one subject; such pairs are
+no negatives.
 """
 
 from typing import Literal
@@ -31,16 +33,16 @@ class _Gather(torch.autograd.Function):
 
 
 def gathered(x: Tensor) -> Tensor:
-    """The rows of all processes, which have as many each, in their order, with exact gradients: the loss of
-    the joint batch on every process, averaged as DistributedDataParallel does, has the gradient that one
-    process would find."""
+    """All-gather with exact gradients; every process holds the same number of samples. The joint loss,
+    averaged over processes by DistributedDataParallel, has the gradient of a single process with the
+    whole batch."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
     return _Gather.apply(x.contiguous())
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """All cosines between rows (..., n, dim) and (..., m, dim), in float32 whatever precision is in force."""
+    """All pairwise cosines of vectors (..., n, dim) and (..., m, dim), computed in float32."""
     with torch.autocast(a.device.type, enabled=False):
         return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(-1, -2)
 
@@ -63,7 +65,7 @@ def cross_modal_contrast(visual: Tensor, textual: Tensor, same: Tensor, scale: T
 
 
 def scaled(similarity: Tensor, same: Tensor) -> Tensor:
-    """Appearance similarities (n, m), stretched so that negatives run from 0 to 1; positives are 1. No
+    """Similarities of appearance (n, m), stretched so that negatives cover [0, 1]; positives are 1. No
     gradient."""
     similarity = similarity.detach().float()
     negatives = similarity[~same]
@@ -81,14 +83,15 @@ def appearance_contrast(
     form: MaclForm = "soft",
     temperature: float = 0.1,
 ) -> Tensor:
-    """MACL: InfoNCE between S+ of a subject's two views at every layer, scaled by how alike subjects really
+    """MACL: InfoNCE between S+ of two views of a subject at every layer, scaled by how similar subjects
     look.
 
-    `anchors` (layers, n, dim), `positives` (layers, m, dim), `similarity` (n, m) cosines of the real
-    images, any range. How the factor enters could not be read in the paper; with c the cosine of two S+, S
-    in [0, 1] the stretched similarity: `ratio` logits c / (S tau), S at least 0.2; `weight` c / tau + log w,
-    w = (1 - S) / mean(1 - S) of the negatives; `soft` plain logits against softmax(S / 0.2); `product` S c /
-    tau, which repels look-alikes most (the opposite of the paper's aim); `plain` c / tau.
+    `anchors` (layers, n, dim), `positives` (layers, m, dim), `similarity` (n, m) cosines of the images,
+    any range. The paper does not say how the factor enters. With c the cosine of two S+ and S in [0, 1]
+    the stretched similarity, the forms are: `soft` plain logits against the targets softmax(S / 0.2);
+    `ratio` logits c / (S tau), S at least 0.2; `weight` c / tau + log w, w = (1 - S) / mean(1 - S) of the
+    negatives; `product` S c / tau, which repels similar subjects most (the opposite of the paper's aim);
+    `plain` c / tau.
     """
     cosine, appearance = cosines(anchors, positives), scaled(similarity, same)
     positive = torch.eye(*same.shape, dtype=torch.bool, device=same.device)

@@ -1,4 +1,4 @@
-"""The diffusion loss: how far the prediction is from the target."""
+"""The diffusion loss."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,8 +7,8 @@ from torch import Tensor
 def denoising(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error of each sample, shape (batch,), for tensors (batch, channels, height, width).
 
-    `mask` (batch, 1, H, W) of any size weights places, values from 0 to 1; the result is the weighted mean,
-    so that a small subject counts as much as a large one.
+    `mask` (batch, 1, H, W) of any size weights the pixels, values from 0 to 1. The result is the weighted
+    mean, so that a small subject counts as much as a large one.
     """
     error = F.mse_loss(prediction.float(), target.float(), reduction="none")
     if mask is None:

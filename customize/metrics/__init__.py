@@ -1,4 +1,4 @@
-"""How like the subject, how obedient to the prompt: numbers for images that were drawn."""
+"""Metrics of subject fidelity and prompt fidelity for generated images."""
 
 from customize.metrics.encoders import ClipEncoder, MetricEncoder, load_clip, load_dino, load_sticker_clip
 from customize.metrics.scores import (

@@ -1,4 +1,5 @@
-"""Models that turn images and prompts into features, each with a stamp that says exactly which and how."""
+"""Models that turn images and prompts into features, each with a stamp that identifies model and
+preprocessing."""
 
 from collections.abc import Callable, Sequence
 
@@ -150,8 +151,8 @@ def _length(config) -> int:
 
 
 def load_sticker_clip() -> ClipEncoder:
-    """The embedded world's own CLIP pair: its image encoder was fitted to the mean of its text
-    image_encoder's states."""
+    """The CLIP pair of the sticker world; its image encoder was fitted to the mean of the text encoder's
+    states."""
     folder = embedded.MODEL
     vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", dtype=torch.float32)
     text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()

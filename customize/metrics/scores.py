@@ -1,5 +1,5 @@
-"""The field's measures as functions of features: rows are images or prompts, of any length (cosines
-normalise them)."""
+"""The field's metrics as functions of features: one row for each image or prompt, of any norm (cosines
+normalise)."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ def subject_score(generated: Tensor, references: Tensor) -> float:
 
 
 def ceiling_score(references: Tensor) -> float:
-    """What real images of the subject (m, d) score: the mean cosine of each with each *other* one; 1 of a
-    single image."""
+    """The score of real images of the subject (m, d): the mean cosine of each with every *other* one; 1
+    for a single image."""
     count = len(references)
     if count == 1:
         return 1.0
@@ -72,8 +72,8 @@ def copy_rate(generated: Tensor, training: Tensor, other_views: Tensor) -> float
 
 
 def nearest_score(generated: Tensor, references: Tensor | None = None) -> float:
-    """The mean cosine of each image (n, d) with the reference (m, d) nearest to it; without references,
-    with the nearest other image, which says how alike real images are."""
+    """The mean cosine of each image (n, d) with the nearest reference (m, d); without references, with
+    the nearest other image, which measures how similar real images are."""
     cosines = pairwise_cosine_similarity(generated, references, zero_diagonal=False)
     if references is None:
         cosines.fill_diagonal_(-1.0 if len(generated) > 1 else 1.0)
@@ -81,12 +81,9 @@ def nearest_score(generated: Tensor, references: Tensor | None = None) -> float:
 
 
 def multi_subject_score(crops: Sequence[Tensor], references: Sequence[Tensor]) -> float:
-    """For images of several subjects: each image counts as its worst subject, so that leaving one out
-    costs all.
-
-    `crops[s]` (n, d) shows where subject `s` should be in each image, `references[s]` (m, d) are its real
-    images.
-    """
+    """For images of several subjects: an image counts as its worst subject, so that a missing subject is
+    noticed. `crops[s]` (n, d) shows where subject `s` should be in each image, `references[s]` (m, d) are
+    its real images."""
     if len(crops) != len(references):
         raise ValueError(f"{len(crops)} subjects were cropped but {len(references)} have references")
     each = [

@@ -18,8 +18,8 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 def save(folder: Path, adapters: Iterable[Adapter], info: dict) -> None:
-    """Writes what was trained, and `run.json` with `info`, into `folder`, in the place of what an earlier
-    run wrote there."""
+    """Writes the adapters and `run.json` with `info` into `folder`, replacing what an earlier run wrote
+    there."""
     with staged(folder, {"format": FORMAT, **info, "words": {}}) as (new, described):
         for adapter in adapters:
             described.update(adapter.save(new))
@@ -27,8 +27,8 @@ def save(folder: Path, adapters: Iterable[Adapter], info: dict) -> None:
 
 
 def open_run(run: Path) -> dict[str, Any]:
-    """`run.json` of a finished run or a checkpoint, all of whose files are there as they were written;
-    UserError if not."""
+    """`run.json` of a finished run or a checkpoint; UserError unless all of its files are as they were
+    written."""
     if (run / STAGED / INFO).exists():
         _finish_writing(run)
     info = read_info(run)
@@ -37,7 +37,7 @@ def open_run(run: Path) -> dict[str, Any]:
 
 
 def _finish_writing(run: Path) -> None:
-    """Puts in place what a kill left on its way there, unless another program is at it."""
+    """Completes a write that a kill interrupted, unless another program is doing so."""
     try:
         with FileLock(run / LOCK).acquire(timeout=0):
             put_in_place(run)

@@ -122,8 +122,8 @@ def check_files(run: Path, info: Mapping[str, Any]) -> None:
 
 @contextmanager
 def staged(folder: Path, info: Mapping[str, Any]) -> Iterator[tuple[Path, dict]]:
-    """A folder for a new version of a run's files, and the contents of its `run.json`, which may still be
-    added to. All of it takes its place together; files that `info` lists already stay as they are."""
+    """A folder for a new version of a run's files, and the content of its `run.json`, to which entries
+    may be added. All of it takes effect together. Files that `info` lists already stay as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder / STAGED) as new:
         described = dict(info)
@@ -139,8 +139,8 @@ def staged(folder: Path, info: Mapping[str, Any]) -> Iterator[tuple[Path, dict]]
 
 
 def put_in_place(folder: Path) -> None:
-    """Moves a staged version into place, `run.json` last, and removes what only the earlier one had. It
-    goes on where a kill interrupted it."""
+    """Moves a staged version into place, `run.json` last, and removes files that only the earlier version
+    had. It also continues after a kill."""
     new = folder / STAGED
     if (new / INFO).exists():
         names = {path.name for path in _listed(new)}
@@ -153,8 +153,7 @@ def put_in_place(folder: Path) -> None:
 
 
 def _listed(folder: Path) -> list[Path]:
-    """What the `run.json` in a folder lists, as far as runs write such names: top-level files and folders,
-    there or not."""
+    """The top-level files and folders that the `run.json` in a folder lists, whether they exist or not."""
     if not (folder / INFO).exists():
         return []
     info = read_json(folder / INFO)
@@ -167,7 +166,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def taken(folder: Path) -> list[Path]:
-    """What a folder holds under names that a run writes."""
+    """The files and folders in a folder whose names a run would use."""
     found = filter(_is_run_name, folder.iterdir() if folder.is_dir() else ())
     return sorted(found, key=lambda path: (path.name != INFO, path.name))
 
@@ -180,7 +179,7 @@ def _is_run_name(path: Path) -> bool:
 
 
 def foreign(folder: Path) -> list[Path]:
-    """Of what `taken` finds, what no run wrote, or what was changed since."""
+    """Of the files that `taken` finds, those that no run wrote or that were changed since."""
     try:
         info = read_info(folder) if (folder / INFO).exists() else {}
     except LaterVersion:
@@ -228,7 +227,7 @@ def _is_resumable(folder: Path) -> bool:
 
 
 def check_free(folder: Path, overwrite: bool, resumed: bool, flag: str = "--output_dir") -> None:
-    """UserError if a run would replace what is not its own, or an earlier run without being asked to."""
+    """UserError if a run would replace files that are not its own, or an earlier run without `overwrite`."""
     if others := foreign(folder):
         raise UserError(
             f"{flag}: '{folder}' holds '{others[0].name}', which a run would replace and which no run "
@@ -260,7 +259,8 @@ def check_inputs(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Removes what an earlier run left besides its result, which the new run's result will replace."""
+    """Removes checkpoints, samples and logs of an earlier run; its result is replaced by the new run's
+    result."""
     earlier = [
         path for path in taken(folder) if path.name in ("best", LOG) or checkpoint_step(path) is not None
     ]

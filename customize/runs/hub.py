@@ -1,5 +1,4 @@
-"""Uploading a finished run: the list of what belongs to it, and nothing that names a place on the user's
-machine."""
+"""Uploading a finished run: a list of its own files, without paths of the user's machine."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""Output folders: what is not ours is never replaced or deleted, and one program at a time writes into a
+"""Output folders: files of others are never replaced or deleted, and one program at a time writes into a
 folder."""
 
 import hashlib
@@ -85,10 +85,9 @@ def refuse_model(folder: Path, flag: str, base: str = "") -> None:
 
 @contextmanager
 def locked(folder: Path, flag: str) -> Iterator[None]:
-    """Inside, no other program writes into the folder; UserError if one does already.
+    """Context in which no other program writes into the folder; UserError if one does already.
 
-    The system frees the lock when its process ends, however it ends: what a killed run leaves keeps nobody
-    out.
+    The system frees the lock when its process ends, however it ends: a killed run blocks nobody.
     """
     path = folder / LOCK
     lock = FileLock(path)
@@ -122,7 +121,7 @@ def _holder(path: Path) -> str:
 
 
 def is_own_log(path: Path) -> bool:
-    """Whether a file is a validation log of ours: an object that begins with a step on each line."""
+    """Whether a file is a validation log of ours: one object that begins with a step on each line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What is handed out names no place on the user's machine: of a path only its last name is left."""
+"""Removes paths of the user's machine from what is shared: only the last name of a path remains."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def _exists(text: str) -> bool:
 
 
 def _last(path: str) -> str:
-    """The last name of a path; nothing of somebody's own folder, which is called by their name."""
+    """The last name of a path; empty for a home folder, whose name is that of a person."""
     return (
         "" if re.fullmatch(_HOME, path.rstrip("/\\")) else PureWindowsPath(path).name
     )  # it parts at both kinds of slashes

@@ -1,5 +1,4 @@
-"""StickerBench's subjects, prompts and reference images: what DreamBench is for photographs, with known
-truth."""
+"""StickerBench's subjects, prompts and reference images: DreamBench with ground truth."""
 
 import json
 import re
@@ -79,8 +78,8 @@ GRAMMAR = {"a", "an", "the", "of", "and", "photo", "picture", "image", "sticker"
 
 
 def not_understood(prompt: str, own: str = "") -> list[str]:
-    """What no scene of the sticker world can show of a prompt, in its order: single words, and phrases from
-    their preposition on. `own` holds the words that a run has learned."""
+    """The words of a prompt that no scene of the sticker world can show, in order; phrases from their
+    preposition on. `own` holds the words that a run has learned."""
     text = re.sub(r" next to (?=an? )", " and ", f" {prompt.lower()} ")
     for phrase in sorted((phrase for named in PHRASES.values() for phrase in named), key=len, reverse=True):
         text = re.sub(rf"\b{re.escape(phrase)}\b", " ", text)
@@ -99,7 +98,7 @@ def not_understood(prompt: str, own: str = "") -> list[str]:
 
 
 def reference_scenes(subject: Drawing, seed: int = 0) -> list[Scene]:
-    """Four scenes of the subject in different poses: the images that a user brings."""
+    """Four scenes of the subject in different poses: the images that a user would bring."""
     rng = np.random.default_rng(seed)
     return [
         Scene(subject, background, pose=draw_pose(rng), seed=seed + i) for i, background in enumerate(SEEN)
@@ -126,7 +125,7 @@ def reference_captions(subject: Drawing, words: str) -> list[str]:
 
 
 def true_scene(subject: Drawing, prompt: str, seed: int) -> Image.Image:
-    """A real image of the subject as the prompt asks: what a perfect method could draw."""
+    """A rendered image of the subject as the prompt asks: what a perfect method could draw."""
     rng = np.random.default_rng(seed)
     fields = dict(parse_prompt(prompt))
     if "companion" in fields:

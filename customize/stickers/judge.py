@@ -1,5 +1,8 @@
-"""The judge of the sticker world: a small network that says what is in an image. For evaluation, and for
-choosing among finished steps: it has seen the held-out drawings, so no method may learn from it."""
+"""The judge of the sticker world: a small network that recognises what an image shows.
+
+It is for evaluation and for choosing among finished steps. It has seen the held-out drawings, so no
+method may learn from it.
+"""
 
 import json
 from collections import Counter
@@ -77,7 +80,7 @@ def to_pixels(images: Sequence[Image.Image]) -> Tensor:
 
 
 class Verdicts:
-    """What the judge says of `n` images. `sides` holds its logits of drawings for closer looks at parts of
+    """The judge's predictions for `n` images. `sides` holds its logits for the left and right parts of
     the images, which tell two drawings apart."""
 
     def __init__(self, world: World, logits: dict[str, Tensor], sides: Sequence[Tensor] = ()):
@@ -151,7 +154,8 @@ def accuracy() -> dict[str, float]:
 
 
 def trusted(name: str) -> bool:
-    """Whether the judge is right about this often enough, on fresh real scenes, to be quoted."""
+    """Whether the judge is accurate enough on this factor, on fresh rendered scenes, for its verdicts to
+    be reported."""
     return accuracy()[name] >= TRUSTED
 
 

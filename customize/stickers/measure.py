@@ -1,4 +1,4 @@
-"""What is in an image of the sticker world: measures that need no trained judge."""
+"""Measures of sticker images that need no trained judge."""
 
 from functools import lru_cache
 from itertools import product
@@ -21,8 +21,8 @@ POSES = tuple(product(SCALES, ANGLES, (False, True)))  # scale, tilt, mirrored
 
 
 class Fit(NamedTuple):
-    """Where a drawing fits an image best: the correlation there (-1 to 1), and the drawing's size (sides of
-    the image), tilt (degrees), mirroring and upper left corner (sides of the image)."""
+    """The best fit of a drawing in an image: its correlation (-1 to 1), size (in image sides), tilt
+    (degrees), mirroring and upper left corner (in image sides)."""
 
     correlation: float
     scale: float

@@ -1,8 +1,8 @@
-"""Scenes of the sticker world: what can be varied, the sentence that says it, and the image that shows it.
+"""Scenes of the sticker world: their factors, their captions and their rendering.
 
-Every word of a caption is answered by something drawn. What a caption never mentions (place, tilt, mirror,
-perspective, light direction, shadow, texture) is drawn at random: it is the part of an image that does not
-belong to the subject.
+Every word of a caption corresponds to something drawn. What captions never mention (place, tilt,
+mirroring, perspective, light direction, shadow, texture) is drawn at random; it does not belong to the
+subject.
 """
 
 from dataclasses import dataclass, replace

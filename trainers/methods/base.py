@@ -1,4 +1,4 @@
-"""A method: what it trains, what it conditions on, what it minimises."""
+"""The contract of a method: what it trains, what it conditions on, and its losses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class Method(nn.Module):
     def prepare_data(
         cls, source: Any, backbone: Backbone, train_config: Any, method_config: Any, accelerator: Any
     ) -> None:
-        """Adds to the training data by the base model as it came: no adapter has been added yet."""
+        """Adds to the training data with the unchanged base model: no adapter has been added yet."""
 
     def check_drawing(self, prompts: list[str]) -> None:
         """UserError for validation prompts that cannot be drawn."""
@@ -99,14 +99,14 @@ class Method(nn.Module):
         return denoising(step.prediction, step.target, step.batch.get("mask"))
 
     def errors(self, step: Step) -> Tensor:
-        """The same under the min-SNR weight too, where that was asked for."""
+        """The denoising error of each sample, also weighted by min-SNR if that was asked for."""
         error = self.masked_errors(step)
         if not self.config.snr_gamma:
             return error
         return error * self.backbone.snr_weights(step.t, self.config.snr_gamma)
 
     def losses(self, step: Step) -> dict[str, Tensor]:
-        """Named, weighted terms: their sum is minimised, and each is logged as it is."""
+        """Named, weighted terms. Their sum is minimised, and each is logged as it is summed."""
         return {"denoise": self.errors(step).mean()}
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ class Method(nn.Module):
     def _contrastive_flow(
         self, latents: Tensor, noise: Tensor, t: Tensor, prediction: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Away from the target of the next sample of the batch, at this sample's time."""
+        """Contrast with the target of the next sample of the batch, at this sample's time."""
         if len(latents) == 1:
             raise UserError(
                 "--contrastive_flow_weight needs other samples to keep apart: raise --train_batch_size."
@@ -141,7 +141,7 @@ class Method(nn.Module):
         return self.config.contrastive_flow_weight * contrastive_flow(prediction, other, mask).mean()
 
     def on_step(self, step: int, steps: int) -> None:
-        """Called before each step, for schedules: a weight that warms up, a vector whose norm is held."""
+        """Called before each step, for schedules such as a weight that warms up."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -154,7 +154,7 @@ class Method(nn.Module):
         self.backbone.denoiser.enable_gradient_checkpointing()
 
     def draw(self, prompt: str, **options):
-        """One image by the very modules that are being trained; `options` are those of the pipeline's
+        """One image, drawn by the modules that are being trained; `options` are those of the pipeline's
         call."""
         return self.backbone.pipe(**self.backbone.prompt_arguments(prompt), **options).images[0]
 
@@ -164,12 +164,12 @@ class Method(nn.Module):
         return {}
 
     def prompts(self) -> list[str]:
-        """Prompts beyond the images' own that training will ask for."""
+        """Prompts that training needs beyond the captions."""
         return []
 
     @property
     def trains_text(self) -> bool:
-        """Whether what the text encoders return changes during training, so that it cannot be cached."""
+        """Whether training changes the output of the text encoders, so that it cannot be cached."""
         return any(adapter.changes_text for adapter in self.adapters)
 
     @property

@@ -1,4 +1,4 @@
-"""What contrastive training does to S+: numbers and an image for every validation."""
+"""Diagnostics of contrastive training: numbers and an image for every validation."""
 
 from pathlib import Path
 

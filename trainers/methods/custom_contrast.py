@@ -1,12 +1,13 @@
-"""CustomContrast: an encoder that needs no tuning, taught by contrast between subjects (Chen et al., 2025,
-arXiv 2409.05606).
+"""CustomContrast: an encoder that needs no tuning, trained by contrast between subjects (Chen et al.,
+2025, arXiv 2409.05606).
 
-L = L_LDM + lambda_1 L_CSCL + lambda_2 L_MACL. CSCL makes the two Q-Formers agree on who the subject is; MACL
-makes S+ of two views of a subject alike at every layer, and of two subjects as unlike as they look. There is
-no public code; weights, temperatures and all that the paper leaves open are choices of this project, named in
-the flags. The default weights and form are those that measured best on the embedded base model. `--holdout`
-logs the gradient of each contrast relative to the diffusion loss's: MACL's is up to two fifths in the first
-steps, a fifth later; the ratio form needs a tenth of the weight for that.
+L = L_LDM + lambda_1 L_CSCL + lambda_2 L_MACL. CSCL makes the visual and the textual Q-Former agree on the
+subject. MACL makes S+ of two views of a subject similar at every layer, and S+ of two subjects as
+different as they look. There is no public code; weights, temperatures and all that the paper leaves open
+are choices of this project and have flags. The default weights and form measured best on the embedded
+base model. `--holdout` logs the gradient of each contrast relative to that of the diffusion loss: MACL's
+is up to two fifths in the first steps and a fifth later. The ratio form needs a tenth of the weight for
+that.
 """
 
 from dataclasses import dataclass
@@ -82,8 +83,8 @@ SIZES = ("dim", "depth", "heads", "visual_queries", "feature_layers", "time_bins
 
 @dataclass
 class ContrastiveCondition(Condition):
-    """A condition with what the contrasts compare: both views of each first subject encoded, and the
-    image_encoder's embedding of the cut-out one."""
+    """A condition with the inputs of the contrasts: both views of each first subject encoded, and the
+    image encoder's embedding of the cut-out view."""
 
     views: tuple[Encoded, Encoded] | None = None
     image_embeds: Tensor | None = None
@@ -155,7 +156,8 @@ class CustomContrast(SubjectMethod):
         )
 
     def texts(self, prompts: list[str], vectors: list[Tensor]) -> dict[str, Tensor]:
-        """The denoiser's text arguments with S+ of each slot in the prompts, (text_blocks, rows, ...)."""
+        """The denoiser's text arguments with S+ of each block in the prompts, (text_blocks, samples,
+        ...)."""
         arguments = (
             self.backbone.encode_prompt,
             self.backbone.tokenizers,
@@ -206,8 +208,8 @@ class CustomContrast(SubjectMethod):
         return terms
 
     def diagnose(self, batches, folder, step):
-        """Also view retrieval of Z at every slot, its rank correlation with real similarity, and the terms'
-        gradients."""
+        """Also retrieval of views by Z for every block, its rank correlation with the similarity of
+        images, and the terms' gradients."""
         found = super().diagnose(batches, folder, step)
         if not self.contrasts:
             return found
@@ -222,7 +224,7 @@ class CustomContrast(SubjectMethod):
         image_embeds = torch.cat([condition.image_embeds for condition in conditions])
         identity = torch.cat([batch["identity"] for batch in batches])
         retrieved = view_retrieval(first, second, identity)
-        found |= {f"retrieval slot {i}": share for i, share in enumerate(retrieved)}
+        found |= {f"retrieval block {i}": share for i, share in enumerate(retrieved)}
         found |= {
             "retrieval": sum(retrieved) / len(retrieved),
             "spearman": appearance_correlation(first, second, image_embeds, identity),
@@ -234,5 +236,6 @@ class CustomContrast(SubjectMethod):
 
 
 def stacked_words(encoded: Encoded) -> Tensor:
-    """Z: what S+ adds to its starting word at every slot, over all text encoders, (batch, slots, dim)."""
+    """Z: the offset of S+ from its starting word in every block, over all text encoders, (batch,
+    text_blocks, dim)."""
     return torch.cat(encoded.words, -1)

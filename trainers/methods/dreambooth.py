@@ -1,5 +1,5 @@
-"""DreamBooth: a rare word comes to mean the subject, while its class is kept (Ruiz et al., 2023, arXiv
-2208.12242)."""
+"""DreamBooth: a rare word comes to mean the subject, while its class is preserved (Ruiz et al., 2023,
+arXiv 2208.12242)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +45,8 @@ class DreamBoothConfig(LoraFields, MethodConfig):
 
 
 def class_folders(concepts: list[Concept], output_dir: str) -> list[Path]:
-    """Where the class images of each concept lie; UserError for a concept without a class prompt, and for
-    one folder with two of them."""
+    """The folder of class images of each concept. UserError for a concept without a class prompt, and for
+    one folder with two class prompts."""
     folders = [Path(own.class_data_dir or f"{output_dir}/class_images/{i}") for i, own in enumerate(concepts)]
     prompts: dict[Path, str] = {}
     for concept, folder in zip(concepts, folders, strict=True):
@@ -122,8 +122,8 @@ class DreamBooth(Method):
         return terms
 
     def _teacher_error(self, step: Step) -> Tensor:
-        """How far the prediction for the class prompt has moved from the base model's, at the same noisy
-        latents."""
+        """Mean squared difference between the prediction for the class prompt and that of the base model,
+        at the same noisy latents."""
         prompts = [self.concepts[concept].class_prompt for concept in step.batch["concept"].tolist()]
         with torch.no_grad(), self.backbone.without_adapters():
             kept = self.backbone.denoise(step.noisy, step.t, self._class_condition(prompts, step))

@@ -1,5 +1,4 @@
-"""What methods that train a subject encoder share: the image encoder, the adapter, and what is dropped for
-guidance."""
+"""What methods that train a subject encoder share: image encoder, adapter, and dropout for guidance."""
 
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -122,8 +121,8 @@ class SubjectMethod(Method):
         raise NotImplementedError
 
     def start_from(self, name: str) -> SubjectAdapter:
-        """A released adapter as it is, or a new one of ours with what an earlier run trained: parts that it
-        did not have begin anew. UserError where sizes differ."""
+        """A released adapter as it is, or a new one of ours with the weights of an earlier run; parts
+        that the run did not have start anew. UserError where sizes differ."""
         path = adapter_file(name)
         state, about = read_file(path)
         if about is None:
@@ -169,7 +168,7 @@ class SubjectMethod(Method):
 
     @property
     def pipe(self):
-        """A pipeline of the very modules that are being trained."""
+        """A pipeline of the modules that are being trained."""
         pipe = with_subjects(self.backbone.pipe)
         pipe.set_progress_bar_config(disable=True)
         pipe.adapter, pipe.reference_fit = self.adapter, self.config.reference_fit
@@ -179,7 +178,7 @@ class SubjectMethod(Method):
         return pipe
 
     def check_drawing(self, prompts: list[str]) -> None:
-        """UserError if these validation prompts or the images given for them could not be drawn with."""
+        """UserError if the validation prompts or images cannot be drawn with."""
         if not prompts:
             return
         subjects = {WORDS[0]: self.pipe.encode_references(self.config.validation_images)}
@@ -191,7 +190,8 @@ class SubjectMethod(Method):
         return self.pipe(prompt, subject_images=self.config.validation_images, **options).images[0]
 
     def dropped(self, count: int) -> tuple[Tensor, Tensor]:
-        """Which of `count` samples lose their prompt and which their visual tokens; none in evaluation."""
+        """Which of `count` samples lose their prompt, and which their visual tokens; none in evaluation
+        mode."""
         device, config = self.backbone.device, self.config
         text, image, both = config.dropout_text, config.dropout_image, config.dropout_both
         if not self.training:
@@ -211,7 +211,7 @@ class SubjectMethod(Method):
         return self.adapter.encoder(features, used, t)
 
     def regions_of(self, batch: dict) -> Tensor | None:
-        """Where each subject may be, (batch, subjects, height, width) at latent size; None where the batch
+        """Where each subject may be, (batch, subjects, height, width) at latent size; None if the batch
         does not say."""
         if "regions" not in batch:
             return None
@@ -238,11 +238,11 @@ class SubjectMethod(Method):
         return {name: kept(value) for name, value in text.items()}
 
     def uses_both(self) -> bool:
-        """Whether this batch is given both references; the first alone in evaluation."""
+        """Whether this batch gets both references; only the first one in evaluation mode."""
         return self.training and torch.rand(()).item() < self.config.multi_reference_rate
 
 
 def of_subjects(values: Tensor, present: Tensor) -> Tensor:
-    """What is said of each image (rows,), for each of its subjects: `present` (rows, subjects) says which
-    are there."""
+    """Values of each image (samples,), repeated for its subjects; `present` (samples, subjects) says
+    which exist."""
     return values[:, None].expand_as(present)[present]

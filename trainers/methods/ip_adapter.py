@@ -42,8 +42,7 @@ class IPAdapter(SubjectMethod):
         return adapter
 
     def condition(self, batch, t: Tensor) -> Condition:
-        """An image that is dropped becomes the blank one that the unconditional half is given at
-        inference."""
+        """A dropped image is replaced by the blank one that the unconditional half gets at inference."""
         encoder, present = self.adapter.encoder, batch["present"]
         count = 2 if self.uses_both() else 1
         views = batch["references"][present][:, :count].flatten(0, 1)

@@ -53,7 +53,7 @@ class WordFields:
 
 
 def word_defaults(given) -> dict[str, str]:
-    """The caption of images without one, where a single word is learned."""
+    """The default caption, if a single word is learned."""
     word = str(given.get("placeholder_token", ""))
     return {"instance_prompt": f"a photo of {word}"} if word and "+" not in word else {}
 
@@ -68,7 +68,7 @@ class TextualInversionConfig(WordFields, MethodConfig):
 
 
 def new_words(backbone, config: WordFields) -> LearnedWords:
-    """The words that `config` names; UserError where names and starting words do not fit together."""
+    """The words that `config` names; UserError if the numbers of names and starting words differ."""
     words, starts = config.placeholder_token.split("+"), config.initializer_token.split("+")
     if not all(word.strip() for word in words + starts) or len(set(words)) != len(starts):
         raise UserError(
@@ -106,7 +106,7 @@ class TextualInversion(Method):
         return super().condition(batch | {"prompt": [self._template(*pair) for pair in pairs]}, t)
 
     def _template(self, prompt: str, concept: int) -> str:
-        """A random prompt of the property, in the place of the instance prompt."""
+        """A random prompt for the learned property, in place of the instance prompt."""
         if prompt != self.concepts[concept].instance_prompt:
             return prompt
         templates = TEMPLATES[self.config.learnable_property]

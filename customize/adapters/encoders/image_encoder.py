@@ -104,8 +104,8 @@ def load_image_encoder(name: str, dtype: torch.dtype = torch.float32) -> ImageEn
 
 
 def statistics(place: str, options: dict) -> dict:
-    """Mean and deviation of the pixels that the image encoder was trained on: in its folder, in one called
-    feature_extractor beside it, or OpenAI's."""
+    """Mean and standard deviation of the pixels that the image encoder was trained on: from its folder,
+    from a folder feature_extractor beside it, or OpenAI's."""
     beside = [str(Path(place).parent / "feature_extractor")] if Path(place).exists() else []
     for folder in (place, *beside):
         try:
@@ -117,7 +117,7 @@ def statistics(place: str, options: dict) -> dict:
 
 
 def image_encoder_of(pipe: DiffusionPipeline, fit: ReferenceFit = "stretch") -> ImageEncoder | None:
-    """The image encoder that a pipeline holds as its `image_encoder`."""
+    """The image encoder that a pipeline holds as its `image_encoder`, or None."""
     vision, extractor = getattr(pipe, "image_encoder", None), getattr(pipe, "feature_extractor", None)
     if vision is None:
         return None

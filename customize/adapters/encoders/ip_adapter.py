@@ -1,7 +1,8 @@
-"""IP-Adapter's encoders (Ye et al., 2023, arXiv 2308.06721): visual tokens only, each reference on its own.
+"""IP-Adapter's encoders (Ye et al., 2023, arXiv 2308.06721): visual tokens only; each reference is
+encoded alone.
 
-Parameters are named as in the released files: `proj` and `norm` of the plain adapter, the resampler's of the
-Plus one.
+Parameters are named as in the released files: `proj` and `norm` of the plain adapter, the resampler's of
+the Plus adapter.
 """
 
 import torch
@@ -45,7 +46,8 @@ class ImagePrompt(nn.Module):
 
     @property
     def released(self) -> bool:
-        """Whether stock diffusers reads it, which makes every Plus adapter's resampler four blocks deep."""
+        """Whether stock diffusers can read it: stock assumes a resampler of four blocks for every Plus
+        adapter."""
         return not isinstance(self.image_proj, Resampler) or len(self.image_proj.layers) == RELEASED_DEPTH
 
     @property
@@ -60,8 +62,8 @@ class ImagePrompt(nn.Module):
         return last.normalized_shape[0]
 
     def read(self, output) -> Tensor:
-        """What is used of the image encoder's output: its last hidden states but one, or its pooled
-        embedding."""
+        """The part of the image encoder's output that is used: the last hidden states but one (Plus), or
+        the pooled embedding."""
         return output.hidden_states[-2] if self.plus else output.image_embeds.unsqueeze(1)
 
     def blank(self, image_encoder: ImageEncoder, pixels: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class ImagePrompt(nn.Module):
         return features if self.plus else features * 0
 
     def bin_of(self, t: Tensor) -> Tensor:
-        """All times are one to it."""
+        """Always 0: the encoder does not depend on time."""
         return torch.zeros_like(t, dtype=torch.long)
 
     def middle_of(self, bins: Tensor) -> Tensor:

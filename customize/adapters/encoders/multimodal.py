@@ -1,10 +1,10 @@
-"""CustomContrast's multimodal feature-injection (MFI) encoder (Chen et al., 2025, arXiv 2409.05606, section
-3.2).
+"""CustomContrast's multimodal feature-injection (MFI) encoder (Chen et al., 2025, arXiv 2409.05606,
+section 3.2).
 
-Images of a subject become visual tokens, for the visual cross-attention of every layer, and S+: one
-pseudo-word for each slot of cross-attention layers, which changes with the denoising time. The paper gives
-the parts and their wiring; their sizes, the fusion's normalisation and what tells a location of its subject
-are choices of this project.
+Images of a subject become visual tokens, for the visual cross-attention of every layer, and S+: a
+pseudo-word for each block of cross-attention layers, which depends on the denoising time. The paper gives
+the parts and their wiring. Their sizes, the normalisation of the fusion and the input of the location
+maps are choices of this project.
 """
 
 from dataclasses import dataclass, fields
@@ -16,7 +16,7 @@ from customize.adapters.encoders.output import Encoded
 from customize.adapters.encoders.resampler import Resampler
 
 LARGEST = dict.fromkeys(
-    ("image_layers", "slots", "depth", "feature_layers", "time_bins"), 1000
+    ("image_layers", "text_blocks", "depth", "feature_layers", "time_bins"), 1000
 )  # what is gone through one by one
 
 
@@ -25,13 +25,14 @@ OCTAVES = 8  # Fourier features of a number in [0, 1]: sines and cosines of so m
 
 @dataclass
 class MultimodalConfig:
-    """Sizes. `image_dim`, `image_layers`, `text_dims` and `slots` are those of the models it is made for."""
+    """Sizes of the encoder. `image_dim`, `image_layers`, `text_dims` and `text_blocks` follow from the
+    models it is made for."""
 
     image_dim: int  # width of the image encoder
     image_layers: int  # its number of layers
     visual_dim: int  # width of the visual tokens, best that of the text states
     text_dims: list[int]  # width of each text encoder's embeddings
-    slots: int  # pseudo-words, one for each stack of cross-attention layers
+    text_blocks: int  # blocks of cross-attention layers, each with a pseudo-word
     dim: int = 768
     depth: int = 4
     heads: int = 12
@@ -44,7 +45,7 @@ class MultimodalConfig:
     location: bool = True  # location maps
 
     def check(self) -> None:
-        """ValueError for sizes that no encoder has, as those of a damaged file."""
+        """ValueError for sizes that no encoder has, such as those of a damaged file."""
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type in (int, list[int]):
@@ -84,24 +85,25 @@ def embedding(features: int, dim: int) -> nn.Sequential:
 
 
 class TextualQFormer(nn.Module):
-    """Features (batch, tokens, image_dim) and times (batch,) to states of S+ (batch, slots, dim) and a CLS
-    (batch, dim).
+    """Features (batch, tokens, image_dim) and times (batch,) to states of S+ (batch, text_blocks, dim)
+    and a CLS state (batch, dim).
 
-    One learned query asks for all pseudo-words, told apart by time and slot; another is CLS."""
+    All pseudo-words share one learned query, to which time and block are added; a second query is CLS.
+    """
 
     def __init__(self, config: MultimodalConfig):
         super().__init__()
-        self.slots = config.slots
+        self.text_blocks = config.text_blocks
         self.resampler = Resampler(config.image_dim, config.dim, config.dim, 2, config.depth, config.heads)
         self.when_and_where = embedding(4 * OCTAVES, config.dim)
 
     def forward(self, features: Tensor, mask: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        slot = torch.arange(self.slots + 1, device=t.device) / self.slots  # 0 is CLS
+        block = torch.arange(self.text_blocks + 1, device=t.device) / self.text_blocks  # 0 is CLS
         known = torch.cat(
-            [fourier(t)[:, None].expand(-1, len(slot), -1), fourier(slot).expand(len(t), -1, -1)], -1
+            [fourier(t)[:, None].expand(-1, len(block), -1), fourier(block).expand(len(t), -1, -1)], -1
         )
         word, cls = self.resampler.latents.unbind(1)
-        queries = torch.cat([cls, word.expand(self.slots, -1)]) + self.when_and_where(
+        queries = torch.cat([cls, word.expand(self.text_blocks, -1)]) + self.when_and_where(
             known.to(features.dtype)
         )
         states = self.resampler(features, mask, queries)
@@ -165,8 +167,8 @@ class MultimodalEncoder(nn.Module):
         return self.config.dim if self.config.location else 0
 
     def read(self, output) -> Tensor:
-        """What is used of the image encoder's output: hidden states of several layers (images, tokens,
-        layers * image_dim)."""
+        """The part of the image encoder's output that is used: hidden states of several layers, (images,
+        tokens, layers * image_dim)."""
         return torch.cat([output.hidden_states[layer] for layer in self.layers], -1)
 
     def bin_of(self, t: Tensor) -> Tensor:

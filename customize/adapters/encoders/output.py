@@ -1,4 +1,4 @@
-"""What a subject encoder gives, whichever it is."""
+"""The output of a subject encoder, whichever it is."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,8 +9,8 @@ from torch import Tensor
 
 @dataclass
 class Encoded:
-    """One subject a row: tokens for the visual branches and, of encoders that have them, words, CLS states
-    and a location embedding."""
+    """One subject in each row: tokens for the visual branches and, from encoders that have them, words,
+    CLS states and a location embedding."""
 
     visual: Tensor  # (batch, tokens, dim)
     mask: Tensor | None = None  # (batch, tokens): False where a token is padding
@@ -22,14 +22,15 @@ class Encoded:
     textual_cls: Tensor | None = None  # (batch, projection)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Encoded":
-        """The same with `change` made to every tensor."""
+        """A copy with `change` applied to every tensor."""
         names = ("mask", "location_embedding", "visual_cls", "textual_cls")
         optional = {name: None if (value := getattr(self, name)) is None else change(value) for name in names}
         return Encoded(change(self.visual), words=[change(words) for words in self.words], **optional)
 
     def spread(self, present: Tensor) -> "Encoded":
-        """Subjects that are there, one row each, as rows * subjects: `present` (rows, subjects) says which
-        those are. The others are zeros, none of them padding, as attention needs something to attend to."""
+        """Rows of the subjects that exist, placed among all (samples * subjects); `present` (samples,
+        subjects) says which exist. The others are zeros, and none of their tokens counts as padding, as
+        attention needs at least one key."""
 
         def among_others(value: Tensor) -> Tensor:
             full = value.new_full((present.numel(), *value.shape[1:]), value.dtype == torch.bool)
