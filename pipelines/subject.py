@@ -82,6 +82,7 @@ class SubjectMixin(Stock):
     `subject_images`, it is the stock one."""
 
     reference_fit: ReferenceFit = "stretch"  # how references that are not square become square
+    _adapter: Any = None
     _subjects: SubjectCall | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -108,12 +109,13 @@ class SubjectMixin(Stock):
 
     @property
     def adapter(self) -> Any:
-        """The SubjectAdapter that is loaded, or None. It goes with the denoiser, so that every pipeline with
-        subjects of the same components has it."""
-        return getattr(self.unet, "subject_adapter", None)
+        """The SubjectAdapter that is loaded, or None: the pipeline's own, or else the one that another
+        pipeline of the same denoiser has loaded, as after `from_pipe`."""
+        return getattr(self.unet, "subject_adapter", None) if self._adapter is None else self._adapter
 
     @adapter.setter
     def adapter(self, adapter: Any) -> None:
+        self._adapter = adapter
         # past nn.Module: the denoiser's state dict stays stock
         object.__setattr__(self.unet, "subject_adapter", adapter)
 

@@ -554,3 +554,21 @@ def test_the_tower_that_a_run_names_is_loaded_with_it(tower, subjects, tmp_path)
     pipe.load_subject_adapter(tmp_path)
     own = load_image_encoder(tower).vision.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in pipe.image_encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("case", ["custom_contrast", "ip_adapter_plus", "custom_contrast_visual_only"])
+def test_a_dropped_prompt_is_what_the_pipelines_unconditional_half_gets(case, tower, subjects):
+    """SDXL's pipeline gives it zeros, and not the text of the empty prompt."""
+    method = build("sdxl", case, tower, dropout_text=1.0, dropout_image=0.0, dropout_both=0.0)
+    method.train()
+    data = dataset(subjects, method)
+    batch = collate_references([data[i] for i in range(2)])
+    condition = method.condition(batch, torch.full((2,), 0.5))
+    given = list(condition.text.values())
+    if condition.injected is not None and condition.injected.block_texts is not None:
+        given.append(condition.injected.block_texts)
+    assert given
+    assert all(not value.any() for value in given)
+    assert all(value.any() for value in method.backbone.encode_prompt([""]).values())
+    method.eval()
+    assert all(value.any() for value in method.condition(batch, torch.full((2,), 0.5)).text.values())

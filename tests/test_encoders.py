@@ -11,8 +11,7 @@ import torch
 from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from customize.adapters.encoders import image_encoder as tower
 from customize.adapters.encoders.image_encoder import ImageEncoder, load_image_encoder
@@ -483,22 +482,8 @@ def test_fourier_features_by_hand():
 
 
 def adapted(base: str, **options):
-    """A pipeline whose tokenizers keep <s> free, and a multimodal adapter of it."""
+    """A pipeline and a multimodal adapter of it."""
     pipe = tiny(base)
-    for name in ("tokenizer", "tokenizer_2"):
-        if hasattr(pipe, name):
-            core = Tokenizer.from_str(
-                getattr(pipe, name).backend_tokenizer.to_str().replace('"<s>"', '"<start>"')
-            )
-            special = {
-                "pad_token": "<pad>",
-                "bos_token": "<start>",
-                "eos_token": "<end>",
-                "unk_token": "<unk>",
-            }
-            setattr(
-                pipe, name, PreTrainedTokenizerFast(tokenizer_object=core, **special, model_max_length=16)
-            )
     return pipe, multimodal(pipe, eye(), "toy", **(SIZES | options))
 
 

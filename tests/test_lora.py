@@ -7,8 +7,8 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from customize.adapters.kohya import KohyaLora
-from customize.adapters.lora import TEXT_ATTENTION, LoraFields, add_lora
+from customize.adapters.kohya import KOHYA, KohyaLora
+from customize.adapters.lora import TEXT_ATTENTION, Lora, LoraFields, add_lora
 from customize.adapters.lora_files import with_text_model
 from customize.backbones.families import wrap
 from customize.errors import UserError
@@ -265,3 +265,48 @@ def test_a_rank_above_that_of_the_layers_is_refused(rank):
     with pytest.raises(UserError, match=rf"--rank {rank} .*choose 16 at most"):
         add_lora(tiny("sd15").unet, LoraFields(rank=rank))
     add_lora(tiny("sd15").unet, LoraFields(rank=16))
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+def test_kohyas_magnitudes_have_the_shape_of_the_weights_outputs(base, tmp_path):
+    """(out, 1) of linear layers, (out, 1, 1, 1) of convolutions."""
+    backbone = wrap(tiny(base), base)
+    add_lora(backbone.denoiser, LoraFields(rank=2, use_dora=True, lora_layers="all"))
+    KohyaLora(backbone).save(tmp_path)
+    state, kinds = load_file(tmp_path / KOHYA), set()
+    weights = {
+        f"lora_unet_{name.replace('.', '_')}": layer.weight
+        for name, layer in tiny(base).unet.named_modules()
+        if hasattr(layer, "weight") and layer.weight is not None
+    }
+    for key, value in state.items():
+        if key.endswith(".dora_scale"):
+            weight = weights[key.removesuffix(".dora_scale")]
+            assert value.shape == (len(weight), *[1] * (weight.ndim - 1))
+            norms = weight.flatten(1).norm(dim=1).view(value.shape)  # before training
+            assert torch.allclose(value, norms, rtol=1e-5)
+            kinds.add(weight.ndim)
+    assert kinds == {2, 4}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_dora_of_text_encoders_comes_back(base, tmp_path):
+    """transformers' loader leaves the magnitudes out."""
+    backbone = wrap(tiny(base), base)
+    encoders = [encoder for encoder in backbone.text_encoders if "CLIP" in type(encoder).__name__]
+    adapter = Lora(backbone, LoraFields(rank=2, use_dora=True), encoders)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    adapter.save(tmp_path)
+    pipe = tiny(base)
+    Lora.load(tmp_path, {}, pipe)
+    prompts = ["a photo of sks dog"]
+    found, wanted = (b.encode_prompt(prompts) for b in (wrap(pipe, base), backbone))
+    for name, value in wanted.items():
+        assert torch.allclose(found[name], value, atol=1e-6)
+    names = list(pipe.get_list_adapters().values())
+    assert names
+    assert all(own == [tmp_path.name.replace("-", "_")] for own in names)

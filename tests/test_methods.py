@@ -1,6 +1,7 @@
 """Every method on every tiny base model: what moves, what stays, and that stock diffusers reads what is
 saved."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from safetensors.torch import load_file
 from customize.backbones.families import wrap
 from customize.backbones.sd3 import WordsSD3Pipeline
 from customize.data.concepts import Concept, DataConfig
-from customize.data.dataset import SubjectDataset
+from customize.data.dataset import SubjectDataset, collate
 from customize.data.images import find_images
 from customize.data.subject_images import SubjectData
+from customize.errors import UserError
 from customize.runs import checkpoint
 from customize.trainers.loop import train
 from customize.trainers.methods.dreambooth import DreamBooth
@@ -129,6 +131,44 @@ def test_trains_saves_and_reloads(base, case, images, tmp_path):
     assert frozen
     assert np.abs(image - untouched).max() > 1e-4
     assert error < 2e-6
+
+
+def instance_loss(method, step):
+    """The `denoise` term of a method at a step."""
+    return method.losses(step)["denoise"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("base", BASES)
+def test_every_methods_loss_honours_masks_and_min_snr(base, case, images):
+    """Where the mask is 0 the prediction does not count, and on DDPM models min-SNR weights each sample."""
+    method, dataset = build(base, case, images)
+    keys = [(index, (32, 32), False) for index in range(2)]
+    batch, seen = collate([dataset.dataset[key] for key in keys]), {}
+    batch["mask"][..., :16] = 0.0
+    losses = method.losses
+    method.losses = lambda step: seen.update(step=step) or losses(step)
+    with torch.no_grad():
+        method(batch)
+        method.losses, step = losses, seen["step"]
+        plain = instance_loss(method, step)
+        half = step.prediction.shape[-1] // 2
+        spoilt = step.prediction.clone()
+        spoilt[..., :half] += 100
+        assert torch.allclose(instance_loss(method, replace(step, prediction=spoilt)), plain)
+        spoilt[..., half:] += 1
+        assert not torch.allclose(instance_loss(method, replace(step, prediction=spoilt)), plain)
+        method.config.snr_gamma = 5.0
+        if base in ("sd3", "flux"):
+            with pytest.raises(UserError, match="snr_gamma"):
+                instance_loss(method, step)
+            return
+        weights = method.backbone.snr_weights(step.t, 5.0)
+        by_hand = sum(
+            float(weights[i]) * float((step.prediction[i] - step.target[i])[..., half:].square().mean())
+            for i in range(2)
+        )
+        assert instance_loss(method, step).item() == pytest.approx(by_hand / 2, rel=1e-4)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -579,3 +579,27 @@ def test_random_prompts_around_a_word(kind):
         method.condition(batch, torch.zeros(2))
     assert set(seen[1::2]) == {"a red <toy> on grass"}  # a caption of its own
     assert set(seen[::2]) == {template.format("<toy>") for template in TEMPLATES[kind]}
+
+
+# the documentation says the same
+
+
+def test_the_table_of_defaults_in_the_documentation():
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    for name in METHODS:
+        [row] = re.findall(rf"^\| `{name}` \| (.*) \| (.*) \|$", text, re.M)
+        for listed, base_model in zip(row, ("somebody/model", "stickers"), strict=True):
+            pairs = dict(pair.split(" ", 1) for pair in listed.split(", "))
+            wanted = {
+                key: str(value) for key, value in find_method(name).defaults_for(base_model, {}).items()
+            }
+            assert pairs == wanted
+
+
+def test_the_toy_method_of_the_guide_trains(train, tmp_path):
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", text, re.S)
+    (tmp_path / "guide.py").write_text(code)
+    folder = train(f"{tmp_path / 'guide.py'}:Toy", penalty_weight=0.2)
+    assert read_info(folder)["method"] == "Toy"
+    assert load_pipeline(folder)

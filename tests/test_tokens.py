@@ -4,11 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from customize.adapters.embedding_hooks import replaced_words
+from customize.adapters.subject import add_subject_words
 from customize.adapters.words import LearnedWords, add_words, load_words, pieces
 from customize.backbones.families import wrap
+from customize.backbones.text import embedding_table
 from customize.errors import UserError
 from tiny import BASES, tiny, tokenizer
 
@@ -201,3 +204,41 @@ def test_text_is_pooled_at_its_end_though_a_word_has_a_higher_id():
         assert torch.equal(
             encoder(ids.clamp(max=6)).pooler_output[0], encoder(ids.clamp(max=6)).last_hidden_state[0, 2]
         )
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+def test_a_learned_word_beside_a_subjects_word(base):
+    """On tables that hold exactly the tokenizer's words: both kinds of words lie beyond them."""
+    backbone, tokens = learned(base, {"<toy>": "dog"})
+    add_subject_words(backbone.tokenizers)
+    dims = [embedding_table(encoder).embedding_dim for encoder in backbone.text_encoders]
+    subject = [torch.randn(1, 1, dim, generator=torch.Generator().manual_seed(3)) for dim in dims]
+    for index, (tokenizer_, encoder) in enumerate(
+        zip(backbone.tokenizers, backbone.text_encoders, strict=True)
+    ):
+        ids = tokenizer_("a red <toy> on <s> grass").input_ids
+        with replaced_words(backbone.tokenizers, backbone.text_encoders, ["<s>"], subject):
+            found = encoder(torch.tensor([ids]))[0]
+        vectors = torch.cat([tokens.vectors[index].detach(), subject[index][0]])
+        same = [*ids_of("<start>", "a", "red"), FIRST, *ids_of("on"), FIRST + 1, *ids_of("grass", "<end>")]
+        expected = by_hand(base, index, vectors, same)
+        assert torch.allclose(found, expected, atol=1e-5)
+        alone = encoder(torch.tensor([tokenizer_("a red <toy> on grass").input_ids]))[0]
+        assert torch.isfinite(alone).all()
+
+
+def lower_casing(base: str):
+    """A backbone whose tokenizers lower-case, as CLIP's does."""
+    pipe = tiny(base)
+    for suffix in ("", "_2"):
+        if hasattr(pipe, f"tokenizer{suffix}"):
+            getattr(pipe, f"tokenizer{suffix}").backend_tokenizer.normalizer = normalizers.Lowercase()
+    return wrap(pipe, base)
+
+
+def test_a_word_with_capitals_has_one_vector_or_is_refused():
+    """Of several vectors, diffusers would find the first alone in a prompt."""
+    LearnedWords(lower_casing("sd15"), {"<MyToy>": "dog"}, 1)
+    LearnedWords(lower_casing("sd15"), {"<mytoy>": "dog"}, 3)
+    with pytest.raises(UserError, match=r"does not find all 3 vectors of '<MyToy>'.*such as '<mytoy>'"):
+        LearnedWords(lower_casing("sd15"), {"<MyToy>": "dog"}, 3)
