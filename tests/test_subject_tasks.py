@@ -82,10 +82,15 @@ def test_masks_of_a_part_of_the_image_are_refused(tmp_path):
 
 
 @TASKS
-def test_a_subject_pipeline_is_loaded_for_a_task(task):
+def test_a_subject_pipeline_is_loaded_for_a_task(task, tmp_path):
+    """Inpainting on a tiny model with latents of 4 channels: the embedded one has too many for diffusers."""
     model = load_subject_pipeline("stickers") if task == "controlnet" else None
     more = {"controlnet": controlnet(model)} if model is not None else {}
-    pipe = load_subject_pipeline("stickers", task=task, **more)
+    name = "stickers"
+    if task == "inpainting":
+        woken("sd15").save_pretrained(tmp_path)
+        name = tmp_path
+    pipe = load_subject_pipeline(name, task=task, **more)
     assert isinstance(pipe, SubjectMixin)
     assert isinstance(pipe, getattr(diffusers, f"StableDiffusion{NAMES[task]}Pipeline"))
     assert pipe.adapter is not None
