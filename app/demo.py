@@ -2,6 +2,7 @@
 never seen in."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def draw(
-    pipe, prompts: list[str], seed: int = 0, steps: int = 25, guidance_scale: float = 4.0
+    pipe: Any, prompts: list[str], seed: int = 0, steps: int = 25, guidance_scale: float = 4.0
 ) -> list[Image.Image]:
     """One image for each prompt, from the same noises at every call."""
     pipe.set_progress_bar_config(disable=True)

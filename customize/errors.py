@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 
@@ -33,7 +33,7 @@ class Stopped(UserError):
     """Training was asked to stop and has saved a checkpoint."""
 
 
-def nearest(name: str, known) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for a misspelt name, or nothing."""
     close = get_close_matches(name, list(known), 1)
     return f" Did you mean '{close[0]}'?" if close else ""

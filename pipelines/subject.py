@@ -410,7 +410,7 @@ class SubjectMixin(Stock):
             named["added_cond_kwargs"] = {**added, "text_embeds": own}
         return inputs, named
 
-    def encode_prompt(self, *args, **kwargs):
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """The stock method's results. With subjects, S+ is put into the prompts, and the text of every
         time bin and block is kept."""
         with clip_skip_works(self.text_encoder):

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 STOPPING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
@@ -13,7 +14,7 @@ TOGETHER = 2.0
 
 
 @contextmanager
-def interruption():
+def interruption() -> Iterator[Callable[[], bool]]:
     """Context that gives a function: whether the run was asked to stop by Ctrl-C (SIGINT), a scheduler
     (SIGTERM) or a closing terminal (SIGHUP). The step is finished and saved first; a second signal stops
     at once."""

@@ -40,7 +40,7 @@ def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Acce
     return backbone.to(accelerator.device)
 
 
-def decode_whole(vae) -> None:
+def decode_whole(vae: Any) -> None:
     """Makes the autoencoder decode in its own precision even under autocast: SDXL's overflows in float16."""
     decode = vae.decode
 

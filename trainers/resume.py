@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
@@ -40,7 +41,9 @@ def _restore(node, tensors: dict[str, Tensor]):
     return [_restore(item, tensors) for item in content] if kind == "list" else content
 
 
-def save_state(folder: Path, accelerator, step: int, trained: dict[str, Tensor], **parts) -> None:
+def save_state(
+    folder: Path, accelerator: Accelerator, step: int, trained: dict[str, Tensor], **parts
+) -> None:
     """Writes `resume.safetensors`. `parts` have `state_dict()`, or are None. Called on every process: each
     has its own generators, the first one writes."""
     generators = gather_object([{name: value.tolist() for name, value in random_state().items()}])
@@ -61,7 +64,7 @@ def save_state(folder: Path, accelerator, step: int, trained: dict[str, Tensor],
     save_file(tensors, folder / RESUME, {"tree": json.dumps(tree)})
 
 
-def load_state(folder: Path, accelerator, trained: dict[str, Tensor], **parts) -> int:
+def load_state(folder: Path, accelerator: Accelerator, trained: dict[str, Tensor], **parts) -> int:
     """Puts the state back into the tensors and parts given, and into this process's generators; returns the
     step.
 

@@ -2,6 +2,7 @@
 by a loss."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -17,7 +18,7 @@ Scorer = Callable[
 
 
 def encoder_scorer(
-    references: Sequence[Image.Image], concept: Concept, initializer: str, clip, dino
+    references: Sequence[Image.Image], concept: Concept, initializer: str, clip: Any, dino: Any
 ) -> Scorer:
     """The scorer for real models: the mean cosine with the references by DINO, and with the prompts by
     CLIP, with the class word in the subject's place (see `customize.metrics`)."""
@@ -38,7 +39,7 @@ def encoder_scorer(
 
 
 def make_scorer(
-    settings, base: str, concepts: list[Concept], images: Sequence[ImageFile], initializer: str = ""
+    settings: Any, base: str, concepts: list[Concept], images: Sequence[ImageFile], initializer: str = ""
 ) -> Scorer:
     """The scorer of a run: the judge on the embedded base model, CLIP and DINO on others.
 

@@ -1,9 +1,10 @@
 """A run in progress: what it trains, how it starts or resumes, and its files."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,10 +35,10 @@ class Best:
     def add(self, loss: float) -> None:
         self.loss, self.since = (loss, 0) if loss < self.loss else (self.loss, self.since + 1)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, float]:
         return {"loss": self.loss, "since": self.since}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loss, self.since = state["loss"], state["since"]
 
 
@@ -86,7 +87,7 @@ class Session:
                     folder, [*self.method.adapters, *self.exports], self.info | {"step": self.step}
                 )
 
-    def whole(self, name: str):
+    def whole(self, name: str) -> AbstractContextManager[Path]:
         """A folder of the output that appears only when it is complete; only the first process writes it."""
         target = self.output / name
         return atomic_folder(target) if self.accelerator.is_main_process else nullcontext(target)

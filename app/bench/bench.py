@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
@@ -226,10 +227,10 @@ class Bench:
         )
 
     @cached_property
-    def base_pipeline(self):
+    def base_pipeline(self) -> DiffusionPipeline:
         return load_base(self.base, **self.base_options)
 
-    def pipeline(self, name: str, subject: Subject):
+    def pipeline(self, name: str, subject: Subject) -> Any:
         pipe = self.base_pipeline if name == "base" else load_pipeline(self.run_folder(name, subject))
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.sampling.device)
@@ -241,5 +242,12 @@ class Bench:
             load, shots, self.folder / folder_of(name) / subject.name / "class", self.sampling
         )
 
-    def images_to_score(self, subject, images, references, prior, before) -> ImagesToScore:
+    def images_to_score(
+        self,
+        subject: Subject,
+        images: list[Image.Image],
+        references: list[Image.Image],
+        prior: list[Image.Image],
+        before: list[Image.Image],
+    ) -> ImagesToScore:
         return ImagesToScore(subject, images, references, prior, before, self.repeats)

@@ -6,7 +6,7 @@ import io
 import json
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +96,7 @@ def write_images(images: Sequence[Image.Image], folder: Path) -> list[Image.Imag
 
 
 @contextmanager
-def measured(path: Path):
+def measured(path: Path) -> Iterator[None]:
     """Writes to `path` the wall time of the block in seconds, and its peak memory in MB: of the GPU, or
     else the resident memory of the process."""
     cuda = torch.cuda.is_available()

@@ -164,7 +164,7 @@ class DreamBench(Bench):
         """The encoder of subject fidelity in the plot, of `nearest` and of `diversity`."""
         return "dino" if "dino" in self.encoders else "clip"
 
-    def drawing(self):
+    def drawing(self) -> dict[str, str]:
         digest = hashlib.sha256(
             "\n".join(p for subject in self.subjects for p in subject.prompts).encode()
         ).hexdigest()
@@ -179,7 +179,7 @@ class DreamBench(Bench):
             else "its first image alone",
         }
 
-    def teaching(self, name):
+    def teaching(self, name: str) -> str:
         if name in NOT_TRAINED:
             return self.label(name)
         changed = ", ".join(f"{key} {value}" for key, value in sorted(self.settings(name).items()))
@@ -191,7 +191,7 @@ class DreamBench(Bench):
         found = [image.digest for subject in self.subjects for image in find_images(subject.source, "any")]
         return f"{len(found)} images, sha256 {hashlib.sha256(''.join(found).encode()).hexdigest()[:12]}"
 
-    def scoring(self):
+    def scoring(self) -> dict[str, str]:
         every = "every real one of the subject" if self.references == "all" else "the one reference"
         return {
             **{name: encoder.stamp for name, encoder in self.encoders.items()},
@@ -210,10 +210,10 @@ class DreamBench(Bench):
             ),
         }
 
-    def label(self, name):
+    def label(self, name: str) -> str:
         return {"base": "Base model", "real": "Real images"}.get(name, name.replace("_", " "))
 
-    def words(self, name, subject):
+    def words(self, name: str, subject: Subject) -> str:
         if name in NOT_TRAINED:
             return subject.word
         return f"{WORD if self.learns_words(name) else TOKEN} {subject.word}"
@@ -221,16 +221,16 @@ class DreamBench(Bench):
     def learns_words(self, name: str) -> bool:
         return hasattr(find_method(name).Config, "placeholder_token")
 
-    def training(self, name, subject):
+    def training(self, name: str, subject: Subject) -> list[str]:
         words = ["--placeholder_token", WORD, "--initializer_token", subject.word.split()[-1]]
         return [name, *self.flags(name), *(words if self.learns_words(name) else [])]
 
-    def write_references(self, name, subject, folder):
+    def write_references(self, name: str, subject: Subject, folder: Path) -> list[Image.Image]:
         real = [read_image_file(image)[0] for image in find_images(subject.source, "any")]
         chosen = real if self.references == "all" or name == "real" else real[:1]
         return write_images(chosen, folder)
 
-    def score(self, taken: ImagesToScore):
+    def score(self, taken: ImagesToScore) -> tuple[dict, dict, list[dict]]:
         if not taken.images:
             return self.ceiling(taken.references), {}, []
         scores: dict[str, float | None] = {}
@@ -261,7 +261,7 @@ class DreamBench(Bench):
         }
         return scores | {"nearest": nearest_score(features[self.main])}
 
-    def results(self, protocol, methods):
+    def results(self, protocol: dict[str, str], methods: list[dict]) -> dict:
         rows = [subject["scores"] for method in methods for subject in method["subjects"]]
         axes = ["clip_t", FIDELITY[self.main]]
         metrics = {n: METRICS[n] for n in METRICS if n in axes or any(row.get(n) is not None for row in rows)}

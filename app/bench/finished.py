@@ -157,7 +157,7 @@ class StickerRun(FinishedRun, StickerBench):
     def images_to_score(self, *parts) -> ImagesToScore:
         return Bench.images_to_score(self, *parts)  # no masks of a user's images are known
 
-    def drawing(self):
+    def drawing(self) -> dict[str, str]:
         what = (
             str(self.shown) if self.shown else "no drawing of the sticker world: its own images are the truth"
         )
@@ -166,10 +166,10 @@ class StickerRun(FinishedRun, StickerBench):
     def real(self, subject: Subject, folder: Path) -> list[Image.Image]:
         return super().real(subject, folder) if self.shown else []
 
-    def score(self, taken: ImagesToScore):
+    def score(self, taken: ImagesToScore) -> tuple[dict, dict, list[dict]]:
         return super().score(taken) if self.shown else score_unknown(taken, self.clip)
 
-    def results(self, protocol, methods):
+    def results(self, protocol: dict[str, str], methods: list[dict]) -> dict:
         found = super().results(protocol, methods) | {"title": self.name}
         return found if self.shown else found | {"axes": ["prompt_fidelity", "clip_i"]}
 
@@ -201,10 +201,10 @@ class PhotographRun(FinishedRun, DreamBench):
         group = "live" if self.word in LIVE else "object"
         return [Subject(self.name, self.word, group, DREAMBENCH_PROMPTS, None)]
 
-    def drawing(self):
+    def drawing(self) -> dict[str, str]:
         return super().drawing() | {"bench": "eight prompts of DreamBench"} | self.stamp()
 
-    def results(self, protocol, methods):
+    def results(self, protocol: dict[str, str], methods: list[dict]) -> dict:
         found = super().results(protocol, methods) | {"title": self.name}
         found.pop("published")  # of thirty other subjects
         return found

@@ -2,11 +2,11 @@
 the truth."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -16,7 +16,7 @@ from customize.app.bench.bench import Bench, ImagesToScore, Subject
 from customize.app.bench.drawing import Sampling
 from customize.app.bench.sticker_scores import METRICS, score
 from customize.errors import UserError, nearest
-from customize.metrics import load_sticker_clip
+from customize.metrics import ClipEncoder, load_sticker_clip
 from customize.pipelines import load_subject_pipeline
 from customize.runs.output import save_image
 from customize.stickers import ENCODER, MODEL, Drawing, World, draw_scene
@@ -113,7 +113,7 @@ class WithReferences:
 
 
 @lru_cache(maxsize=1)
-def encoder_pipeline(encoder: str, device: str):
+def encoder_pipeline(encoder: str, device: str) -> Any:
     pipe = load_subject_pipeline(encoder)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -136,7 +136,7 @@ class StickerBench(Bench):
             find_recipe(name)
 
     @cached_property
-    def clip(self):
+    def clip(self) -> ClipEncoder:
         return load_sticker_clip()
 
     @cached_property
@@ -162,7 +162,7 @@ class StickerBench(Bench):
         chosen = drawings_of(self.group)
         return chosen[: len(bench_subjects(quick=True))] if self.quick else chosen
 
-    def drawing(self):
+    def drawing(self) -> dict[str, str]:
         prompts = bench_prompts(self.quick)
         of_group = f" of {self.group} classes" if self.group != "all" else ""
         model = hashlib.sha256((MODEL / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
@@ -179,7 +179,7 @@ class StickerBench(Bench):
             "sampling": str(self.sampling),
         }
 
-    def teaching(self, name):
+    def teaching(self, name: str) -> str:
         recipe = find_recipe(name)
         if recipe.encoder:
             file = ENCODER if recipe.encoder == "stickers" else adapter_file(recipe.encoder)
@@ -189,7 +189,7 @@ class StickerBench(Bench):
             f"{recipe.method}, {self.steps} steps, {COMMON} {recipe.flags}" if recipe.method else recipe.label
         )
 
-    def scoring(self):
+    def scoring(self) -> dict[str, str]:
         return {
             "encoder": self.clip.stamp,
             "judge's own accuracy": ", ".join(f"{k} {v:.1%}" for k, v in accuracy().items() if k != "scenes"),
@@ -202,33 +202,33 @@ class StickerBench(Bench):
             ),
         }
 
-    def label(self, name):
+    def label(self, name: str) -> str:
         return find_recipe(name).label
 
-    def words(self, name, subject):
+    def words(self, name: str, subject: Subject) -> str:
         return find_recipe(name).words.format(subject.word)
 
-    def trains(self, name):
+    def trains(self, name: str) -> bool:
         return not encoder_of(name)
 
-    def training(self, name, subject):
+    def training(self, name: str, subject: Subject) -> list[str]:
         recipe = find_recipe(name)
         flags = recipe.flags.format(subject.word)
         return f"{recipe.method} {COMMON} --max_train_steps {self.steps} {flags}".split()
 
-    def pipeline(self, name, subject):
+    def pipeline(self, name: str, subject: Subject) -> Any:
         if not (encoder := encoder_of(name)):
             return super().pipeline(name, subject)
         references = [draw_scene(scene, World())[0] for scene in reference_scenes(subject.source, self.seed)]
         return WithReferences(encoder_pipeline(encoder, self.sampling.device), references)
 
-    def prior(self, name, subject, load):
+    def prior(self, name: str, subject: Subject, load: Callable) -> list[Image.Image]:
         """An encoder leaves the base model unchanged, so the class word alone is drawn by the base model."""
         if encoder_of(name):
             return super().prior("base", subject, lambda: super(StickerBench, self).pipeline("base", subject))
         return super().prior(name, subject, load)
 
-    def write_references(self, name, subject, folder):
+    def write_references(self, name: str, subject: Subject, folder: Path) -> list[Image.Image]:
         return write_references(folder, subject.source, self.words(name, subject), self.seed)
 
     def real(self, subject: Subject, folder: Path) -> list[Image.Image]:
@@ -239,14 +239,21 @@ class StickerBench(Bench):
             save_image(image, folder / f"{shot.name}.png")
         return images
 
-    def images_to_score(self, subject, images, references, prior, before):
+    def images_to_score(
+        self,
+        subject: Subject,
+        images: list[Image.Image],
+        references: list[Image.Image],
+        prior: list[Image.Image],
+        before: list[Image.Image],
+    ) -> ImagesToScore:
         masks = [draw_scene(scene, World())[1] for scene in reference_scenes(subject.source, self.seed)]
         return replace(super().images_to_score(subject, images, references, prior, before), masks=masks)
 
-    def score(self, taken: ImagesToScore):
+    def score(self, taken: ImagesToScore) -> tuple[dict, dict, list[dict]]:
         return score(taken, self.clip, self.seed)
 
-    def results(self, protocol, methods):
+    def results(self, protocol: dict[str, str], methods: list[dict]) -> dict:
         title = f"{self.title} (quick)" if self.quick else self.title
         fidelity = "subject_fidelity" if trusted("drawing") else "correlation"
         rows = [subject["scores"] for method in methods for subject in method["subjects"]]

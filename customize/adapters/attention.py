@@ -160,7 +160,9 @@ class CrossAttention:
             ]  # diffusers makes xformers' additive mask of a boolean one with two dimensions only
         return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
 
-    def add_subjects(self, attn, text: Tensor, hidden: Tensor, query: Tensor, subjects: Injected) -> Tensor:
+    def add_subjects(
+        self, attn: Any, text: Tensor, hidden: Tensor, query: Tensor, subjects: Injected
+    ) -> Tensor:
         """Adds to the text branch's output (batch, pixels, channels) the visual branch's: the sum over
         subjects of weight x location x region x attention."""
         tokens = subjects.tokens
@@ -206,7 +208,7 @@ class CrossAttention:
         return torch.where(present.any(1), torch.where(present, gate(maps), 0.0).amax(1), 1.0)
 
     def keys_values(
-        self, attn, subjects: Injected, dtype: torch.dtype
+        self, attn: Any, subjects: Injected, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values (samples * subjects, tokens, heads, dim), from the cache if they were made
         before."""
@@ -292,7 +294,7 @@ def is_installed(denoiser: UNet2DConditionModel, branches: nn.ModuleDict) -> boo
     return all(processor.branch is branch for processor, branch in zip(found, branches.values(), strict=True))
 
 
-def use_xformers(denoiser) -> None:
+def use_xformers(denoiser: Any) -> None:
     """xformers' attention: by diffusers' switch, or as the backend of our processors, which that switch
     would replace."""
     if any(isinstance(processor, CrossAttention) for processor in denoiser.attn_processors.values()):

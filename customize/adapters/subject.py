@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -62,7 +62,7 @@ class SubjectAdapter(nn.Module, Adapter):
         self.branches = make_branches(denoiser, encoder.visual_dim, encoder.location_dim)
         self.layers = layer_widths(denoiser)
 
-    def install(self, denoiser) -> "SubjectAdapter":
+    def install(self, denoiser: UNet2DConditionModel) -> "SubjectAdapter":
         """Gives the denoiser's attention layers our processors, with this adapter's branches."""
         install(denoiser, self.branches, self.text_gate)
         return self
@@ -148,7 +148,7 @@ def from_header(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"text_blocks" if name == "slots" else name: value for name, value in config.items()}
 
 
-def layer_widths(denoiser) -> dict[str, list]:
+def layer_widths(denoiser: UNet2DConditionModel) -> dict[str, list]:
     """Name and width of each cross-attention layer, by its released number. Adapters for one base model
     agree in them."""
     return {

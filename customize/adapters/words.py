@@ -25,7 +25,7 @@ def pieces(word: str, count: int) -> list[str]:
     return [word, *(f"{word}_{i}" for i in range(1, count))]
 
 
-def add_words(tokenizer, words: list[str]) -> None:
+def add_words(tokenizer: Any, words: list[str]) -> None:
     """Makes each of `words` one token; raises UserError if one is a token already."""
     for word in words:
         tokens = tokenizer.tokenize(word)

@@ -70,7 +70,6 @@ class Backbone(nn.Module):
         dict[str, str]
     ]  # the denoiser's text arguments, as the pipeline's call names them
     takes_negative_prompt = True
-    takes_guidance = False  # whether the denoiser is given a guidance scale
     text_length = 0  # tokens of a prompt given to T5, of models that have one
     lora_presets = PRESETS  # ends of the names of layers, by what --lora_layers calls them
     kohya_prefixes: ClassVar[
@@ -89,7 +88,7 @@ class Backbone(nn.Module):
         self._check_latents()
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "Backbone":
         """Keeps the components in evaluation mode, as they were pretrained (T5 has dropout); only the
         dropout of LoRA follows."""
         super().train(False)
@@ -108,6 +107,11 @@ class Backbone(nn.Module):
             f"text_encoder{s}": encoder for s, encoder in zip(SUFFIXES, self.text_encoders, strict=False)
         }
         return {self.denoiser_name: self.denoiser, **encoders}
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the denoiser is given a guidance scale."""
+        return False
 
     def configure(self, guidance_scale: float, max_sequence_length: int) -> None:
         """Settings of some families; UserError for those that this model does not have."""

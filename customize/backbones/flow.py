@@ -1,6 +1,7 @@
 """Rectified-flow models: what Stable Diffusion 3 and Flux share."""
 
 import torch
+from torch import Tensor
 
 from customize.backbones.base import Backbone, unsupported
 
@@ -23,10 +24,10 @@ class Flow(Backbone):
             [self.text_length, *(tokenizer.model_max_length for tokenizer in self.tokenizers[-1:])]
         )
 
-    def text_lengths(self):
+    def text_lengths(self) -> list[int]:
         return [*super().text_lengths()[:-1], self.text_length]
 
-    def draw_times(self, n):
+    def draw_times(self, n: int) -> Tensor:
         """Logit-normal (Esser et al., 2024, arXiv 2403.03206, section 3.1), under the scheduler's own
         shift."""
         t = torch.sigmoid(torch.randn(n, device=self.device))
@@ -34,8 +35,8 @@ class Flow(Backbone):
         shift = 1.0 if config.get("use_dynamic_shifting") else config.shift
         return shift * t / (1 + (shift - 1) * t)
 
-    def add_noise(self, latents, noise, t):
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return latents.lerp(noise, t.view(-1, 1, 1, 1)), noise - latents
 
-    def clean(self, noisy, t, prediction):
+    def clean(self, noisy: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
         return noisy - t.view(-1, 1, 1, 1) * prediction

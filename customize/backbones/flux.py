@@ -1,7 +1,9 @@
 """Flux.1."""
 
 import torch
+from torch import Tensor
 
+from customize.backbones.base import Condition
 from customize.backbones.flow import Flow
 
 
@@ -12,15 +14,15 @@ class Flux(Flow):
     embedding_names = ("clip_l", "t5")
 
     @property
-    def takes_guidance(self):
+    def takes_guidance(self) -> bool:
         return bool(self.denoiser.config.guidance_embeds)
 
     @property
-    def factor(self):
+    def factor(self) -> int:
         return 2 * self.pipe.vae_scale_factor  # latents are packed two by two
 
     @property
-    def latent_channels(self):
+    def latent_channels(self) -> int:
         return self.denoiser.config.in_channels // 4
 
     def _encode_prompt(self, prompts):
@@ -29,7 +31,7 @@ class Flux(Flow):
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
-    def denoise(self, noisy, t, condition):
+    def denoise(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
         b, c, h, w = noisy.shape
         guidance = torch.full_like(t, self.guidance_scale) if self.takes_guidance else None
         ids = {

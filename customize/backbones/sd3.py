@@ -1,8 +1,12 @@
 """Stable Diffusion 3, also with learned words in its prompts."""
 
+from typing import Any
+
 from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders import TextualInversionLoaderMixin
+from torch import Tensor
 
+from customize.backbones.base import Condition
 from customize.backbones.flow import Flow
 
 
@@ -21,7 +25,7 @@ class SD3(Flow):
         embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, None, None, **options)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
-    def denoise(self, noisy, t, condition):
+    def denoise(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
         arguments = {"joint_attention_kwargs": condition.attention_arguments}
         return self.denoiser(noisy, timestep=1000 * t, **condition.text, **arguments).sample
 
@@ -30,7 +34,7 @@ class WordsSD3Pipeline(TextualInversionLoaderMixin, StableDiffusion3Pipeline):
     """Stable Diffusion 3 whose prompts may hold learned words, which diffusers' own pipeline of it does not
     support."""
 
-    def encode_prompt(self, prompt, prompt_2=None, prompt_3=None, **options):
+    def encode_prompt(self, prompt: Any, prompt_2: Any = None, prompt_3: Any = None, **options) -> Any:
         tokenizers = self.tokenizer, self.tokenizer_2, self.tokenizer_3
         names = "negative_prompt", "negative_prompt_2", "negative_prompt_3"
         negatives = [options.get(name) or options.get("negative_prompt") for name in names]

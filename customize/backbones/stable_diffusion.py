@@ -25,7 +25,7 @@ class DDPM(Backbone):
         # the pipeline's sampler may add noise in its own way (Euler does) or know no velocity (PNDM)
         self.noise = DDPMScheduler.from_config(config)
 
-    def draw_times(self, n):
+    def draw_times(self, n: int) -> Tensor:
         return torch.randint(self.steps, (n,), device=self.device) / self.steps
 
     @property
@@ -39,19 +39,19 @@ class DDPM(Backbone):
             (t * self.steps + 1e-3).long().clamp(max=self.steps - 1)
         )  # k / steps * steps may lie just below k
 
-    def nearest_times(self, t):
+    def nearest_times(self, t: Tensor) -> Tensor:
         return self.index_of(t) / self.steps
 
     @property
     def predicts_velocity(self) -> bool:
         return self.noise.config.prediction_type == "v_prediction"
 
-    def add_noise(self, latents, noise, t):
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         index = self.index_of(t)
         target = self.noise.get_velocity(latents, noise, index) if self.predicts_velocity else noise
         return self.noise.add_noise(latents, noise, index), target
 
-    def denoise(self, noisy, t, condition):
+    def denoise(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
         arguments = {"cross_attention_kwargs": condition.attention_arguments}
         return self.denoiser(
             noisy, self.index_of(t), **self._text_arguments(noisy, condition), **arguments
@@ -60,13 +60,13 @@ class DDPM(Backbone):
     def _text_arguments(self, noisy: Tensor, condition: Condition) -> dict:
         return condition.text
 
-    def clean(self, noisy, t, prediction):
+    def clean(self, noisy: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
         alpha = self.noise.alphas_cumprod.to(noisy)[self.index_of(t)].view(-1, 1, 1, 1)
         if self.predicts_velocity:
             return alpha.sqrt() * noisy - (1 - alpha).sqrt() * prediction
         return (noisy - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
 
-    def snr_weights(self, t, gamma):
+    def snr_weights(self, t: Tensor, gamma: float) -> Tensor:
         snr = compute_snr(self.noise, self.index_of(t))
         return snr.clamp(max=gamma) / (snr + 1 if self.predicts_velocity else snr)
 

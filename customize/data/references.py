@@ -12,6 +12,7 @@ W), where each subject may be, 1 everywhere if unknown. Only rendered scenes hav
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,7 +133,7 @@ def item(
     subjects: Sequence[Sequence[View]],
     prompt: str,
     identity: int,
-    rng,
+    rng: np.random.Generator,
     config: ReferenceConfig,
     pixels: Pixels,
     regions: torch.Tensor | None = None,
@@ -219,7 +220,7 @@ def collate_references(items: Sequence[dict]) -> dict:
     return batch | {"prompt": [entry["prompt"] for entry in items]}
 
 
-def held_out_batches(items, count: int, size: int, device: torch.device) -> list[dict]:
+def held_out_batches(items: Any, count: int, size: int, device: torch.device) -> list[dict]:
     """The first `count` items on the device, in batches of about `size` but at least two, as subjects are
     compared."""
     parts = np.array_split(range(count), min(-(-count // size), max(count // 2, 1))) if count else []

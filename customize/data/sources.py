@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from customize import embedded
 from customize.data.batches import IndexBatches
@@ -15,7 +16,7 @@ from customize.data.references import ReferenceConfig, References, collate_refer
 from customize.data.rendered import Rendered
 from customize.data.streams import Streamed, first_epoch, read_rows, split_rows
 from customize.data.subject_images import loader
-from customize.data.training_data import Source, TrainingData
+from customize.data.training_data import Preparation, Source, TrainingData
 from customize.errors import UserError
 
 
@@ -24,10 +25,10 @@ class ReferenceData(TrainingData):
     dataset: References
     epoch: int = 0  # subjects in one, 0 if there is no end
 
-    def batches_in_epoch(self, size):
+    def batches_in_epoch(self, size: int) -> int:
         return -(-self.epoch // size)
 
-    def batches(self, start, size, seed, rank=0, world=1):
+    def batches(self, start: int, size: int, seed: int, rank: int = 0, world: int = 1) -> DataLoader:
         positions, workers = (
             IndexBatches(size, start, rank, world),
             self.dataset.config.dataloader_num_workers,
@@ -39,7 +40,7 @@ class ReferenceData(TrainingData):
 class StreamedData(TrainingData):
     dataset: Streamed  # of this process alone
 
-    def batches(self, start, size, seed, rank=0, world=1):
+    def batches(self, start: int, size: int, seed: int, rank: int = 0, world: int = 1) -> DataLoader:
         workers = min(
             self.dataset.config.dataloader_num_workers, 1
         )  # several would each read it from its beginning
@@ -61,7 +62,7 @@ class ReferenceSource(Source):
         return []
 
     @classmethod
-    def read(cls, config, base, seed):
+    def read(cls, config: Any, base: str, seed: int) -> Source:
         if config.train_data_dir and config.dataset_name:
             raise UserError("Name the subjects with --train_data_dir or with --dataset_name, not with both.")
         count = config.holdout
@@ -88,7 +89,7 @@ class ReferenceSource(Source):
 
 @dataclass
 class RenderedSubjects(ReferenceSource):
-    def prepare(self, method, preparation):
+    def prepare(self, method: Any, preparation: Preparation) -> TrainingData:
         pixels, count = method.image_encoder.pixels, self.config.holdout
         held = held_out_batches(
             Rendered(self.config, pixels, self.seed, validation=True),
@@ -105,7 +106,7 @@ class RenderedSubjects(ReferenceSource):
 class FolderSubjects(ReferenceSource):
     subjects: Sequence[tuple[str, Sequence[ImageFile]]]
 
-    def prepare(self, method, preparation):
+    def prepare(self, method: Any, preparation: Preparation) -> TrainingData:
         pixels, count = method.image_encoder.pixels, self.config.holdout
         order = np.random.default_rng(self.seed).permutation(len(self.subjects)).tolist()
         held, train = (
@@ -129,7 +130,7 @@ class StreamedSubjects(ReferenceSource):
     rows: Any
     held_rows: list[dict]
 
-    def prepare(self, method, preparation):
+    def prepare(self, method: Any, preparation: Preparation) -> TrainingData:
         pixels, count = method.image_encoder.pixels, self.config.holdout
         kept = first_epoch(Streamed(self.config, self.held_rows, pixels, self.seed)) if count else []
         if count and len(kept) < 2:

@@ -200,7 +200,7 @@ def own_folders(config: ReferenceConfig) -> list[str]:
     return [place(folder) for folder in found for place in (os.path.abspath, os.path.realpath)]
 
 
-def called_by(rows, subject: str) -> Callable[[Any], str]:
+def called_by(rows: Any, subject: str) -> Callable[[Any], str]:
     """A function from values of the subject column to names; the labels of an imagefolder are the names
     of its folders."""
     label = (getattr(rows, "features", None) or {}).get(subject)
@@ -221,7 +221,7 @@ def shuffled(subjects: Iterable, size: int, rng: np.random.Generator) -> Iterato
         yield buffer[i]
 
 
-def read_rows(config: ReferenceConfig):
+def read_rows(config: ReferenceConfig) -> Any:
     """The rows of `dataset_name`; UserError where the library, the dataset or a column is missing."""
     try:
         from datasets import load_dataset
@@ -269,7 +269,7 @@ def not_read(config: ReferenceConfig, error: Exception) -> UserError:
     )
 
 
-def split_rows(rows, subject: str, count: int) -> tuple[list[dict], Any]:
+def split_rows(rows: Any, subject: str, count: int) -> tuple[list[dict], Any]:
     """The rows of the first `count` subjects, and the others."""
     taken: list[dict] = []
     names: list = []

@@ -14,7 +14,7 @@ from customize.data.concepts import Concept, DataConfig, read_concept_images, re
 from customize.data.dataset import SubjectDataset, collate, split_holdout, to_device
 from customize.data.images import ImageFile, read_image_file
 from customize.data.latents import LatentDataset
-from customize.data.training_data import Source, TrainingData
+from customize.data.training_data import Preparation, Source, TrainingData
 from customize.errors import UserError, shortened
 
 
@@ -24,14 +24,14 @@ class SubjectData(TrainingData):
 
     dataset: Any
 
-    def batches(self, start, size, seed, rank=0, world=1):
+    def batches(self, start: int, size: int, seed: int, rank: int = 0, world: int = 1) -> DataLoader:
         config = self.dataset.config
         order = BucketBatches(self.dataset, size, seed, start, rank, world, config.random_flip)
         return loader(
             self.dataset, config.dataloader_num_workers, seed, batch_sampler=order, collate_fn=collate
         )
 
-    def batches_in_epoch(self, size):
+    def batches_in_epoch(self, size: int) -> int:
         return BucketBatches(self.dataset, size, 0).batches_in_epoch
 
 
@@ -53,13 +53,13 @@ class SubjectImages(Source):
     Config = DataConfig
 
     @classmethod
-    def read(cls, config, base, seed):
+    def read(cls, config: Any, base: str, seed: int) -> Source:
         concepts = read_concepts(config)
         return cls(
             config, concepts, *split_holdout(read_concept_images(concepts, config), config.holdout, seed)
         )
 
-    def check(self, backbone):
+    def check(self, backbone: Any) -> None:
         for concept in self.concepts:
             backbone.check_length(f"class prompt '{shortened(concept.class_prompt)}'", concept.class_prompt)
         for image in (*self.images, *self.held_out):
@@ -67,7 +67,7 @@ class SubjectImages(Source):
         if embedded.is_embedded(backbone.name):
             embedded.warn_of_photographs([read_image_file(image)[0] for image in self.images])
 
-    def prepare(self, method, preparation):
+    def prepare(self, method: Any, preparation: Preparation) -> TrainingData:
         backbone, cache, images = method.backbone, preparation.cache, [*self.images, *self.held_out]
         check_captions(method, images)
         train: Any = SubjectDataset(self.images, self.config, backbone.factor)

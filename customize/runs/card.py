@@ -1,6 +1,7 @@
 """The model card that every run gets. It names no place on the user's machine."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from customize.adapters import holds
 from customize.adapters.lora_files import LORA
+from customize.data.concepts import Concept
 from customize.embedded import is_embedded
 from customize.files import tensors_of
 from customize.runs.folder import CARD, read_info, samples, staged
@@ -40,7 +42,7 @@ pipe = AutoPipelineForText2Image.from_pretrained({base})
 ```"""
 
 
-def write_card(folder: Path, concepts) -> None:
+def write_card(folder: Path, concepts: Sequence[Concept]) -> None:
     """`README.md` with front matter for the hub, how to use the run, its settings and its last validation
     images."""
     info = read_info(folder)
@@ -56,7 +58,7 @@ def last_sample(folder: Path) -> Path | None:
     return max(found, default=None)
 
 
-def card(folder: Path, info: dict[str, Any], concepts) -> str:
+def card(folder: Path, info: dict[str, Any], concepts: Sequence[Concept]) -> str:
     name, base, local = (
         folder.resolve().name,
         without_places(info["base_model"]),

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,7 +130,7 @@ class Verdicts:
         """The drawing that most of the images show."""
         return Counter(self.best(i) for i in range(len(self.probability))).most_common(1)[0][0]
 
-    def factor(self, i: int, name: str):
+    def factor(self, i: int, name: str) -> Any:
         """The value of a field of `Scene` that image `i` seems to have."""
         return FACTORS[name][int(self.logits[name][i].argmax())]
 

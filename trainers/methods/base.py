@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from customize import embedded
@@ -153,7 +154,7 @@ class Method(nn.Module):
         """Recomputes activations in the backward pass instead of keeping them."""
         self.backbone.denoiser.enable_gradient_checkpointing()
 
-    def draw(self, prompt: str, **options):
+    def draw(self, prompt: str, **options) -> Image.Image:
         """One image, drawn by the modules that are being trained; `options` are those of the pipeline's
         call."""
         return self.backbone.pipe(**self.backbone.prompt_arguments(prompt), **options).images[0]

@@ -11,6 +11,7 @@ that.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -116,7 +117,7 @@ class CustomContrast(SubjectMethod):
             self.backbone.pipe, self.image_encoder, config.initializer_token, config.text_gate, **sizes
         )
 
-    def on_step(self, step, steps):
+    def on_step(self, step: int, steps: int) -> None:
         warmup = self.config.contrast_warmup * steps
         self.ramp = min(1.0, step / warmup) if warmup else 1.0
 
@@ -124,7 +125,7 @@ class CustomContrast(SubjectMethod):
     def contrasts(self) -> bool:
         return bool(self.config.cscl_weight or self.config.macl_weight)
 
-    def condition(self, batch, t):
+    def condition(self, batch: dict, t: Tensor) -> Condition:
         adapter, present, both = self.adapter, batch["present"], self.uses_both()
         used = 2 if both or self.contrasts else 1
         output = self.image_encoder(batch["references"][present][:, :used].flatten(0, 1))
@@ -169,7 +170,7 @@ class CustomContrast(SubjectMethod):
             return checkpoint(self.adapter.texts, *arguments, use_reentrant=False)
         return self.adapter.texts(*arguments)
 
-    def losses(self, step: Step):
+    def losses(self, step: Step) -> dict[str, Tensor]:
         return super().losses(step) | (self.contrast(step) if self.contrasts else {})
 
     def contrast(self, step: Step) -> dict[str, Tensor]:
@@ -207,21 +208,21 @@ class CustomContrast(SubjectMethod):
             self.queue = {name: value[: config.queue_size].detach() for name, value in columns.items()}
         return terms
 
-    def diagnose(self, batches, folder, step):
+    def diagnose(self, batches: list[dict], folder: Path, step: int) -> dict[str, float]:
         """Also retrieval of views by Z for every block, its rank correlation with the similarity of
         images, and the terms' gradients."""
         found = super().diagnose(batches, folder, step)
         if not self.contrasts:
             return found
         with torch.no_grad():
-            conditions = [
-                self.condition(batch, torch.full_like(batch["identity"], 0.5, dtype=torch.float))
-                for batch in batches
-            ]
+            middle = [torch.full_like(batch["identity"], 0.5, dtype=torch.float) for batch in batches]
+            found_all = [self.condition(*pair) for pair in zip(batches, middle, strict=True)]
+        conditions = cast(list[ContrastiveCondition], found_all)
         first, second = (
-            torch.cat([stacked_words(c.views[i]) for c in conditions]).transpose(0, 1) for i in range(2)
+            torch.cat([stacked_words(cast(tuple, c.views)[i]) for c in conditions]).transpose(0, 1)
+            for i in range(2)
         )
-        image_embeds = torch.cat([condition.image_embeds for condition in conditions])
+        image_embeds = torch.cat([cast(Tensor, c.image_embeds) for c in conditions])
         identity = torch.cat([batch["identity"] for batch in batches])
         retrieved = view_retrieval(first, second, identity)
         found |= {f"retrieval block {i}": share for i, share in enumerate(retrieved)}

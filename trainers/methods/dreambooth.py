@@ -1,9 +1,10 @@
 """DreamBooth: a rare word comes to mean the subject, while its class is preserved (Ruiz et al., 2023,
 arXiv 2208.12242)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 from customize import embedded
 from customize.adapters.components import Components
 from customize.adapters.lora import Lora, LoraFields
-from customize.backbones.base import Condition, Step
+from customize.backbones.base import Backbone, Condition, Step
 from customize.config import option
 from customize.data.concepts import Concept
 from customize.errors import UserError, shortened
@@ -80,12 +81,14 @@ class DreamBooth(Method):
         self.adapters.append(Components(backbone, encoders) if full else Lora(backbone, config, encoders))
 
     @classmethod
-    def defaults_for(cls, base, given):
+    def defaults_for(cls, base: str, given: Mapping[str, Any]) -> dict[str, Any]:
         whole = given.get("full_finetune") and not embedded.is_embedded(base)
         return super().defaults_for(base, given) | ({"learning_rate": 5e-6} if whole else {})
 
     @classmethod
-    def prepare_data(cls, source, backbone, train_config, method_config, accelerator):
+    def prepare_data(
+        cls, source: Any, backbone: Backbone, train_config: Any, method_config: Any, accelerator: Any
+    ) -> None:
         """Class images for the prior loss; the first process draws those that are missing."""
         if not method_config.with_prior_preservation or method_config.prior_source != "images":
             return
@@ -133,12 +136,12 @@ class DreamBooth(Method):
     def _class_condition(self, prompts: list[str], step: Step) -> Condition:
         return Condition(self.backbone.encode_prompt(prompts), sizes=step.condition.sizes)
 
-    def prompts(self):
+    def prompts(self) -> list[str]:
         return (
             [concept.class_prompt for concept in self.concepts] if self.config.with_prior_preservation else []
         )
 
-    def parameter_groups(self, lr):
+    def parameter_groups(self, lr: float) -> list[dict]:
         text = {n: p for n, p in self.trainable().items() if n.startswith("backbone.text_encoders.")}
         rest = [p for n, p in self.trainable().items() if n not in text]
         groups = [

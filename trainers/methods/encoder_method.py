@@ -1,10 +1,12 @@
 """What methods that train a subject encoder share: image encoder, adapter, and dropout for guidance."""
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from customize import embedded
@@ -100,7 +102,7 @@ class SubjectMethod(Method):
         self.adapters.append(self.adapter)
 
     @classmethod
-    def check_settings(cls, model_config, train_config, method_config):
+    def check_settings(cls, model_config: Any, train_config: Any, method_config: Any) -> None:
         if train_config.validation_prompt and not method_config.validation_images:
             raise UserError(
                 "--validation_prompt: name images of the subject to draw with --validation_images."
@@ -145,13 +147,13 @@ class SubjectMethod(Method):
         super().enable_gradient_checkpointing()
         self.recomputes_text = True
 
-    def draw_times(self, n):
+    def draw_times(self, n: int) -> Tensor:
         if self.config.timestep_sampling == "uniform":
             return super().draw_times(n)
         u = torch.rand(n, device=self.backbone.device)
         return 1 - u**3
 
-    def diagnose(self, batches, folder, step):
+    def diagnose(self, batches: list[dict], folder: Path, step: int) -> dict[str, float]:
         """`gain`: by how much the loss rises when each sample is given another subject's references, at the
         same noise."""
         found = []
@@ -167,7 +169,7 @@ class SubjectMethod(Method):
         return {"gain": sum(found) / len(found)}
 
     @property
-    def pipe(self):
+    def pipe(self) -> Any:
         """A pipeline of the modules that are being trained."""
         pipe = with_subjects(self.backbone.pipe)
         pipe.set_progress_bar_config(disable=True)
@@ -185,7 +187,7 @@ class SubjectMethod(Method):
         for prompt in prompts:
             check_words(prompt, subjects, self.adapter.has_words)
 
-    def draw(self, prompt, **options):
+    def draw(self, prompt: str, **options) -> Image.Image:
         """With the images of `--validation_images`."""
         return self.pipe(prompt, subject_images=self.config.validation_images, **options).images[0]
 

@@ -41,7 +41,7 @@ class IPAdapter(SubjectMethod):
             )
         return adapter
 
-    def condition(self, batch, t: Tensor) -> Condition:
+    def condition(self, batch: dict, t: Tensor) -> Condition:
         """A dropped image is replaced by the blank one that the unconditional half gets at inference."""
         encoder, present = self.adapter.encoder, batch["present"]
         count = 2 if self.uses_both() else 1

@@ -1,6 +1,8 @@
 """Pivotal tuning: a new word is learned together with LoRA (after Roich et al., 2021, arXiv 2106.05744)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from customize.config import option
 from customize.trainers.methods.dreambooth import DreamBooth, DreamBoothConfig
@@ -27,7 +29,7 @@ class PivotalTuning(DreamBooth):
     }
 
     @classmethod
-    def defaults_for(cls, base, given):
+    def defaults_for(cls, base: str, given: Mapping[str, Any]) -> dict[str, Any]:
         return super().defaults_for(base, given) | word_defaults(given)
 
     def __init__(self, backbone, config: PivotalTuningConfig, concepts):
@@ -35,10 +37,10 @@ class PivotalTuning(DreamBooth):
         self.tokens = new_words(backbone, config)
         self.adapters.append(self.tokens)
 
-    def on_step(self, step, steps):
+    def on_step(self, step: int, steps: int) -> None:
         self.tokens.requires_grad_(step < self.config.train_text_encoder_ti_frac * steps)
 
-    def parameter_groups(self, lr):
+    def parameter_groups(self, lr: float) -> list[dict]:
         words = list(self.tokens.parameters())
         known = {id(p) for p in words}
         groups = [

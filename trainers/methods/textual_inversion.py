@@ -1,11 +1,14 @@
 """Textual Inversion: only the vectors of a new word are learned (Gal et al., 2023, arXiv 2208.01618)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from customize.adapters.words import LearnedWords
+from customize.backbones.base import Backbone, Condition
 from customize.config import check_ranges, option
 from customize.errors import UserError
 from customize.trainers.methods.base import Method, MethodConfig
@@ -52,7 +55,7 @@ class WordFields:
         return self.initializer_token
 
 
-def word_defaults(given) -> dict[str, str]:
+def word_defaults(given: Mapping[str, Any]) -> dict[str, str]:
     """The default caption, if a single word is learned."""
     word = str(given.get("placeholder_token", ""))
     return {"instance_prompt": f"a photo of {word}"} if word and "+" not in word else {}
@@ -67,7 +70,7 @@ class TextualInversionConfig(WordFields, MethodConfig):
     )
 
 
-def new_words(backbone, config: WordFields) -> LearnedWords:
+def new_words(backbone: Backbone, config: WordFields) -> LearnedWords:
     """The words that `config` names; UserError if the numbers of names and starting words differ."""
     words, starts = config.placeholder_token.split("+"), config.initializer_token.split("+")
     if not all(word.strip() for word in words + starts) or len(set(words)) != len(starts):
@@ -96,10 +99,10 @@ class TextualInversion(Method):
         self.adapters.append(self.tokens)
 
     @classmethod
-    def defaults_for(cls, base, given):
+    def defaults_for(cls, base: str, given: Mapping[str, Any]) -> dict[str, Any]:
         return super().defaults_for(base, given) | word_defaults(given)
 
-    def condition(self, batch, t):
+    def condition(self, batch: dict, t: Tensor) -> Condition:
         if self.config.learnable_property == "none":
             return super().condition(batch, t)
         pairs = zip(batch["prompt"], batch["concept"].tolist(), strict=True)

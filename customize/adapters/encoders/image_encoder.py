@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -47,7 +47,7 @@ class ImageEncoder(nn.Module):
             image_std=list(std),
         )
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "ImageEncoder":
         return super().train(False)
 
     @property
@@ -64,7 +64,7 @@ class ImageEncoder(nn.Module):
         return self.processor(squares, return_tensors="pt").pixel_values
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor):
+    def forward(self, pixels: Tensor) -> Any:
         """transformers' output: `image_embeds` (n, projection) and all `hidden_states` (n, tokens, width)."""
         if (
             self.vision.device.type != "meta"

@@ -5,6 +5,8 @@ Parameters are named as in the released files: `proj` and `norm` of the plain ad
 the Plus adapter.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +63,7 @@ class ImagePrompt(nn.Module):
         last = self.image_proj.norm_out if isinstance(self.image_proj, Resampler) else self.image_proj.norm
         return last.normalized_shape[0]
 
-    def read(self, output) -> Tensor:
+    def read(self, output: Any) -> Tensor:
         """The part of the image encoder's output that is used: the last hidden states but one (Plus), or
         the pooled embedding."""
         return output.hidden_states[-2] if self.plus else output.image_embeds.unsqueeze(1)

@@ -8,6 +8,7 @@ maps are choices of this project.
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -166,7 +167,7 @@ class MultimodalEncoder(nn.Module):
     def location_dim(self) -> int:
         return self.config.dim if self.config.location else 0
 
-    def read(self, output) -> Tensor:
+    def read(self, output: Any) -> Tensor:
         """The part of the image encoder's output that is used: hidden states of several layers, (images,
         tokens, layers * image_dim)."""
         return torch.cat([output.hidden_states[layer] for layer in self.layers], -1)
