@@ -28,7 +28,7 @@ from customize.runs.folder import RESUME, check_free, foreign, read_info
 from customize.runs.output import locked, make_folder, save_image
 from customize.trainers import prepare as setup
 from customize.trainers.launch import run
-from customize.trainers.output import drop_old_checkpoints
+from customize.trainers.claim import drop_old_checkpoints
 from tiny import tiny
 
 

@@ -8,7 +8,7 @@ from customize import embedded
 from customize.config import Flag, is_of_type
 from customize.errors import UserError, shortened
 from customize.runs.folder import read_info
-from customize.trainers.output import resumed_folder
+from customize.trainers.claim import resumed_folder
 from customize.trainers.settings import TrainConfig
 
 # Settings that a resumed run applies as they are given: they change neither what is trained nor in which

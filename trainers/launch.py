@@ -22,7 +22,7 @@ from customize.trainers.continuation import check_same_inputs, check_same_settin
 from customize.trainers.interruption import interruption
 from customize.trainers.loop import train
 from customize.trainers.methods.base import Method
-from customize.trainers.output import check_progress, claimed_output, clear_output, resumed_folder
+from customize.trainers.claim import check_progress, claimed_output, clear_output, resumed_folder
 from customize.trainers.prepare import load_backbone
 from customize.trainers.registry import display_name, find_method, general_usage
 from customize.trainers.scorers import make_scorer
