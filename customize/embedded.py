@@ -31,22 +31,33 @@ def lasting_name(name: str | Path) -> str:
     return str(Path(name).resolve()) if not is_embedded(name) and Path(name).is_dir() else str(name)
 
 
-FLAT = 0.2  # median share of flat pixels: nearly all scenes have more, three of five photographs less
+FLAT, SURE = (
+    0.35,
+    0.6,
+)  # medians below which images are no scenes of the world; its own have .43 and .76 or more
 
 
 def warn_of_photographs(images: Sequence[Image.Image]) -> None:
-    """Warns if images look like photographs, which the embedded base model cannot draw."""
-    shares = []
-    for image in images:
-        gray = np.asarray(ImageOps.fit(image.convert("L"), (128, 128)), np.float32)
-        slope = np.abs(np.diff(gray, axis=0))[:, 1:] + np.abs(np.diff(gray, axis=1))[1:]
-        shares.append(float((slope < 3).mean()))
-    if shares and float(np.median(shares)) < FLAT:
+    """Warns if images are unlike the scenes of the sticker world, such as photographs: hardly a pixel is as
+    its neighbours, or the judge is sure of no drawing."""
+    from customize.stickers.judge import judge
+
+    squares = [ImageOps.fit(image.convert("RGB"), (128, 128)) for image in images]
+    flat = float(np.median([_flat_share(square) for square in squares]))
+    sure = float(judge(squares).probability.amax(1).median())
+    if flat < FLAT or sure < SURE:
         warnings.warn(
-            f"the images look like photographs: {NAME}, the embedded base model, knows drawn scenes of 128 "
-            "pixels and draws photographs as blots; name a real model with --pretrained_model_name_or_path.",
+            f"the images are unlike the drawn scenes that {NAME}, the embedded base model, was trained on: it "
+            "draws photographs as blots; name a real model with --pretrained_model_name_or_path.",
             stacklevel=2,
         )
+
+
+def _flat_share(image: Image.Image) -> float:
+    """The share of pixels that differ little from their neighbours."""
+    gray = np.asarray(image.convert("L"), np.float32)
+    slope = np.abs(np.diff(gray, axis=0))[:, 1:] + np.abs(np.diff(gray, axis=1))[1:]
+    return float((slope < 3).mean())
 
 
 def not_understood(prompt: str, own: str = "") -> str:

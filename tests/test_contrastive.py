@@ -186,9 +186,9 @@ def test_the_forms_differ(views):
     assert min(b - a for a, b in itertools.pairwise(losses)) > 1e-3
 
 
-def test_without_a_form_and_a_temperature_it_is_the_ratio_at_a_tenth(views):
+def test_without_a_form_and_a_temperature_it_is_the_soft_form_at_a_tenth(views):
     same = same_subject(ROWS, COLUMNS)
-    expected = looped_appearance(*views, ROWS, COLUMNS, "ratio", 0.1)
+    expected = looped_appearance(*views, ROWS, COLUMNS, "soft", 0.1)
     assert appearance_contrast(*views, same).item() == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -198,7 +198,9 @@ def photograph() -> Image.Image:
 
 
 def test_photographs_are_no_drawings(tmp_path):
-    with pytest.warns(UserWarning, match="look like photographs: stickers, the embedded base model"):
+    with pytest.warns(
+        UserWarning, match="unlike the drawn scenes that stickers, the embedded base model, was trained on"
+    ):
         embedded.warn_of_photographs([photograph()])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from customize.app.bench.bench import Subject, Taken
+from customize.app.bench.bench import ImagesToScore, Subject
 from customize.app.bench.drawing import ImageRequest, Sampling, draw_missing, trained
 from customize.app.bench.sticker_scores import score
 from customize.app.bench.stickers import COMMON, LORA
@@ -65,7 +65,8 @@ def measure(folder: Path, run_folder: Path, step: int, drawing: Drawing, clip) -
     images = draw_missing(load, shots, folder / f"step-{step}", SAMPLING)
     references = write_references(folder / "pictures", drawing, words)
     scores, _, _ = score(
-        Taken(Subject("", drawing.word, "", tuple(prompts), drawing), images, references, [], [], 1), clip
+        ImagesToScore(Subject("", drawing.word, "", tuple(prompts), drawing), images, references, [], [], 1),
+        clip,
     )
     kept = {name: scores[name] for name in ("subject_fidelity", "correlation", "prompt_fidelity")}
     fidelity = kept["correlation"] if kept["subject_fidelity"] is None else kept["subject_fidelity"]
