@@ -47,8 +47,8 @@ def warn_of_photographs(images: Sequence[Image.Image]) -> None:
     sure = float(judge(squares).probability.amax(1).median())
     if flat < FLAT or sure < SURE:
         warnings.warn(
-            f"the images are unlike the drawn scenes that {NAME}, the embedded base model, was trained on: it "
-            "draws photographs as blots; name a real model with --pretrained_model_name_or_path.",
+            f"the images are unlike the drawn scenes that {NAME}, the embedded base model, was trained on: "
+            "it draws photographs as blots; name a real model with --pretrained_model_name_or_path.",
             stacklevel=2,
         )
 

@@ -27,8 +27,8 @@ from customize.runs import output
 from customize.runs.folder import RESUME, check_free, foreign, read_info
 from customize.runs.output import locked, make_folder, save_image
 from customize.trainers import prepare as setup
-from customize.trainers.launch import run
 from customize.trainers.claim import drop_old_checkpoints
+from customize.trainers.launch import run
 from tiny import tiny
 
 

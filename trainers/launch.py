@@ -18,11 +18,11 @@ from customize.errors import UserError, nearest
 from customize.quiet import quiet_libraries
 from customize.randomness import fixed_randomness
 from customize.runs.card import write_card
+from customize.trainers.claim import check_progress, claimed_output, clear_output, resumed_folder
 from customize.trainers.continuation import check_same_inputs, check_same_settings, earlier_settings
 from customize.trainers.interruption import interruption
 from customize.trainers.loop import train
 from customize.trainers.methods.base import Method
-from customize.trainers.claim import check_progress, claimed_output, clear_output, resumed_folder
 from customize.trainers.prepare import load_backbone
 from customize.trainers.registry import display_name, find_method, general_usage
 from customize.trainers.scorers import make_scorer

@@ -19,8 +19,8 @@ from customize.files import atomic_folder
 from customize.runs import checkpoint
 from customize.runs.folder import LOG
 from customize.runs.privacy import without_places
-from customize.trainers.methods.base import Method
 from customize.trainers.claim import drop_old_checkpoints, forget_later, resumed_folder
+from customize.trainers.methods.base import Method
 from customize.trainers.resume import good_checkpoint, load_state, save_state
 from customize.trainers.scorers import Scorer
 from customize.trainers.settings import TrainConfig, make_optimizer
