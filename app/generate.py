@@ -68,6 +68,22 @@ class GenerateConfig:
     image_encoder: str = option(
         "", "the CLIP vision model of that encoder; empty: the one that it was trained with"
     )
+    attention_maps: list[str] = option(
+        [], "words of the prompt whose attention maps are saved beside each image: where the model sees them"
+    )
+    attention_guidance: Literal["none", "conform", "attend_and_excite"] = option(
+        "none",
+        "hold things of the prompt apart while drawing (SD 1.x, 2.x, XL); needs --attention_groups",
+    )
+    attention_groups: list[str] = option(
+        [], 'for --attention_guidance: phrases of the prompt to hold apart, such as "red fox" "blue bus"'
+    )
+    attention_strength: float = option(
+        0.05,
+        "for --attention_guidance: share of the latents' norm by which each step moves them",
+        above=0,
+        most=1,
+    )
     output: str | None = option(
         None, "folder of the images; none means RUN/generated, or ./generated if RUN is no folder"
     )
@@ -102,8 +118,12 @@ def generate(words: list[str]) -> None:
         if len(prompts) > 1:
             pipe.set_progress_bar_config(desc=f"prompt {number} of {len(prompts)}")
         seeds = range(config.seed, config.seed + config.num_images_per_prompt)
-        for seed, image in zip(seeds, draw(pipe, prompt, seeds, config, subjects), strict=True):
-            print(save(image, folder, run, prompt, seed, config))
+        images, maps = draw_with_maps(pipe, prompt, seeds, config, subjects)
+        for i, (seed, image) in enumerate(zip(seeds, images, strict=True)):
+            path = save(image, folder, run, prompt, seed, config)
+            print(path)
+            for word, own in maps.items():
+                print(save_map(own[i], path, word))
 
 
 def prompts_in(path: str) -> list[str]:
@@ -162,6 +182,10 @@ def check_request(run: str, prompts: list[str], config: GenerateConfig) -> None:
             )
     if config.strength != GenerateConfig.strength and not config.init_image:
         raise UserError("--strength needs --init_image, the image to start from.")
+    if (config.attention_guidance == "none") != (not config.attention_groups):
+        raise UserError("--attention_guidance and --attention_groups belong together: give both or none.")
+    if config.attention_groups and config.num_images_per_prompt > 1 and config.init_image:
+        raise UserError("--attention_guidance does not go with --init_image; leave one of the two out.")
     if config.init_image and (config.height or config.width):
         raise UserError("--height and --width are those of --init_image; leave them out.")
     if config.init_image and not Path(config.init_image).is_file():
@@ -294,17 +318,35 @@ def draw(
     optional = {
         name: getattr(config, name) for name in ("guidance_scale", "negative_prompt", "height", "width")
     }
+    if config.attention_groups:
+        from customize.pipelines.guidance import AttentionGuidance
+
+        kind: Any = config.attention_guidance
+        guidance = AttentionGuidance(pipe, prompt, config.attention_groups, kind, config.attention_strength)
+        given |= guidance.arguments
     return pipe(
         prompt,
         num_images_per_prompt=len(seeds),
         num_inference_steps=config.num_inference_steps,
-        # On the CPU, so that a seed gives the same noise on every device, and one an image, so that each
-        # can
-        # be re-made alone.
+        # on the CPU, so that a seed gives the same noise on every device, and one for each image, so that
+        # each can be drawn again alone
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         **{name: value for name, value in optional.items() if value not in (None, "")},
         **given,
     ).images
+
+
+def draw_with_maps(
+    pipe: Any, prompt: str, seeds: Sequence[int], config: GenerateConfig, subjects: dict | None = None
+) -> tuple[list[Any], dict[str, list[Any]]]:
+    """The images, and for each word of --attention_maps the images under its maps."""
+    if not config.attention_maps:
+        return draw(pipe, prompt, seeds, config, subjects), {}
+    from customize.pipelines.guidance import overlay, word_maps
+
+    with word_maps(pipe, prompt, config.attention_maps) as maps:
+        images = draw(pipe, prompt, seeds, config, subjects)
+    return images, {word: [*map(overlay, images, own)] for word, own in maps.items()}
 
 
 def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: GenerateConfig) -> Path:
@@ -314,9 +356,12 @@ def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: Gen
     parameters = {"run": run, "prompt": prompt, "negative_prompt": config.negative_prompt, "seed": seed}
     parameters |= {"steps": config.num_inference_steps, "scale": config.guidance_scale, "dtype": config.dtype}
     parameters |= {"width": image.width, "height": image.height}
-    for name in ("scheduler", "lora_scale", "init_image", "strength"):
+    settings = ("scheduler", "lora_scale", "init_image", "strength", "base_model", "attention_guidance")
+    for name in (*settings, "attention_strength"):
         if getattr(config, name) != getattr(GenerateConfig, name):
             parameters[name] = getattr(config, name)
+    if config.attention_groups:
+        parameters["attention_groups"] = config.attention_groups
     if config.subject_images:
         names = ("subject_images", "subject_scale", "side_by_side", "subject_adapter", "image_encoder")
         parameters |= {name: getattr(config, name) for name in names}
@@ -328,6 +373,15 @@ def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: Gen
             with suppress(FileExistsError):  # another program draws into the folder too
                 save_image(image, path, exclusive=True, texts={"parameters": text})
                 break
+    return path
+
+
+def save_map(image: Any, beside: Path, word: str) -> Path:
+    """Writes an attention map beside its image."""
+    from customize.runs.output import save_image
+
+    path = beside.with_name(f"{beside.stem}-map-{slug(word)}.png")
+    save_image(image, path)
     return path
 
 

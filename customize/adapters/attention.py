@@ -137,9 +137,8 @@ class CrossAttention:
     ):
         subjects = ip_hidden_states if self.branch is not None else None
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if subjects is not None and subjects.block_texts is not None:
-            own = subjects.block_texts[self.text_block].to(context.dtype)
-            context = torch.cat([context[: len(context) - own.shape[0]], own])
+        if subjects is not None:
+            context = self.text_of(context, subjects)
         query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
         key = attn.to_k(context).unflatten(-1, (attn.heads, -1))
         value = attn.to_v(context).unflatten(-1, (attn.heads, -1))
@@ -150,6 +149,14 @@ class CrossAttention:
         if subjects is not None:
             out = self.add_subjects(attn, out, hidden_states, query, subjects)
         return attn.to_out[1](attn.to_out[0](out))
+
+    def text_of(self, context: Tensor, subjects: Injected) -> Tensor:
+        """The text (samples, length, dim) that this layer reads; in the conditional half, that of its
+        block."""
+        if subjects.block_texts is None:
+            return context
+        own = subjects.block_texts[self.text_block].to(context.dtype)
+        return torch.cat([context[: len(context) - own.shape[0]], own])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention over tensors (batch, tokens, heads, dim); a mask (batch, keys) is False where keys

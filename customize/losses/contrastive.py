@@ -47,6 +47,36 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
         return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(-1, -2)
 
 
+def info_nce(logits: Tensor, target: Tensor) -> Tensor:
+    """The core of every contrast here: cross-entropy of softmax(logits) with the distribution `target`, mean
+    over rows (van den Oord et al., 2018, arXiv 1807.03748, eq. 4).
+
+    Both are (..., rows, columns); rows of `target` sum to 1, or are 0 where a row has no positive and does
+    not count. Columns with a logit of minus infinity are no candidates.
+    """
+    log_likelihood = logits.log_softmax(-1)
+    each = -torch.where(target > 0, target * log_likelihood, 0.0).sum(-1)
+    counts = target.sum(-1) > 0
+    return each[counts].mean() if not counts.all() else each.mean()
+
+
+def supervised_contrast(features: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
+    """Supervised contrast (SupCon, Khosla et al., 2020, arXiv 2004.11362, L_out): samples of one label are
+    positives of each other, all others negatives.
+
+    `features` (n, dim), `labels` (n,) whole numbers. Samples of all processes are compared. Zero if no label
+    occurs twice.
+    """
+    features, labels = gathered(features), gathered(labels)
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    positive = (labels[:, None] == labels) & ~itself
+    logits = cosines(features, features) / temperature
+    if not positive.any():
+        return logits.sum() * 0
+    target = positive / positive.sum(1, keepdim=True).clamp(min=1)
+    return info_nce(logits.masked_fill(itself, -torch.inf), target)
+
+
 def _without_false_negatives(logits: Tensor, same: Tensor) -> Tensor:
     positive = torch.eye(*same.shape, dtype=torch.bool, device=same.device)
     return logits.masked_fill(same & ~positive, -torch.inf)
@@ -60,8 +90,8 @@ def cross_modal_contrast(visual: Tensor, textual: Tensor, same: Tensor, scale: T
     """
     logits = _without_false_negatives(scale * cosines(visual, textual), same)
     n = len(visual)
-    target = torch.arange(n, device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :n].T, target)) / 2
+    target = torch.eye(*logits.shape, device=logits.device)
+    return (info_nce(logits, target) + info_nce(logits[:, :n].T, target[:, :n])) / 2
 
 
 def scaled(similarity: Tensor, same: Tensor) -> Tensor:
@@ -110,5 +140,4 @@ def appearance_contrast(
     if form == "soft":
         # other images of the subject are neither asked for nor forbidden
         target = (appearance / 0.2).masked_fill(same & ~positive, -torch.inf).softmax(1)
-    log_likelihood = _without_false_negatives(logits, same).log_softmax(-1)
-    return -torch.where(target > 0, target * log_likelihood, 0.0).sum(-1).mean()
+    return info_nce(_without_false_negatives(logits, same), target)
