@@ -40,12 +40,14 @@ def recorded_layers(denoiser: nn.Module) -> dict[str, Any]:
 class AttentionRecorder:
     """Context in which every call of the denoiser leaves its attention maps in `maps`.
 
-    `layers` chooses layers by the beginnings of their names; empty: all. `side` chooses those whose maps have
-    sides nearest to it, as the maps of middle size show objects best; 0: all. UserError for a choice that
-    leaves no layer.
+    `layers` chooses layers by the beginnings of their names; empty: all. `side` chooses those whose maps
+    have sides nearest to it, as the maps of middle size show objects best; 0: all. Without `gradients`
+    the maps are detached. UserError for a choice that leaves no layer.
     """
 
-    def __init__(self, denoiser: nn.Module, layers: Sequence[str] = (), side: int = 0):
+    def __init__(
+        self, denoiser: nn.Module, layers: Sequence[str] = (), side: int = 0, gradients: bool = True
+    ):
         known = recorded_layers(denoiser)
         self.layers = {
             name: layer
@@ -57,7 +59,7 @@ class AttentionRecorder:
                 f"attention maps: no layer begins with {', '.join(map(repr, layers))}; the layers are "
                 f"{', '.join(known)}."
             )
-        self.denoiser, self.side = denoiser, side
+        self.denoiser, self.side, self.gradients = denoiser, side, gradients
         # of the last call, by layer: (samples, tokens, height, width), mean over heads, rows sum to 1 over
         # all keys
         self.maps: dict[str, Tensor] = {}
@@ -103,7 +105,8 @@ class AttentionRecorder:
         pixels = hidden.shape[1] - (self._text_length if name.startswith("single_") else 0)
         size = _size_of(self._size, pixels)
         # also where gradient checkpointing runs the layer again: it must compute the same
-        probabilities = self._probabilities(name, layer, hidden, kwargs)
+        with torch.set_grad_enabled(self.gradients and torch.is_grad_enabled()):
+            probabilities = self._probabilities(name, layer, hidden, kwargs)
         if self._records:
             self.maps[name] = probabilities.mT.unflatten(-1, size)
 

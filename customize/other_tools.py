@@ -111,6 +111,7 @@ METHODS = {
     "finetune": "dreambooth",
     "ti": "textual_inversion",
     "embedding": "textual_inversion",
+    "multi_concept": "mcpl",
     "pti": "pivotal_tuning",
     "pivotal": "pivotal_tuning",
     "customcontrast": "custom_contrast",

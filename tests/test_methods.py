@@ -16,15 +16,18 @@ from customize.data.dataset import SubjectDataset, collate
 from customize.data.images import find_images
 from customize.data.subject_images import SubjectData
 from customize.errors import UserError
+from customize.files import header
 from customize.runs import checkpoint
 from customize.trainers.loop import train
 from customize.trainers.methods.dreambooth import DreamBooth
+from customize.trainers.methods.mcpl import MCPL
 from customize.trainers.methods.pivotal_tuning import PivotalTuning
 from customize.trainers.methods.textual_inversion import TextualInversion
 from customize.trainers.settings import TrainConfig, make_accelerator
 from tiny import BASES, draw, tiny
 
 WORD = {"placeholder_token": "<toy>", "initializer_token": "dog"}
+TWO = {"placeholder_token": "<toy>+<pet>", "initializer_token": "dog+cat"}
 CASES = {
     "dreambooth": (DreamBooth, {"rank": 4, "lora_alpha": 8}),
     "dreambooth_text_encoder": (DreamBooth, {"rank": 2, "train_text_encoder": True}),
@@ -41,11 +44,14 @@ CASES = {
     "textual_inversion": (TextualInversion, WORD),
     "textual_inversion_3_vectors": (TextualInversion, WORD | {"num_vectors": 3}),
     "pivotal_tuning": (PivotalTuning, WORD | {"rank": 2}),
+    "mcpl": (MCPL, TWO | {"bind_adjectives": "red+blue"}),
 }
 RESULTS: list[str] = []
 
 
 def prompt_of(options: dict) -> str:
+    if "+" in options.get("placeholder_token", ""):
+        return "a photo of red <toy> on blue <pet>"
     return "a photo of <toy>" if "placeholder_token" in options else "a photo of sks dog"
 
 
@@ -83,18 +89,19 @@ def stock_pipeline(base: str, run: Path):
             setattr(pipe, name, type(part).from_pretrained(run / name).eval())
     if (run / "pytorch_lora_weights.safetensors").exists():
         pipe.load_lora_weights(str(run), weight_name="pytorch_lora_weights.safetensors")
-    file = run / "learned_embeds.safetensors"
-    if file.exists() and base == "sd15":
-        pipe.load_textual_inversion(str(file))
-    elif file.exists():
+    for file in sorted(run.glob("learned_embeds*.safetensors")):
         state = load_file(file)
+        word = header(file)["word"]
+        if base == "sd15":
+            pipe.load_textual_inversion(str(file))
+            continue
         second = "clip_g" if base == "sdxl" else "t5"
         for name, suffix in (("clip_l", ""), (second, "_2")):
             parts = {
                 "tokenizer": getattr(pipe, f"tokenizer{suffix}"),
                 "text_encoder": getattr(pipe, f"text_encoder{suffix}"),
             }
-            pipe.load_textual_inversion(state[name], token="<toy>", **parts)
+            pipe.load_textual_inversion(state[name], token=word, **parts)
     return pipe
 
 

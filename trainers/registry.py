@@ -34,6 +34,10 @@ METHODS: dict[str, Entry] = {
         "customize.trainers.methods.pivotal_tuning:PivotalTuning",
         "a new word and LoRA together",
     ),
+    "mcpl": Entry(
+        "customize.trainers.methods.mcpl:MCPL",
+        "several words at once from images that hold several things (Jin et al., 2024)",
+    ),
     "custom_contrast": Entry(
         "customize.trainers.methods.custom_contrast:CustomContrast",
         "an encoder of images, no tuning per subject, taught by contrast between subjects (Chen et "

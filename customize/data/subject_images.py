@@ -100,6 +100,8 @@ def check_captions(method: Any, images: Iterable[ImageFile]) -> None:
             raise UserError(
                 f"--instance_prompt: the caption '{caption}' of '{image.path}' does not contain {needed}."
             )
+        if not image.is_prior:
+            method.check_caption(image.caption)
 
 
 def cache_text(

@@ -76,6 +76,9 @@ class Method(nn.Module):
     ) -> None:
         """Adds to the training data with the unchanged base model: no adapter has been added yet."""
 
+    def check_caption(self, caption: str) -> None:
+        """UserError for a caption that this method cannot learn from."""
+
     def check_drawing(self, prompts: list[str]) -> None:
         """UserError for validation prompts that cannot be drawn."""
 
