@@ -19,7 +19,7 @@ from customize.backbones.families import wrap
 from customize.backbones.text import lost_words
 from customize.errors import UserError
 from customize.runs import checkpoint
-from customize.stickers import Drawing, World, draw_scene
+from customize.stickers import Drawing, Scene, World, draw_scene
 from customize.stickers import bench as stickers
 from customize.stickers.scene import draw_caption, draw_factors
 from tiny import tiny
@@ -205,6 +205,8 @@ def test_photographs_are_no_drawings(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         embedded.warn_of_photographs([Image.open(file) for file in drawings(tmp_path)])
+        scene = Scene(Drawing("fox", "flat"), "beach", companion=Drawing("bus", "3d"), seed=1)
+        embedded.warn_of_photographs([draw_scene(scene, World())[0]])
 
 
 def test_an_image_to_start_from_beside_a_subject(tmp_path):

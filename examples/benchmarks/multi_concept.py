@@ -116,9 +116,8 @@ def main() -> None:
             found = scores(pipe, pair, folder / f"{variant_name(variant)}.png")
             rows[name] += found
             print(folder.name, name, {k: round(float(np.mean([r[k] for r in found])), 3) for k in found[0]})
-    print(
-        f"\n{len(pairs)} pairs, {options.steps} steps\n\n| | right word | correlation | recognised |\n|---|---|---|---|"
-    )
+    print(f"\n{len(pairs)} pairs, {options.steps} steps\n")
+    print("| | right word | correlation | recognised |\n|---|---|---|---|")
     for name, some in rows.items():
         cells = [float(np.mean([row[key] for row in some])) for key in ("right", "correlation", "recognised")]
         print(f"| {name} | {cells[0]:.0%} | {cells[1]:.3f} | {cells[2]:.0%} |")
