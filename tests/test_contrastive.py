@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from customize.backbones.base import Step
 from customize.backbones.families import wrap
 from customize.errors import UserError
-from customize.losses.contrastive import appearance_contrast, cosines, cross_modal_contrast, gathered, scaled
+from customize.losses.contrastive import (
+    CsclForm,
+    appearance_contrast,
+    cosines,
+    cross_modal_contrast,
+    gathered,
+    mixed_negatives,
+    scaled,
+)
 from customize.trainers.methods.contrast_diagnostics import rank_correlation
 from customize.trainers.methods.custom_contrast import CustomContrast, CustomContrastConfig
 from tiny import tiny
@@ -153,6 +162,81 @@ def test_a_queue_counts_only_as_negatives_of_the_rows():
     queued = torch.cat([textual, visual[:1]])  # what looks like the first row's own
     loss = cross_modal_contrast(visual, queued, same_subject(range(3), range(4)), 50.0)
     assert loss.item() == pytest.approx(math.log(2) / 3 / 2, abs=1e-5)
+
+# other forms of the contrast of the two Q-Formers
+
+
+def looped_form(visual, textual, rows, columns, scale, form):
+    """One direction after the other, row by row."""
+    total = 0.0
+    alignment = sum(cosine(visual[i], textual[i]) for i in range(len(rows))) / len(rows)
+    if form == "adaptive":
+        scale = scale / (1 + max(alignment.item(), 0.0))
+    for first, second, own, others in (
+        (visual, textual, rows, columns),
+        (textual[: len(rows)], visual, rows, rows),
+    ):
+        for i in range(len(own)):
+            logits = {j: scale * cosine(first[i], second[j]) for j in range(len(others))}
+            positives = [j for j in logits if own[i] == others[j]] if form == "supervised" else [i]
+            negatives = [j for j in logits if own[i] != others[j]]
+            if form == "hard":
+                weights = {j: math.exp(logits[j].item()) for j in negatives}
+                mean = sum(weights.values()) / len(weights)
+                logits |= {j: logits[j] + math.log(weights[j] / mean) for j in negatives}
+            competing = negatives if form == "decoupled" else positives + negatives
+            normaliser = sum(logits[j].exp() for j in competing).log()
+            row = sum(normaliser - logits[j] for j in positives) / len(positives)
+            total = total + row / len(own) / 2
+    return total
+
+
+@pytest.mark.parametrize("form", ["supervised", "decoupled", "hard", "adaptive"])
+@pytest.mark.parametrize("columns", [ROWS, COLUMNS], ids=["square", "queue"])
+def test_other_forms_and_their_gradients_by_loops(form, columns):
+    same, scale = same_subject(ROWS, columns), 4.0
+    visual, textual = noise(len(ROWS), 5), noise(len(columns), 5, seed=1)
+    compare_with_gradients(
+        lambda v, t: cross_modal_contrast(v, t, same, scale, form),
+        lambda v, t: looped_form(v, t, ROWS, columns, scale, form),
+        [visual + textual[: len(ROWS)], textual],
+    )
+
+
+def test_alignment_and_uniformity_by_loops():
+    visual, textual = noise(4, 5), noise(4, 5, seed=1)
+
+    def even(states):
+        squares = [
+            2 - 2 * cosine(a, b) for i, a in enumerate(states) for j, b in enumerate(states) if i != j
+        ]
+        return (sum((-2 * square).exp() for square in squares) / len(squares)).log()
+
+    aligned = sum(2 - 2 * cosine(a, b) for a, b in zip(visual, textual, strict=True)) / 4
+    expected = aligned + (even(visual) + even(textual)) / 2
+    found = cross_modal_contrast(visual, textual, same_subject(ROWS, ROWS), 4.0, "uniform")
+    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_mixtures_lie_between_two_of_the_hardest_negatives():
+    anchors = torch.tensor([[1.0, 0, 0]])
+    candidates = torch.tensor([[1.0, 0, 0], [0.9, 0.1, 0], [0.8, 0.3, 0], [-1.0, 0, 0]])
+    negative = torch.tensor([[False, True, True, True]])
+    found = mixed_negatives(anchors, candidates, negative, count=2)
+    low, high = (cosine(anchors[0], candidates[i]).item() for i in (2, 1))
+    assert found.shape == (1, 2)
+    assert ((low - 1e-6 <= found) & (found <= high + 1e-6)).all()
+    assert mixed_negatives(anchors, candidates[:1], negative[:, :1], 2).tolist() == [[-math.inf] * 2]
+
+
+@pytest.mark.parametrize("form", get_args(CsclForm))
+def test_each_form_is_finite_for_one_subject_and_falls_as_pairs_align(form):
+    visual, textual = noise(4, 5).requires_grad_(), noise(4, 5, seed=1).requires_grad_()
+    one = cross_modal_contrast(visual, textual, torch.ones(4, 4, dtype=torch.bool), 4.0, form)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(one, (visual, textual), allow_unused=True))
+    same, states = torch.eye(4, dtype=torch.bool), torch.eye(4)
+    apart = cross_modal_contrast(states, states.roll(1, 0), same, 4.0, form)
+    assert cross_modal_contrast(states, states, same, 4.0, form) < apart
 
 
 # the contrast of S+

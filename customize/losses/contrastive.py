@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MaclForm = Literal["ratio", "weight", "soft", "product", "plain"]
+CsclForm = Literal["plain", "supervised", "decoupled", "hard", "mixed", "adaptive", "uniform"]
 
 
 class _Gather(torch.autograd.Function):
@@ -82,16 +83,81 @@ def _without_false_negatives(logits: Tensor, same: Tensor) -> Tensor:
     return logits.masked_fill(same & ~positive, -torch.inf)
 
 
-def cross_modal_contrast(visual: Tensor, textual: Tensor, same: Tensor, scale: Tensor | float) -> Tensor:
+def decoupled(logits: Tensor, positive: Tensor) -> Tensor:
+    """InfoNCE that leaves the positive out of the softmax: logsumexp of the negatives minus the positive, mean
+    over rows (decoupled contrast, Yeh et al., 2022, arXiv 2110.06848, eq. 5). `positive` (rows, columns) has
+    one True in each row; a row without negatives costs nothing."""
+    others = logits.masked_fill(positive | ~logits.isfinite(), -1e30).logsumexp(-1)
+    return torch.where(others > -1e29, others - logits[positive], 0.0).mean()
+
+
+def hardened(logits: Tensor, positive: Tensor) -> Tensor:
+    """Logits whose negatives count the more, the more similar they are (hard negatives, Robinson et al., 2021,
+    arXiv 2010.04592, eq. 4, beta 1): weights proportional to exp(logit), of mean 1, without gradient."""
+    negative = ~positive & logits.isfinite()
+    weight = logits.detach().masked_fill(~negative, -1e30)
+    mean = weight.logsumexp(-1, keepdim=True) - negative.sum(-1, keepdim=True).clamp(min=1).log()
+    return torch.where(negative, logits + weight - mean, logits)
+
+
+def mixed_negatives(anchors: Tensor, candidates: Tensor, negative: Tensor, count: int = 8) -> Tensor:
+    """Cosines (n, count) with further negatives, each a random mixture of two of the anchor's `count`
+    hardest ones (MoCHi, Kalantidis et al., 2020, arXiv 2010.01028, eq. 4). `negative` (n, m) says which
+    candidates are negatives of an anchor; minus infinity where a mixture holds others."""
+    similar = cosines(anchors, candidates).detach().masked_fill(~negative, -torch.inf)
+    value, hardest = similar.topk(min(count, similar.shape[1]), -1)
+    shape = len(anchors), count
+    pairs = torch.randint(hardest.shape[1], (2, *shape), device=value.device)
+    share = torch.rand(*shape, 1, device=value.device)
+    rows = torch.arange(len(anchors), device=value.device)[:, None]
+    first, second = F.normalize(candidates.float(), dim=-1)[hardest[rows, pairs]]
+    made = cosines(anchors[:, None], share * first + (1 - share) * second)[:, 0]
+    return made.masked_fill(~value[rows, pairs].isfinite().all(0), -torch.inf)
+
+
+def uniformity(features: Tensor) -> Tensor:
+    """How evenly vectors (n, dim) lie on the sphere: log of the mean of exp(-2 d^2) over pairs at distance d
+    (Wang and Isola, 2020, arXiv 2005.10242, eq. 4). At most 0; lower is more even."""
+    itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
+    squares = (2 - 2 * cosines(features, features))[~itself]
+    return (-2 * squares).exp().mean().log() if len(squares) else features.sum() * 0
+
+
+def _one_way(anchors: Tensor, candidates: Tensor, same: Tensor, scale: Tensor | float, form: CsclForm) -> Tensor:
+    pair = torch.eye(*same.shape, dtype=torch.bool, device=same.device)
+    positive = same if form == "supervised" else pair
+    logits = (scale * cosines(anchors, candidates)).masked_fill(same & ~positive, -torch.inf)
+    target = positive / positive.sum(1, keepdim=True)
+    if form == "decoupled":
+        return decoupled(logits, pair)
+    if form == "hard":
+        logits = hardened(logits, pair)
+    if form == "mixed":
+        more = scale * mixed_negatives(anchors, candidates, ~same)
+        logits, target = torch.cat([logits, more], 1), F.pad(target, (0, more.shape[1]))
+    return info_nce(logits, target)
+
+
+def cross_modal_contrast(
+    visual: Tensor, textual: Tensor, same: Tensor, scale: Tensor | float, form: CsclForm = "plain"
+) -> Tensor:
     """CSCL: symmetric InfoNCE between the CLS states of the visual and the textual Q-Former, as CLIP's loss.
 
     `visual` (n, dim), `textual` (m, dim) with m >= n; `scale` is the inverse temperature. The second
-    direction uses the first n columns, whose pairs are known.
+    direction uses the first n columns, whose pairs are known. The paper's form is `plain`. The others are of
+    the literature: `supervised` counts all images of a subject as positives; `decoupled` leaves the positive
+    out of the softmax; `hard` weights similar negatives more; `mixed` adds mixtures of them; `adaptive`
+    softens the softmax as pairs align (Huang et al., 2023, arXiv 2207.07874, eq. 5); `uniform` is alignment +
+    uniformity, without a softmax.
     """
-    logits = _without_false_negatives(scale * cosines(visual, textual), same)
     n = len(visual)
-    target = torch.eye(*logits.shape, device=logits.device)
-    return (info_nce(logits, target) + info_nce(logits[:, :n].T, target[:, :n])) / 2
+    alignment = cosines(visual[:, None], textual[:n, None]).mean()
+    if form == "uniform":
+        return 2 - 2 * alignment + (uniformity(visual) + uniformity(textual[:n])) / 2
+    if form == "adaptive":
+        scale = scale / (1 + alignment.detach().clamp(min=0))
+    forward = _one_way(visual, textual, same, scale, form)
+    return (forward + _one_way(textual[:n], visual, same[:, :n].T, scale, form)) / 2
 
 
 def scaled(similarity: Tensor, same: Tensor) -> Tensor:

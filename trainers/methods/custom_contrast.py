@@ -25,6 +25,7 @@ from customize.backbones.base import Condition, Step
 from customize.config import check_ranges, option
 from customize.errors import UserError
 from customize.losses.contrastive import (
+    CsclForm,
     MaclForm,
     appearance_contrast,
     cosines,
@@ -47,6 +48,7 @@ class CustomContrastConfig(SubjectConfig):
     cscl_weight: float = option(
         0.005, "weight of CSCL, the contrast between visual and textual CLS; 0 is off", least=0
     )
+    cscl_form: CsclForm = option("plain", "form of CSCL, the contrast between visual and textual CLS")
     macl_weight: float = option(
         0.005, "weight of MACL, the contrast between two views' S+ (pseudo-words); 0 is off", least=0
     )
@@ -197,7 +199,7 @@ class CustomContrast(SubjectMethod):
         terms = {}
         if config.cscl_weight:
             scale = self.log_scale.exp().clamp(max=100)
-            loss = cross_modal_contrast(rows["visual"], columns["textual"], same, scale)
+            loss = cross_modal_contrast(rows["visual"], columns["textual"], same, scale, config.cscl_form)
             terms["cscl"] = self.ramp * config.cscl_weight * loss
         if config.macl_weight:
             layers = rows["anchor"].transpose(0, 1), columns["positive"].transpose(0, 1)
@@ -209,8 +211,8 @@ class CustomContrast(SubjectMethod):
         return terms
 
     def diagnose(self, batches: list[dict], folder: Path, step: int) -> dict[str, float]:
-        """Also retrieval of views by Z for every block, its rank correlation with the similarity of
-        images, and the terms' gradients."""
+        """Also retrieval of S+ by CLS states across modalities, of views by Z for every block, its rank
+        correlation with the similarity of images, and the terms' gradients."""
         found = super().diagnose(batches, folder, step)
         if not self.contrasts:
             return found
@@ -224,6 +226,11 @@ class CustomContrast(SubjectMethod):
         )
         image_embeds = torch.cat([cast(Tensor, c.image_embeds) for c in conditions])
         identity = torch.cat([batch["identity"] for batch in batches])
+        visual, textual = (
+            torch.cat([cast(Tensor, getattr(cast(tuple, c.views)[0], name)) for c in conditions])[None]
+            for name in ("visual_cls", "textual_cls")
+        )
+        [found["cross-modal retrieval"]] = view_retrieval(visual, textual, identity)
         retrieved = view_retrieval(first, second, identity)
         found |= {f"retrieval block {i}": share for i, share in enumerate(retrieved)}
         found |= {
