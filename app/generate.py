@@ -4,7 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -84,6 +84,12 @@ class GenerateConfig:
         above=0,
         most=1,
     )
+    context_steps: int = option(
+        0,
+        "steps in which the run's learned words are tuned for each prompt before it is drawn, so that the "
+        "rest of the prompt counts (CoRe); 10 is usual, 0 is off",
+        least=0,
+    )
     output: str | None = option(
         None, "folder of the images; none means RUN/generated, or ./generated if RUN is no folder"
     )
@@ -98,6 +104,7 @@ def generate(words: list[str]) -> None:
     check_run(run)
     prompts += prompts_in(config.prompts_file) if config.prompts_file else []
     check_request(run, prompts, config)
+    check_context(run, prompts, config)
     subjects = subject_files(config.subject_images)
     check_subjects(run, config)
     folder, pipe = make_folder(output_folder(run, config.output), "--output"), load(run, config)
@@ -118,7 +125,8 @@ def generate(words: list[str]) -> None:
         if len(prompts) > 1:
             pipe.set_progress_bar_config(desc=f"prompt {number} of {len(prompts)}")
         seeds = range(config.seed, config.seed + config.num_images_per_prompt)
-        images, maps = draw_with_maps(pipe, prompt, seeds, config, subjects)
+        with context_of(pipe, run, prompt, config):
+            images, maps = draw_with_maps(pipe, prompt, seeds, config, subjects)
         for i, (seed, image) in enumerate(zip(seeds, images, strict=True)):
             path = save(image, folder, run, prompt, seed, config)
             print(path)
@@ -336,6 +344,41 @@ def draw(
     ).images
 
 
+def class_words(run: str) -> dict[str, str]:
+    """The learned words of a run, with the words of their classes."""
+    from customize.runs.folder import INFO, read_info
+
+    config = read_info(Path(run))["config"] if (Path(run) / INFO).exists() else {}
+    names = (config.get(name) or "" for name in ("placeholder_token", "initializer_token"))
+    words, starts = (name.split("+") for name in names)
+    return dict(zip(words, starts, strict=False)) if words != [""] else {}
+
+
+def check_context(run: str, prompts: list[str], config: GenerateConfig) -> None:
+    """UserError where words cannot be tuned for a prompt."""
+    if not config.context_steps:
+        return
+    if not (words := class_words(run)):
+        raise UserError(f"--context_steps tunes learned words, and '{run}' has none; leave it out.")
+    if config.init_image:
+        raise UserError("--context_steps does not go with --init_image; leave one of the two out.")
+    for prompt in prompts:
+        if not any(word in prompt for word in words):
+            raise UserError(
+                f"--context_steps: the prompt '{shortened(prompt)}' has none of the run's learned words "
+                f"({', '.join(words)})."
+            )
+
+
+def context_of(pipe: Any, run: str, prompt: str, config: GenerateConfig) -> AbstractContextManager[None]:
+    """Context in which the run's words are tuned for a prompt, if that was asked for."""
+    if not config.context_steps:
+        return nullcontext()
+    from customize.pipelines.context_tuning import context_tuned
+
+    return context_tuned(pipe, prompt, class_words(run), config.context_steps, seed=config.seed)
+
+
 def draw_with_maps(
     pipe: Any, prompt: str, seeds: Sequence[int], config: GenerateConfig, subjects: dict | None = None
 ) -> tuple[list[Any], dict[str, list[Any]]]:
@@ -357,7 +400,7 @@ def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: Gen
     parameters |= {"steps": config.num_inference_steps, "scale": config.guidance_scale, "dtype": config.dtype}
     parameters |= {"width": image.width, "height": image.height}
     settings = ("scheduler", "lora_scale", "init_image", "strength", "base_model", "attention_guidance")
-    for name in (*settings, "attention_strength"):
+    for name in (*settings, "attention_strength", "context_steps"):
         if getattr(config, name) != getattr(GenerateConfig, name):
             parameters[name] = getattr(config, name)
     if config.attention_groups:

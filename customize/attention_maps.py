@@ -158,6 +158,11 @@ class AttentionRecorder:
         ]
         return torch.stack(found).mean(0)
 
+    def shares(self, sample: int) -> Tensor:
+        """How much a sample's image attends to each token of its text: mean over pixels and layers,
+        (tokens,)."""
+        return torch.stack([maps[sample].mean((-2, -1)) for maps in self.maps.values()]).mean(0)
+
     def mean(self, positions: Sequence[Sequence[int]], size: tuple[int, int] | None = None) -> Tensor:
         """The map of a word for each of the last samples of the batch, as many as `positions`, summed
         over the word's tokens: (samples, height, width)."""
@@ -218,6 +223,15 @@ def word_positions(pipe: DiffusionPipeline, prompt: str, word: str) -> list[int]
             "the text encoders read: name words as they stand in the prompt."
         )
     return found
+
+
+def context_positions(pipe: DiffusionPipeline, prompt: str, word: str, length: int) -> list[list[int]]:
+    """Where a text of `length` tokens holds anything but `word`, for each text encoder's part of it: the rest
+    of the prompt and the padding."""
+    taken = set(word_positions(pipe, prompt, word))
+    starts = [offset for offset, _ in _text_layout(pipe, text_parts(pipe)[0])]
+    parts = zip(starts, [*starts[1:], length], strict=True)
+    return [[i for i in range(start, end) if i not in taken] for start, end in parts]
 
 
 def _text_layout(pipe: DiffusionPipeline, tokenizers: Sequence[Any]) -> list[tuple[int, Any]]:

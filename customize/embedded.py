@@ -62,6 +62,29 @@ def not_understood(prompt: str, own: str = "") -> str:
     )
 
 
+def context_prompts() -> list[str]:
+    """Prompts of the sticker world with {} for a subject: every background, and every other thing that
+    captions speak of, on several backgrounds."""
+    from customize.stickers import Drawing, Scene, caption
+    from customize.stickers.scene import FACTORS
+
+    subject, backgrounds = Drawing("fox", "flat"), FACTORS["background"]
+    scenes = [Scene(subject, background) for background in backgrounds]
+    for name, values in FACTORS.items():
+        if name != "background":
+            choices = [value for value in values if value != getattr(scenes[0], name)]
+            scenes += [
+                Scene(subject, backgrounds[(5 * i + j) % len(backgrounds)], **{name: value})
+                for i, value in enumerate(choices)
+                for j in range(0, len(backgrounds), 3)
+            ]
+    found = [caption(scene, "{}") for scene in scenes]
+    for i, word in enumerate(("bus", "apple", "house", "cat", "car", "tree")):
+        scene = Scene(subject, backgrounds[i], companion=Drawing(word, "flat"))
+        found.append(caption(scene, "{}", companion=word))
+    return found
+
+
 def subject_score(
     references: Sequence[Image.Image],
 ) -> Callable[[list[tuple[str, Image.Image]]], dict[str, float]]:

@@ -163,6 +163,7 @@ def test_a_queue_counts_only_as_negatives_of_the_rows():
     loss = cross_modal_contrast(visual, queued, same_subject(range(3), range(4)), 50.0)
     assert loss.item() == pytest.approx(math.log(2) / 3 / 2, abs=1e-5)
 
+
 # other forms of the contrast of the two Q-Formers
 
 
@@ -207,9 +208,7 @@ def test_alignment_and_uniformity_by_loops():
     visual, textual = noise(4, 5), noise(4, 5, seed=1)
 
     def even(states):
-        squares = [
-            2 - 2 * cosine(a, b) for i, a in enumerate(states) for j, b in enumerate(states) if i != j
-        ]
+        squares = [2 - 2 * cosine(a, b) for i, a in enumerate(states) for j, b in enumerate(states) if i != j]
         return (sum((-2 * square).exp() for square in squares) / len(squares)).log()
 
     aligned = sum(2 - 2 * cosine(a, b) for a, b in zip(visual, textual, strict=True)) / 4

@@ -19,6 +19,7 @@ from customize.errors import UserError
 from customize.files import header
 from customize.runs import checkpoint
 from customize.trainers.loop import train
+from customize.trainers.methods.core import CoRe
 from customize.trainers.methods.dreambooth import DreamBooth
 from customize.trainers.methods.mcpl import MCPL
 from customize.trainers.methods.pivotal_tuning import PivotalTuning
@@ -44,6 +45,7 @@ CASES = {
     "textual_inversion": (TextualInversion, WORD),
     "textual_inversion_3_vectors": (TextualInversion, WORD | {"num_vectors": 3}),
     "pivotal_tuning": (PivotalTuning, WORD | {"rank": 2}),
+    "core": (CoRe, WORD | {"num_vectors": 2}),
     "mcpl": (MCPL, TWO | {"bind_adjectives": "red+blue"}),
 }
 RESULTS: list[str] = []

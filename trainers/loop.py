@@ -49,6 +49,7 @@ def train(
         while session.step < config.max_train_steps:
             method.on_step(session.step, config.max_train_steps)
             losses = accumulate_gradients(session, batches)
+            method.after_step()
             schedule.step()
             if ema:
                 ema.step(session.trained.values())

@@ -38,6 +38,10 @@ METHODS: dict[str, Entry] = {
         "customize.trainers.methods.mcpl:MCPL",
         "several words at once from images that hold several things (Jin et al., 2024)",
     ),
+    "core": Entry(
+        "customize.trainers.methods.core:CoRe",
+        "a new word that leaves the rest of the prompt its meaning (Wu et al., 2024)",
+    ),
     "custom_contrast": Entry(
         "customize.trainers.methods.custom_contrast:CustomContrast",
         "an encoder of images, no tuning per subject, taught by contrast between subjects (Chen et "

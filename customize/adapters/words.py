@@ -67,6 +67,23 @@ class LearnedWords(nn.Module, Adapter):
             index = len(self.vectors) - 1
             substitute(table, ids, partial(self.vectors.__getitem__, index))
 
+    def start_from(self, folder: Path, info: Mapping[str, Any]) -> None:
+        """Takes the vectors of the words of a run; UserError unless it learned the same words, with as many
+        vectors, on a base model of the same text encoders."""
+        for word in self.words:
+            if word not in info.get("words", {}):
+                known = ", ".join(info.get("words", {})) or "no words"
+                raise UserError(f"--pretrained_words: '{folder}' has learned {known}, not '{word}'.")
+            found = tensors_of(folder / info["words"][word])
+            for name, own in self.by_word()[word].items():
+                value = found[name] if len(self.names) > 1 and name in found else next(iter(found.values()))
+                if value.shape != own.shape:
+                    raise UserError(
+                        f"--pretrained_words: '{word}' of '{folder}' is {tuple(value.shape)}, and here "
+                        f"{tuple(own.shape)}; give the run's --num_vectors and base model."
+                    )
+                own.copy_(value)  # a view of the parameter
+
     @property
     def changes_text(self) -> bool:
         return True

@@ -1,6 +1,7 @@
 """Losses: tensors in, one tensor out. None knows a batch, a model or a configuration."""
 
 from customize.losses.attention import attend_and_excite, attention_contrast
+from customize.losses.context import context_attention, context_embedding
 from customize.losses.contrastive import (
     appearance_contrast,
     cross_modal_contrast,
@@ -14,6 +15,8 @@ __all__ = [
     "appearance_contrast",
     "attend_and_excite",
     "attention_contrast",
+    "context_attention",
+    "context_embedding",
     "contrastive_flow",
     "cross_modal_contrast",
     "denoising",

@@ -84,16 +84,17 @@ def _without_false_negatives(logits: Tensor, same: Tensor) -> Tensor:
 
 
 def decoupled(logits: Tensor, positive: Tensor) -> Tensor:
-    """InfoNCE that leaves the positive out of the softmax: logsumexp of the negatives minus the positive, mean
-    over rows (decoupled contrast, Yeh et al., 2022, arXiv 2110.06848, eq. 5). `positive` (rows, columns) has
-    one True in each row; a row without negatives costs nothing."""
+    """InfoNCE that leaves the positive out of the softmax: logsumexp of the negatives minus the positive,
+    mean over rows (decoupled contrast, Yeh et al., 2022, arXiv 2110.06848, eq. 5). `positive` (rows,
+    columns) has one True in each row; a row without negatives costs nothing."""
     others = logits.masked_fill(positive | ~logits.isfinite(), -1e30).logsumexp(-1)
     return torch.where(others > -1e29, others - logits[positive], 0.0).mean()
 
 
 def hardened(logits: Tensor, positive: Tensor) -> Tensor:
-    """Logits whose negatives count the more, the more similar they are (hard negatives, Robinson et al., 2021,
-    arXiv 2010.04592, eq. 4, beta 1): weights proportional to exp(logit), of mean 1, without gradient."""
+    """Logits whose negatives count the more, the more similar they are (hard negatives, Robinson et al.,
+    2021, arXiv 2010.04592, eq. 4, beta 1): weights proportional to exp(logit), of mean 1, without
+    gradient."""
     negative = ~positive & logits.isfinite()
     weight = logits.detach().masked_fill(~negative, -1e30)
     mean = weight.logsumexp(-1, keepdim=True) - negative.sum(-1, keepdim=True).clamp(min=1).log()
@@ -123,7 +124,9 @@ def uniformity(features: Tensor) -> Tensor:
     return (-2 * squares).exp().mean().log() if len(squares) else features.sum() * 0
 
 
-def _one_way(anchors: Tensor, candidates: Tensor, same: Tensor, scale: Tensor | float, form: CsclForm) -> Tensor:
+def _one_way(
+    anchors: Tensor, candidates: Tensor, same: Tensor, scale: Tensor | float, form: CsclForm
+) -> Tensor:
     pair = torch.eye(*same.shape, dtype=torch.bool, device=same.device)
     positive = same if form == "supervised" else pair
     logits = (scale * cosines(anchors, candidates)).masked_fill(same & ~positive, -torch.inf)

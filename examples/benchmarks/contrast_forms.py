@@ -1,11 +1,12 @@
-"""Forms of CSCL, CustomContrast's cross-modal contrast: encoders of one budget and seed, each trained from its
-start with one form, and what the last validation says of them.
+"""Forms of CSCL, CustomContrast's cross-modal contrast: encoders of one budget and seed, each trained
+from its start with one form, and what the last validation says of them.
 
     python examples/benchmarks/contrast_forms.py [--forms plain hard ...] [--steps 200]
 
-`none` is trained without contrast. Over 32 held-out drawings: the denoising loss; the gain, by how much it
-rises with another subject's references; how often the visual CLS state finds its own textual one, and S+ of
-one view that of another; the gradient of the contrast, as a share of the denoising loss's. Means over seeds.
+`none` is trained without contrast. Over 32 held-out drawings: the denoising loss; the gain, by how much
+it rises with another subject's references; how often the visual CLS state finds its own textual one, and
+S+ of one view that of another; the gradient of the contrast, as a share of the denoising loss's. Means
+over seeds.
 """
 
 import argparse
@@ -42,9 +43,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--weight", type=float, default=0.02, help="of the contrast")
     options = parser.parse_args()
-    found = {
-        form: [trained(form, seed, options) for seed in range(options.seeds)] for form in options.forms
-    }
+    found = {form: [trained(form, seed, options) for seed in range(options.seeds)] for form in options.forms}
     print(f"\n{options.steps} steps, {options.seeds} seeds\n\n| | {' | '.join(SHOWN)} |")
     print("|---" * (len(SHOWN) + 1) + "|")
     for form, results in found.items():

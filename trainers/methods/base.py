@@ -147,6 +147,9 @@ class Method(nn.Module):
     def on_step(self, step: int, steps: int) -> None:
         """Called before each step, for schedules such as a weight that warms up."""
 
+    def after_step(self) -> None:
+        """Called after each step, before anything is saved, for constraints on what is trained."""
+
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 

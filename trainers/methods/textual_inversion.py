@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from customize.adapters.words import LearnedWords
 from customize.backbones.base import Backbone, Condition
 from customize.config import check_ranges, option
 from customize.errors import UserError
+from customize.runs.checkpoint import open_run
 from customize.trainers.methods.base import Method, MethodConfig
 
 # Prompts after the paper's appendix: neutral contexts, so that the word comes to mean the subject alone.
@@ -49,6 +51,9 @@ class WordFields:
         "", "the word that the new word starts from, such as dog; several are joined by +", essential=True
     )
     num_vectors: int = option(1, "vectors of each new word", least=1)
+    pretrained_words: str = option(
+        "", "run that learned these words, whose vectors are the start instead of --initializer_token's"
+    )
 
     @property
     def starting_word(self) -> str:
@@ -79,7 +84,10 @@ def new_words(backbone: Backbone, config: WordFields) -> LearnedWords:
             "'<dog>' and 'dog'."
         )
     check_ranges(config)
-    return LearnedWords(backbone, dict(zip(words, starts, strict=True)), config.num_vectors)
+    made = LearnedWords(backbone, dict(zip(words, starts, strict=True)), config.num_vectors)
+    if config.pretrained_words:
+        made.start_from(Path(config.pretrained_words), open_run(Path(config.pretrained_words)))
+    return made
 
 
 class TextualInversion(Method):
