@@ -42,6 +42,10 @@ METHODS: dict[str, Entry] = {
         "customize.trainers.methods.core:CoRe",
         "a new word that leaves the rest of the prompt its meaning (Wu et al., 2024)",
     ),
+    "single_insert": Entry(
+        "customize.trainers.methods.single_insert:SingleInsert",
+        "a new word and LoRA from one image with a mask, without its background (Wu et al., 2023)",
+    ),
     "custom_contrast": Entry(
         "customize.trainers.methods.custom_contrast:CustomContrast",
         "an encoder of images, no tuning per subject, taught by contrast between subjects (Chen et "

@@ -65,7 +65,14 @@ class LearnedWords(nn.Module, Adapter):
             )
             ids = torch.tensor(tokenizer.convert_tokens_to_ids(tokens))
             index = len(self.vectors) - 1
-            substitute(table, ids, partial(self.vectors.__getitem__, index))
+            substitute(table, ids, partial(self._current, index))
+
+    def current(self) -> list[Tensor]:
+        """The vectors of all words for each text encoder, (words * num_vectors, dim)."""
+        return list(self.vectors)
+
+    def _current(self, index: int) -> Tensor:
+        return self.current()[index]
 
     def start_from(self, folder: Path, info: Mapping[str, Any]) -> None:
         """Takes the vectors of the words of a run; UserError unless it learned the same words, with as many
@@ -115,7 +122,8 @@ class LearnedWords(nn.Module, Adapter):
 
     def by_word(self) -> dict[str, dict[str, Tensor]]:
         """For each word, the vectors (num_vectors, dim) by text encoder: `clip_l`, `clip_g`, `t5`."""
-        split = [vectors.detach().split(self.num_vectors) for vectors in self.vectors]
+        with torch.no_grad():
+            split = [vectors.split(self.num_vectors) for vectors in self.current()]
         return {
             word: {name: parts[i] for name, parts in zip(self.names, split, strict=True)}
             for i, word in enumerate(self.words)

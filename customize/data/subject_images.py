@@ -78,6 +78,7 @@ class SubjectImages(Source):
             if not preparation.validation_prompts:
                 backbone.vae.cpu()  # nothing is encoded or decoded any more
         instances = [image for image in self.images if not image.is_prior]
+        method.use_images(instances)
         priors = len(self.images) - len(instances)
         told = f"{len(instances)} image{'s' * (len(instances) > 1)}"
         texts = sorted(f"{image.digest} {image.concept} {image.caption}" for image in self.images)

@@ -1,6 +1,6 @@
 """The contract of a method: what it trains, what it conditions on, and its losses."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from customize.adapters.words import LearnedWords
 from customize.backbones.base import Backbone, Condition, Step
 from customize.config import option
 from customize.data.concepts import Concept
+from customize.data.images import ImageFile
 from customize.data.subject_images import SubjectImages
 from customize.data.training_data import Source
 from customize.errors import UserError
@@ -78,6 +79,10 @@ class Method(nn.Module):
 
     def check_caption(self, caption: str) -> None:
         """UserError for a caption that this method cannot learn from."""
+
+    def use_images(self, images: Sequence[ImageFile]) -> None:
+        """Called once before training with the subjects' images that are trained on; UserError for images
+        that this method cannot learn from."""
 
     def check_drawing(self, prompts: list[str]) -> None:
         """UserError for validation prompts that cannot be drawn."""

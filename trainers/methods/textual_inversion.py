@@ -75,8 +75,9 @@ class TextualInversionConfig(WordFields, MethodConfig):
     )
 
 
-def new_words(backbone: Backbone, config: WordFields) -> LearnedWords:
-    """The words that `config` names; UserError if the numbers of names and starting words differ."""
+def new_words(backbone: Backbone, config: WordFields, kind: Any = LearnedWords, **options: Any) -> Any:
+    """The words that `config` names, as an adapter of this kind; UserError if the numbers of names and
+    starting words differ."""
     words, starts = config.placeholder_token.split("+"), config.initializer_token.split("+")
     if not all(word.strip() for word in words + starts) or len(set(words)) != len(starts):
         raise UserError(
@@ -84,7 +85,7 @@ def new_words(backbone: Backbone, config: WordFields) -> LearnedWords:
             "'<dog>' and 'dog'."
         )
     check_ranges(config)
-    made = LearnedWords(backbone, dict(zip(words, starts, strict=True)), config.num_vectors)
+    made = kind(backbone, dict(zip(words, starts, strict=True)), config.num_vectors, **options)
     if config.pretrained_words:
         made.start_from(Path(config.pretrained_words), open_run(Path(config.pretrained_words)))
     return made
