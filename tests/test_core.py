@@ -110,6 +110,7 @@ def test_the_sets_hold_a_hundred_prompts_each():
 
 MISTAKES = {
     "a set that does not exist": ({"context_prompts": "animals"}, "no set or file 'animals'"),
+    "outputs": ({"optimize": "output"}, "--optimize output learns a word behind it"),
     "held backwards": ({"norm_hold_start": 0.9}, "--norm_hold_end must not be less"),
     "number of words": ({"initializer_token": "dog+cat"}, "as many"),
     "another word": (

@@ -7,6 +7,7 @@ from customize.adapters.base import Adapter
 from customize.adapters.components import Components
 from customize.adapters.kohya import KohyaLora
 from customize.adapters.lora import Lora
+from customize.adapters.output_words import OutputWords
 from customize.adapters.subject import SubjectAdapter
 from customize.adapters.words import LearnedWords
 
@@ -15,6 +16,7 @@ ADAPTERS: dict[str, type[Adapter]] = {  # in the order in which they are loaded
     "lora": Lora,
     "kohya": KohyaLora,
     "words": LearnedWords,
+    "outputs": OutputWords,
     "subject": SubjectAdapter,
 }
 

@@ -74,6 +74,7 @@ class LearnedWords(nn.Module, Adapter):
     def _current(self, index: int) -> Tensor:
         return self.current()[index]
 
+    @torch.no_grad()
     def start_from(self, folder: Path, info: Mapping[str, Any]) -> None:
         """Takes the vectors of the words of a run; UserError unless it learned the same words, with as many
         vectors, on a base model of the same text encoders."""

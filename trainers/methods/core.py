@@ -68,6 +68,11 @@ class CoRe(TextualInversion):
     def __init__(self, backbone: Backbone, config: CoReConfig, concepts: list[Concept]):
         super().__init__(backbone, config, concepts)
         recorded_layers(backbone.denoiser)  # says so where its attention cannot be read
+        if config.optimize == "output":
+            raise UserError(
+                "core regularizes what the text encoder makes of a word; --optimize output learns a word "
+                "behind it: leave it out, or use textual_inversion."
+            )
         starts = config.initializer_token.split("+")
         self.class_words = dict(zip(self.tokens.words, starts, strict=True))
         self.templates = prompt_set(config.context_prompts)

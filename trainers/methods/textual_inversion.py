@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from customize.adapters.output_words import OutputWords
 from customize.adapters.words import LearnedWords
 from customize.backbones.base import Backbone, Condition
 from customize.config import check_ranges, option
@@ -73,6 +74,11 @@ class TextualInversionConfig(WordFields, MethodConfig):
         "object or style: images without a caption file get random prompts of that kind in every step; none: "
         "--instance_prompt",
     )
+    optimize: Literal["input", "output"] = option(
+        "input",
+        "which vectors of the word are learned. input: those that the text encoder reads; output (ConES): "
+        "those that it gives the denoiser, without a gradient through the encoder",
+    )
 
 
 def new_words(backbone: Backbone, config: WordFields, kind: Any = LearnedWords, **options: Any) -> Any:
@@ -104,7 +110,9 @@ class TextualInversion(Method):
 
     def __init__(self, backbone, config: TextualInversionConfig, concepts):
         super().__init__(backbone, config, concepts)
-        self.tokens = new_words(backbone, config)
+        self.tokens = new_words(
+            backbone, config, OutputWords if config.optimize == "output" else LearnedWords
+        )
         self.adapters.append(self.tokens)
 
     @classmethod
