@@ -43,6 +43,7 @@ from customize.adapters.subject_files import adapter_file, load_adapter
 from customize.backbones.text import clip_skip_works, text_parts
 from customize.errors import UserError
 from customize.pipelines.conditioning import SubjectCall, stack_references, with_words
+from customize.pipelines.guidance import word_maps
 from customize.pipelines.inputs import (
     Reference,
     Subjects,
@@ -90,7 +91,7 @@ class SubjectMixin(Stock):
         super().__init_subclass__(**kwargs)
         stock = cls._stock_class()
         own = inspect.signature(SubjectMixin.__call__).parameters.values()
-        more = [parameter for parameter in own if parameter.name.startswith("subject_")]
+        more = [p for p in own if p.name.startswith("subject_") or p.name == "attention_maps"]
         *first, last = inspect.signature(stock.__call__).parameters.values()
         rest = [last] if last.kind is inspect.Parameter.VAR_KEYWORD else []
         listed = [*first, *([] if rest else [last]), *more, *rest]
@@ -240,6 +241,7 @@ class SubjectMixin(Stock):
         subject_scale: float | Mapping[str, float] = 1.0,
         subject_masks: Image.Image | Mapping[str, Image.Image] | Literal["side by side"] | None = None,
         subject_cache: bool = True,
+        attention_maps: Sequence[str] = (),
         **kwargs: Any,
     ):
         """The stock pipeline's call, and of subjects:
@@ -250,9 +252,21 @@ class SubjectMixin(Stock):
         `subject_scale`, at least 0, weights the visual branch: one number, numbers by subject
         (`{"<s>": 0.5}`), or by the beginning of layers' names ("down", "mid", "up", "up_blocks.1").
         `subject_masks`: white where a subject may be, by word; or "side by side", from left to right in
-        the order of their words. `subject_cache` keeps keys and values between steps. UserError for
-        references that do not fit the prompt.
+        the order of their words. `subject_cache` keeps keys and values between steps.
+        `attention_maps`: words of every prompt whose attention maps the result holds, as its
+        `attention_maps`: for each word, a gray image for each image. UserError for references that do not fit
+        the prompt, and for words that it does not say.
         """
+        if attention_maps:
+            return self._with_maps(
+                attention_maps,
+                *args,
+                subject_images=subject_images,
+                subject_scale=subject_scale,
+                subject_masks=subject_masks,
+                subject_cache=subject_cache,
+                **kwargs,
+            )
         kwargs = by_name(super().__call__, args, kwargs)
         if self.adapter is not None:
             for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
@@ -297,6 +311,20 @@ class SubjectMixin(Stock):
         call.make_regions = self._region_maker(subject_masks, call.present, kwargs)
         with self._drawing(call):
             return super().__call__(**kwargs)
+
+    def _with_maps(self, words: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """The call, and the attention maps of words in its result."""
+        prompt = kwargs.get("prompt", args[0] if args else None)
+        prompts = texts_of(prompt)
+        if not prompts or isinstance(words, str) or kwargs.get("return_dict") is False:
+            raise UserError(
+                "attention_maps is a list of words of `prompt`, and comes with the result as an object: give "
+                "both, and leave return_dict out."
+            )
+        with word_maps(self, prompts, words) as maps:
+            result = self(*args, **kwargs)
+        result["attention_maps"] = maps
+        return result
 
     def _encoded(self, entry: Any) -> Subjects:
         if entry is None:

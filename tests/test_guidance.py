@@ -150,6 +150,16 @@ def test_maps_of_injected_subjects():
         found = draw(pipe, prompt, subject_images=subjects)
     assert np.array_equal(found, plain)
     assert not np.array_equal(np.asarray(maps["<s> dog"][0]), np.asarray(maps["<s2> cat"][0]))
+    options = {"height": 32, "width": 32, "num_inference_steps": 3, "output_type": "np"}
+    drawn = []
+    for words in ([], ["<s> dog", "<s2> cat"]):
+        options |= {"generator": torch.Generator().manual_seed(1), "subject_images": subjects}
+        drawn.append(pipe(prompt, attention_maps=words, **options))
+    assert np.array_equal(drawn[0].images[0], drawn[1].images[0])
+    assert drawn[1].attention_maps.keys() == maps.keys()
+    assert "attention_maps" not in drawn[0]
+    with pytest.raises(UserError, match="attention_maps is a list of words"):
+        pipe(prompt, attention_maps="<s> dog", **options)
 
 
 @pytest.mark.parametrize("kind", ["conform", "attend_and_excite"])

@@ -7,7 +7,8 @@ from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 
 import customize
-from customize.adapters.output_words import FILE, OutputWords, encoders_read
+from customize.adapters.output_words import OutputWords, encoders_read
+from customize.adapters.words import OUTPUTS, LearnedWords
 from customize.backbones.families import wrap
 from customize.errors import UserError
 from customize.pipelines import load_pipeline
@@ -98,7 +99,7 @@ def test_a_stock_pipeline_draws_the_word_from_its_text(run):
         **options,
     ).images[0]
     assert abs(drawn - draw(ours, prompt)).max() < 1e-6
-    (run / FILE).rename(run / "elsewhere")
+    (run / OUTPUTS).rename(run / "elsewhere")
     with pytest.raises(UserError, match="output_embeds"):
         load_pipeline(run)
 
@@ -130,6 +131,8 @@ def test_a_run_goes_on_from_outputs_or_from_vectors(run, tmp_path):
         found = load_pipeline(run).encode_prompt("a photo of a <toy>", "cpu", 1, False)[0]
     assert not torch.equal(words.outputs["clip_l"], start)
     assert torch.allclose(found[0, 5:7], words.outputs["clip_l"], atol=1e-6)
+    with pytest.raises(UserError, match="trained with --optimize output"):
+        LearnedWords(wrap(tiny("sd15")), WORD, 2).start_from(run, open_run(run))
 
 
 def test_outputs_of_another_base_model_are_refused(run):
@@ -138,7 +141,7 @@ def test_outputs_of_another_base_model_are_refused(run):
     from customize.runs.checkpoint import open_run
 
     info = open_run(run)
-    state = {name: value[:, :8].contiguous() for name, value in load_file(run / FILE).items()}
-    save_file(state, run / FILE)
+    state = {name: value[:, :8].contiguous() for name, value in load_file(run / OUTPUTS).items()}
+    save_file(state, run / OUTPUTS)
     with pytest.raises(UserError, match="does not fit this base model"):
         OutputWords.load(run, info, load_pipeline(run.parent / "base"))

@@ -44,8 +44,10 @@ class Recipe(NamedTuple):
     words: str
     flags: str
     encoder: str = ""
+    masks: bool = False  # whether the method is given masks beside the images
 
 
+WORD = "--placeholder_token <subject> --initializer_token {}"
 RECIPES = {
     "base": Recipe("Base model", "", "{}", ""),
     "real": Recipe("Real scenes", "", "{}", ""),
@@ -53,7 +55,24 @@ RECIPES = {
         "Textual Inversion",
         "textual_inversion",
         "<subject>",
-        "--placeholder_token <subject> --initializer_token {} --num_vectors 4 --learning_rate 1e-2",
+        f"{WORD} --num_vectors 4 --learning_rate 1e-2",
+    ),
+    "textual_inversion-output": Recipe(
+        "ConES: Textual Inversion of outputs",
+        "textual_inversion",
+        "<subject>",
+        f"{WORD} --num_vectors 4 --learning_rate 1e-2 --optimize output",
+    ),
+    "core": Recipe(
+        "CoRe", "core", "<subject>", f"{WORD} --num_vectors 4 --learning_rate 1e-2 --context_prompts stickers"
+    ),
+    "single_insert": Recipe(
+        "SingleInsert",
+        "single_insert",
+        "<subject> {}",
+        f"{WORD} --num_vectors 4 --rank 16 --learning_rate 1e-3 --encoder_dim 128 --encoder_depth 2 "
+        "--unmasked_weight 0",
+        masks=True,
     ),
     "dreambooth-no-prior": Recipe("DreamBooth LoRA, no prior", "dreambooth", "sks {}", LORA),
     "dreambooth": Recipe(
@@ -69,8 +88,7 @@ RECIPES = {
         "Pivotal tuning",
         "pivotal_tuning",
         "<subject> {}",
-        f"{LORA} --placeholder_token <subject> --initializer_token {{}} --num_vectors 2 "
-        "--token_learning_rate 1e-2",
+        f"{LORA} {WORD} --num_vectors 2 --token_learning_rate 1e-2",
     ),
     "custom_contrast": Recipe("CustomContrast encoder", "", "<s> {}", "", "stickers"),
 }
@@ -229,7 +247,8 @@ class StickerBench(Bench):
         return super().prior(name, subject, load)
 
     def write_references(self, name: str, subject: Subject, folder: Path) -> list[Image.Image]:
-        return write_references(folder, subject.source, self.words(name, subject), self.seed)
+        words, masks = self.words(name, subject), name != "run" and find_recipe(name).masks
+        return write_references(folder, subject.source, words, self.seed, masks)
 
     def real(self, subject: Subject, folder: Path) -> list[Image.Image]:
         """Rendered scenes as the prompts ask: what a perfect method could draw."""

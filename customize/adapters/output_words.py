@@ -2,6 +2,7 @@
 in the text that the denoiser reads, not in the one that the text encoder reads."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from customize.adapters.words import LearnedWords, pieces
+from customize.adapters.words import OUTPUTS, LearnedWords, pieces
 from customize.backbones.text import text_parts
 from customize.errors import UserError
 from customize.files import tensors_of
 from customize.tensor_checks import check_finite
 
-FILE = "output_embeds.safetensors"
 LAST = -1  # the encoder's own output, behind its last normalization
 
 
@@ -28,38 +28,45 @@ class OutputWords(LearnedWords):
     vectors, for each encoder whose output the denoiser attends to: (words * num_vectors, dim), float32.
     They start as what the encoder makes of the starting word in "a photo of a ..."."""
 
-    files = (FILE,)
+    files = (OUTPUTS,)
+    backbone: Any
 
     def __init__(self, backbone: Any, words: dict[str, str], num_vectors: int = 1):
         super().__init__(backbone, words, num_vectors)
         self.vectors.requires_grad_(False)
-        self.pipe = backbone.pipe
+        self.__dict__["backbone"] = backbone  # past nn.Module: it is no part of the adapter
         self.outputs = nn.ParameterDict()
         tokens = [piece for word in self.words for piece in pieces(word, num_vectors)]
+        starts = self._starts()
         for name, (tokenizer, encoder, layer) in encoders_read(backbone.pipe).items():
             ids = torch.tensor(tokenizer.convert_tokens_to_ids(tokens))
-            start = [self._start(tokenizer, encoder, layer, word) for word in self.words]
-            self.outputs[name] = nn.Parameter(torch.cat(start).float())
+            self.outputs[name] = nn.Parameter(torch.cat(starts[name]).float())
             replace_outputs(encoder, layer, ids, partial(self.outputs.__getitem__, name))
 
     @torch.no_grad()
-    def _start(self, tokenizer: Any, encoder: Any, layer: int, word: str) -> Tensor:
-        text = ["a", "photo", "of", "a", *pieces(word, self.num_vectors)]
-        ids = tokenizer(" ".join(text), return_tensors="pt").input_ids.to(encoder.device)
-        places = torch.isin(ids[0].cpu(), torch.tensor(tokenizer.convert_tokens_to_ids(text[4:])))
-        output = encoder(ids, output_hidden_states=True)
-        hidden = output.last_hidden_state if layer == LAST else output.hidden_states[layer]
-        return hidden[0, places.to(ids.device)]
+    def _starts(self) -> dict[str, list[Tensor]]:
+        """What each encoder makes of each word in "a photo of a ...", (num_vectors, dim), as the pipeline
+        calls it."""
+        found: dict[str, list[Tensor]] = {}
+        with ExitStack() as stack:
+            for name, (tokenizer, encoder, layer) in encoders_read(self.backbone.pipe).items():
+                tokens = [piece for word in self.words for piece in pieces(word, self.num_vectors)]
+                ids = torch.tensor(tokenizer.convert_tokens_to_ids(tokens))
+                read = partial(_read, ids, layer, found.setdefault(name, []))
+                hook = encoder.register_forward_hook(read, prepend=True, with_kwargs=True)
+                stack.callback(hook.remove)
+            for word in self.words:
+                self.backbone.encode_prompt([f"a photo of a {word}"])
+        return found
 
     @torch.no_grad()
     def start_from(self, folder: Path, info: Mapping[str, Any]) -> None:
         """Also takes the outputs of a run that learned them; else they start as what the encoders make of its
         vectors."""
         super().start_from(folder, info)
-        state = tensors_of(folder / FILE) if (folder / FILE).exists() else {}
-        for name, (tokenizer, encoder, layer) in encoders_read(self.pipe).items():
-            start = [self._start(tokenizer, encoder, layer, word) for word in self.words]
-            found = [state.get(f"{word}.{name}", own) for word, own in zip(self.words, start, strict=True)]
+        state = tensors_of(folder / OUTPUTS) if (folder / OUTPUTS).exists() else {}
+        for name, starts in self._starts().items():
+            found = [state.get(f"{word}.{name}", own) for word, own in zip(self.words, starts, strict=True)]
             self.outputs[name].copy_(torch.cat(found))
 
     def save(self, folder: Path) -> dict:
@@ -68,15 +75,15 @@ class OutputWords(LearnedWords):
             for name, outputs in self.outputs.items()
             for word, part in zip(self.words, outputs.detach().split(self.num_vectors), strict=True)
         }
-        save_file({key: value.float().cpu().contiguous() for key, value in split.items()}, folder / FILE)
+        save_file({key: value.float().cpu().contiguous() for key, value in split.items()}, folder / OUTPUTS)
         return super().save(folder)
 
     @staticmethod
     def load(folder: Path, info: Mapping[str, Any], pipe: DiffusionPipeline) -> None:
-        if not (folder / FILE).exists():
+        if not (folder / OUTPUTS).exists():
             return
-        state = tensors_of(folder / FILE)
-        check_finite(state, folder / FILE)
+        state = tensors_of(folder / OUTPUTS)
+        check_finite(state, folder / OUTPUTS)
         for word in info["words"]:
             for name, (tokenizer, encoder, layer) in encoders_read(pipe).items():
                 outputs = state.get(f"{word}.{name}")
@@ -87,6 +94,17 @@ class OutputWords(LearnedWords):
                     )
                 ids = torch.tensor(tokenizer.convert_tokens_to_ids(pieces(word, len(outputs))))
                 replace_outputs(encoder, layer, ids, partial(_itself, outputs.to(encoder.device)))
+
+
+def _hidden(output: Any, layer: int) -> Tensor:
+    return output.last_hidden_state if layer == LAST else output.hidden_states[layer]
+
+
+def _read(
+    ids: Tensor, layer: int, found: list[Tensor], module: Any, args: tuple, kwargs: dict, output: Any
+) -> None:
+    asked = args[0] if args else kwargs["input_ids"]
+    found.append(_hidden(output, layer)[torch.isin(asked, ids.to(asked.device))])
 
 
 def _itself(outputs: Tensor) -> Tensor:
@@ -115,12 +133,13 @@ def replace_outputs(encoder: Any, layer: int, ids: Tensor, outputs: Callable[[],
         found = asked.unsqueeze(-1) == ids.to(asked.device)
         known = found.any(-1, keepdim=True)
         if known.any():
-            name = "last_hidden_state" if layer == LAST else "hidden_states"
-            states = getattr(output, name)
-            hidden = states if layer == LAST else states[layer]
-            vectors = outputs().to(hidden.device)
+            hidden, vectors = _hidden(output, layer), outputs().to(asked.device)
             made = torch.where(known, (found.to(vectors.dtype) @ vectors).to(hidden.dtype), hidden)
-            output[name] = made if layer == LAST else (*states[:layer], made, *states[layer + 1 :])
+            if layer == LAST:
+                output["last_hidden_state"] = made
+            else:
+                states = output.hidden_states
+                output["hidden_states"] = (*states[:layer], made, *states[layer + 1 :])
         return output
 
     encoder.register_forward_hook(replace, with_kwargs=True)

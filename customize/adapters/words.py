@@ -19,6 +19,8 @@ from customize.errors import UserError
 from customize.files import tensors_of
 from customize.tensor_checks import check_finite
 
+OUTPUTS = "output_embeds.safetensors"  # of words that are learned behind the text encoder
+
 
 def pieces(word: str, count: int) -> list[str]:
     """The tokens of a word with several vectors, named as diffusers names them: <dog>, <dog>_1, ..."""
@@ -78,6 +80,11 @@ class LearnedWords(nn.Module, Adapter):
     def start_from(self, folder: Path, info: Mapping[str, Any]) -> None:
         """Takes the vectors of the words of a run; UserError unless it learned the same words, with as many
         vectors, on a base model of the same text encoders."""
+        if (folder / OUTPUTS).exists() and OUTPUTS not in self.files:
+            raise UserError(
+                f"--pretrained_words: '{folder}' was trained with --optimize output; only such runs "
+                "go on from it."
+            )
         for word in self.words:
             if word not in info.get("words", {}):
                 known = ", ".join(info.get("words", {})) or "no words"

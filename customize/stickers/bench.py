@@ -105,14 +105,18 @@ def reference_scenes(subject: Drawing, seed: int = 0) -> list[Scene]:
     ]
 
 
-def write_references(folder: Path, subject: Drawing, words: str, seed: int = 0) -> list[Image.Image]:
+def write_references(
+    folder: Path, subject: Drawing, words: str, seed: int = 0, masks: bool = False
+) -> list[Image.Image]:
     """Writes the reference images as a user's folder of images, each with a caption that calls the
-    subject `words`."""
+    subject `words`; with `masks` also where it is."""
     folder.mkdir(parents=True, exist_ok=True)
     images = []
     for i, scene in enumerate(reference_scenes(subject, seed)):
-        image, _ = draw_scene(scene, World())
+        image, mask = draw_scene(scene, World())
         save_image(image, folder / f"{i}.png")
+        if masks:
+            save_image(mask, folder / f"{i}.mask.png")
         images.append(image)
     for i, text in enumerate(reference_captions(subject, words)):
         write_text(folder / f"{i}.txt", text)
