@@ -46,6 +46,14 @@ METHODS: dict[str, Entry] = {
         "customize.trainers.methods.single_insert:SingleInsert",
         "a new word and LoRA from one image with a mask, without its background (Wu et al., 2023)",
     ),
+    "domain_tuning": Entry(
+        "customize.trainers.methods.domain_tuning:DomainTuning",
+        "a dozen steps from the word and LoRA that a domain encoder predicts (Arar et al., 2023)",
+    ),
+    "domain_encoder": Entry(
+        "customize.trainers.methods.domain_encoder:DomainEncoding",
+        "an encoder of images to a word and LoRA, for domain_tuning (Arar et al., 2023)",
+    ),
     "custom_contrast": Entry(
         "customize.trainers.methods.custom_contrast:CustomContrast",
         "an encoder of images, no tuning per subject, taught by contrast between subjects (Chen et "

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from customize.adapters.base import Adapter
 from customize.adapters.components import Components
+from customize.adapters.domain import DomainEncoder
+from customize.adapters.dual_path import DualPath
 from customize.adapters.kohya import KohyaLora
 from customize.adapters.lora import Lora
 from customize.adapters.output_words import OutputWords
@@ -17,6 +19,8 @@ ADAPTERS: dict[str, type[Adapter]] = {  # in the order in which they are loaded
     "kohya": KohyaLora,
     "words": LearnedWords,
     "outputs": OutputWords,
+    "dual_path": DualPath,
+    "domain": DomainEncoder,
     "subject": SubjectAdapter,
 }
 

@@ -6,6 +6,7 @@ from customize.losses.contrastive import (
     appearance_contrast,
     cross_modal_contrast,
     info_nce,
+    nearest_word_contrast,
     supervised_contrast,
 )
 from customize.losses.contrastive_flow import contrastive_flow
@@ -21,5 +22,6 @@ __all__ = [
     "cross_modal_contrast",
     "denoising",
     "info_nce",
+    "nearest_word_contrast",
     "supervised_contrast",
 ]

@@ -124,6 +124,24 @@ def uniformity(features: Tensor) -> Tensor:
     return (-2 * squares).exp().mean().log() if len(squares) else features.sum() * 0
 
 
+def nearest_word_contrast(
+    vectors: Tensor, labels: Tensor, table: Tensor, count: int = 10, temperature: float = 0.1
+) -> Tensor:
+    """Nearest-word contrast (Arar et al., 2023, arXiv 2307.06925, eq. 3): each predicted word is drawn to the
+    `count` words of the vocabulary that are nearest to it, and away from the words of other subjects.
+
+    `vectors` (n, dim), `labels` (n,) numbers of their subjects, `table` (words, dim) the vocabulary's
+    embeddings, which get no gradient. The paper's constants are not public: these are ours.
+    """
+    nearest = cosines(vectors, table.detach()).topk(min(count, len(table)), -1).values / temperature
+    others = cosines(vectors, gathered(vectors)) / temperature
+    others = others.masked_fill(labels[:, None] == gathered(labels), -torch.inf)
+    logits = torch.cat([nearest.logsumexp(-1, keepdim=True), others], 1)
+    target = torch.zeros_like(logits)
+    target[:, 0] = 1
+    return info_nce(logits, target)
+
+
 def _one_way(
     anchors: Tensor, candidates: Tensor, same: Tensor, scale: Tensor | float, form: CsclForm
 ) -> Tensor:
