@@ -137,6 +137,10 @@ class DomainEncoding(Method):
             return super().forward(batch | {"predicted": predicted})
 
     def condition(self, batch: dict, t: Tensor) -> Condition:
+        if batch["present"].shape[1] > 1:
+            raise UserError(
+                "domain_encoder learns one subject of each image: leave --second_subject_rate out."
+            )
         vectors = self.adapter.vectors(batch["predicted"])
         dropped = torch.rand(len(t)) < self.config.dropout_text * self.training
         prompts = [
