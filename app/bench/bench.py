@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from customize.app.bench.drawing import ImageRequest, Sampling, cost_of, draw_missing, same_protocol, trained
 from customize.backbones.load import load_base
+from customize.data.images import MASK_SUFFIX
 from customize.pipelines import load_pipeline
 from customize.trainers.launch import run
 
@@ -195,7 +196,9 @@ class Bench:
             "factors": factors,
             "cost": cost_of(folder),
             "references": [
-                str(place / "pictures" / path.name) for path in sorted((folder / "pictures").glob("*.png"))
+                str(place / "pictures" / path.name)
+                for path in sorted((folder / "pictures").glob("*.png"))
+                if not path.name.endswith(MASK_SUFFIX)
             ],
             "pictures": [
                 {"file": str(place / f"{shot.name}.png"), "prompt": shot.prompt, "scores": found}
