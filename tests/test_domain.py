@@ -7,15 +7,18 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import customize
 from customize.adapters.attention import text_layers
+from customize.adapters.domain import FILE
 from customize.adapters.dual_path import DualPath, install_paths, nearest_words
 from customize.adapters.words import LearnedWords
 from customize.backbones.base import Condition
 from customize.backbones.families import wrap
 from customize.errors import UserError
+from customize.files import header
 from customize.losses.contrastive import nearest_word_contrast
 from customize.pipelines import load_pipeline
 from customize.runs.folder import read_info
@@ -280,3 +283,19 @@ def test_the_hard_path_of_a_pipeline_is_that_of_the_ordinary_word():
     path.install([[dog]])
     assert abs(draw(pipe, "a photo of <s>") - expected).max() < 1e-5
     assert table.num_embeddings == 32
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "size", "nan"])
+def test_a_damaged_encoder_is_refused(damage, encoder_run, tower, images):
+    path = encoder_run / FILE
+    state, about = load_file(path), header(path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "header":
+        save_file(state, path, {"domain": '{"rank": 2}'})
+    elif damage == "size":
+        save_file(state | {"word.bias": torch.zeros(3)}, path, about)
+    else:
+        save_file(state | {"word.bias": state["word.bias"] * torch.nan}, path, about)
+    with pytest.raises(UserError, match=r"damaged|cannot be read|not finite|NaN"):
+        customize.train("domain_tuning", **tuning_flags(encoder_run, tower, images))
