@@ -268,10 +268,7 @@ class SubjectMixin(Stock):
                 **kwargs,
             )
         kwargs = by_name(super().__call__, args, kwargs)
-        if self.adapter is not None:
-            for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
-                if kwargs.get(name) is not None:
-                    raise UserError(f"{name}: a subject encoder is loaded; give images as subject_images.")
+        self._refuse_ip_arguments(kwargs)
         if subject_images is None:
             self._refuse_words(kwargs, TEXTS)
             return super().__call__(**kwargs)
@@ -284,14 +281,8 @@ class SubjectMixin(Stock):
         subjects = [self._encoded(entry) for entry in each_prompt(subject_images, len(prompts))]
         if not any(subjects):
             raise UserError("subject_images is empty: give 1 to 4 images of the subject.")
-        for prompt, found in zip(prompts, subjects, strict=True):
-            check_words(prompt, found, self.adapter.has_words)
-            if self.adapter.has_words:
-                check_length(prompt, found, with_words(self.tokenizer))
-        if self.adapter.has_words:
-            for text in texts_of(kwargs.get("prompt_2")) or ():
-                check_shown(text, [word for found in subjects for word in found])
-        else:
+        self._check_prompts(prompts, subjects, kwargs)
+        if not self.adapter.has_words:
             kwargs |= {name: without_subjects(kwargs[name]) for name in TEXTS if kwargs.get(name)}
         if not is_installed(
             self.unet, self.adapter.branches
@@ -311,6 +302,21 @@ class SubjectMixin(Stock):
         call.make_regions = self._region_maker(subject_masks, call.present, kwargs)
         with self._drawing(call):
             return super().__call__(**kwargs)
+
+    def _refuse_ip_arguments(self, kwargs: dict) -> None:
+        for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
+            if self.adapter is not None and kwargs.get(name) is not None:
+                raise UserError(f"{name}: a subject encoder is loaded; give images as subject_images.")
+
+    def _check_prompts(self, prompts: Sequence[str], subjects: Sequence[Subjects], kwargs: dict) -> None:
+        """UserError unless each prompt, with the subjects' words, says its subjects and is not too long."""
+        for prompt, found in zip(prompts, subjects, strict=True):
+            check_words(prompt, found, self.adapter.has_words)
+            if self.adapter.has_words:
+                check_length(prompt, found, with_words(self.tokenizer))
+        if self.adapter.has_words:
+            for text in texts_of(kwargs.get("prompt_2")) or ():
+                check_shown(text, [word for found in subjects for word in found])
 
     def _with_maps(self, words: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """The call, and the attention maps of words in its result."""

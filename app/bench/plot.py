@@ -33,46 +33,15 @@ def scatter(results: dict) -> bytes | None:
         return None
     figure = Figure((5.2, 4.4), dpi=72, layout="constrained")  # so that a pixel is a point, the unit of SVG
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
-    for method, x, y in points:
-        bars = [fmean(y)] * 2, [fmean(x)] * 2
-        axes.plot(
-            confidence_interval(x),
-            bars[0],
-            bars[1],
-            confidence_interval(y),
-            color=method["colour"],
-            alpha=0.45,
-        )
-        axes.plot(
-            bars[1][0],
-            bars[0][0],
-            KINDS[method["kind"]],
-            color=method["colour"],
-            markersize=8,
-            markeredgecolor="white",
-        )
+    for point in points:
+        _draw_point(axes, *point)
     for method, y in ((method, y) for method, x, y in values if y and not x and method["kind"] != "method"):
-        axes.axhline(
-            fmean(y), color=method["colour"], linestyle="--", linewidth=1
-        )  # real images have no prompt
-        at = axes.get_yaxis_transform()
-        axes.text(
-            0.99,
-            fmean(y),
-            method["label"],
-            color=method["colour"],
-            transform=at,
-            ha="right",
-            va="bottom",
-            parse_math=False,
-        )
-    for axis, name in zip((axes.xaxis, axes.yaxis), results["axes"], strict=True):
-        axis.set_label_text(
-            results["metrics"][name]["title"] + ARROWS[results["metrics"][name]["better"]], parse_math=False
-        )
+        _draw_level(axes, method, fmean(y))  # real images have no prompt
     axes.margins(0.09)
     for axis, name in zip((axes.xaxis, axes.yaxis), results["axes"], strict=True):
-        if results["metrics"][name]["style"] == "percent":
+        metric = results["metrics"][name]
+        axis.set_label_text(metric["title"] + ARROWS[metric["better"]], parse_math=False)
+        if metric["style"] == "percent":
             ticks = axis.get_majorticklocs()
             fine = len(ticks) > 1 and ticks[1] - ticks[0] < 0.01  # without a decimal, ticks would repeat
             axis.set_major_formatter(PercentFormatter(1, decimals=1 if fine else 0))
@@ -85,6 +54,21 @@ def scatter(results: dict) -> bytes | None:
     with matplotlib.rc_context({"svg.hashsalt": "report"}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return file.getvalue()
+
+
+def _draw_point(axes, method: dict, x: list[float], y: list[float]) -> None:
+    """A method's point, with the intervals of both scores."""
+    colour, bars = method["colour"], ([fmean(y)] * 2, [fmean(x)] * 2)
+    axes.plot(confidence_interval(x), bars[0], bars[1], confidence_interval(y), color=colour, alpha=0.45)
+    marker = {"color": colour, "markersize": 8, "markeredgecolor": "white"}
+    axes.plot(bars[1][0], bars[0][0], KINDS[method["kind"]], **marker)
+
+
+def _draw_level(axes, method: dict, y: float) -> None:
+    """A dashed line at a score, with the method's name."""
+    axes.axhline(y, color=method["colour"], linestyle="--", linewidth=1)
+    at = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+    axes.text(0.99, y, method["label"], color=method["colour"], parse_math=False, **at)
 
 
 def _place_labels(axes, points: list[tuple[dict, list[float], list[float]]]) -> None:
