@@ -44,6 +44,7 @@ VARIANTS = {
     "MCPL without AttnMask": ["mcpl", "--attention_mask", "none"],
     "MCPL without PromptCL": ["mcpl", "--prompt_contrast_weight", "0"],
     "MCPL, soft AttnMask": ["mcpl", "--attention_mask", "soft"],
+    "MCPL, PromptCL of weight .05": ["mcpl", "--prompt_contrast_weight", "0.05"],
 }
 SCORES = ("right", "correlation", "recognised", "overlap")
 
@@ -72,9 +73,9 @@ def write_scenes(folder: Path, group: Sequence[Drawing]) -> None:
         (folder / f"{i}.txt").write_text(caption_of(*shown), encoding="utf-8")
 
 
-def train(folder: Path, variant: list[str], group: Sequence[Drawing], steps: int) -> Path:
-    """The run of a variant."""
-    names, starts = "+".join(LEARNED[: len(group)]), "+".join(drawing.word for drawing in group)
+def train(folder: Path, variant: list[str], group: Sequence[Drawing], steps: int, start: str) -> Path:
+    """The run of a variant; words start from `start`, or else from their classes."""
+    names, starts = "+".join(LEARNED[: len(group)]), "+".join(start or own.word for own in group)
     flags = f"--placeholder_token {names} --initializer_token {starts} --num_vectors 4"
     flags += f" --max_train_steps {steps} --checkpointing_steps 100000 --overwrite_output_dir"
     flags += f" --instance_data_dir {folder / 'images'} --output_dir {folder / variant_name(variant)}"
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=2)
     parser.add_argument("--words", type=int, default=2, choices=[2, 3])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--start", default="", help="the word that all start from; empty: their classes")
     parser.add_argument("--output", type=Path, default=Path("runs/multi_concept"))
     options = parser.parse_args()
     quiet_libraries()
@@ -149,11 +151,12 @@ def main() -> None:
         folder = options.output / "-".join(str(drawing).replace(" ", "-") for drawing in group)
         write_scenes(folder / "images", group)
         for name, variant in VARIANTS.items():
-            pipe = load_pipeline(train(folder, variant, group, options.steps))
+            pipe = load_pipeline(train(folder, variant, group, options.steps, options.start))
             pipe.set_progress_bar_config(disable=True)
             rows[name] += scores(pipe, group, folder / f"{variant_name(variant)}.png")
             rows[name] += overlaps(pipe, group)
-    print(f"\n{len(groups)} groups of {size} drawings, {options.steps} steps\n")
+    start = options.start or "their classes"
+    print(f"\n{len(groups)} groups of {size} drawings, {options.steps} steps, words start from {start}\n")
     print(
         "| | right word | correlation | recognised | attention on the drawing (IoU) |\n|---|---|---|---|---|"
     )
