@@ -1,7 +1,7 @@
-"""Questions about the methods that learn words, on the quick subset of StickerBench: six held-out drawings,
-eight prompts.
+"""Questions about the methods that learn words, on the quick subset of StickerBench: six held-out
+drawings, eight prompts.
 
-    python examples/benchmarks/word_methods.py context    CoRe with and without each of its parts
+    python examples/benchmarks/word_methods.py context    CoRe at weights that tell, with and without each of its parts
     python examples/benchmarks/word_methods.py single     from one image: SingleInsert beside DreamBooth
     python examples/benchmarks/word_methods.py domain --domain_encoder RUN    a dozen steps beside hundreds
 
@@ -20,22 +20,21 @@ from customize.app.bench.stickers import COMMON, LORA, RECIPES, WORD, Recipe, St
 from customize.metrics import confidence_interval
 from customize.quiet import quiet_libraries
 
-INVERSION = f"{WORD} --num_vectors 4 --learning_rate 1e-2"
-CORE = f"{INVERSION} --context_prompts stickers"
-STRONG = "--context_embedding_weight 0.05 --context_attention_weight 50"
+CORE = f"{WORD} --num_vectors 4 --learning_rate 1e-2 --context_prompts stickers"
 SINGLE = RECIPES["single_insert"]
 SHOWN = ("subject_fidelity", "correlation", "prompt_fidelity", "background_leak", "class")
 
 
 def context(options) -> dict[str, Recipe]:
-    none = "--context_embedding_weight 0", "--context_attention_weight 0", "--norm_hold_end 0.4"
+    strong = f"{CORE} --norm_hold_end 0.6"
+    embedding, attention = "--context_embedding_weight 0.1", "--context_attention_weight 300"
+    without = "--context_embedding_weight 0", "--context_attention_weight 0"
+    free = f"{CORE} --norm_hold_end 0.4"
     return {
-        "Textual Inversion": Recipe("", "textual_inversion", "<subject>", INVERSION),
-        "CoRe": Recipe("", "core", "<subject>", CORE),
-        "CoRe without L_emb": Recipe("", "core", "<subject>", f"{CORE} {none[0]}"),
-        "CoRe without L_attn": Recipe("", "core", "<subject>", f"{CORE} {none[1]}"),
-        "CoRe without norm hold": Recipe("", "core", "<subject>", f"{CORE} {none[2]}"),
-        "CoRe, weights of .05 and 50": Recipe("", "core", "<subject>", f"{CORE} {STRONG}"),
+        "CoRe, weights of .1 and 300": Recipe("", "core", "<subject>", f"{strong} {embedding} {attention}"),
+        "without L_emb": Recipe("", "core", "<subject>", f"{strong} {without[0]} {attention}"),
+        "without L_attn": Recipe("", "core", "<subject>", f"{strong} {embedding} {without[1]}"),
+        "without norm hold": Recipe("", "core", "<subject>", f"{free} {embedding} {attention}"),
     }
 
 
@@ -45,7 +44,6 @@ def single(options) -> dict[str, Recipe]:
         "SingleInsert without L_bg": SINGLE._replace(flags=f"{SINGLE.flags} --background_weight 0"),
         "DreamBooth LoRA": RECIPES["dreambooth-no-prior"],
         "DreamBooth LoRA, masked": RECIPES["dreambooth-no-prior"]._replace(masks=True),
-        "Textual Inversion": RECIPES["textual_inversion"],
     }
 
 
