@@ -1,7 +1,7 @@
 """Questions about the methods that learn words, on the quick subset of StickerBench: six held-out
 drawings, eight prompts.
 
-    python examples/benchmarks/word_methods.py context    CoRe at weights that tell, with and without each of its parts
+    python examples/benchmarks/word_methods.py context    CoRe with and without its parts
     python examples/benchmarks/word_methods.py single     from one image: SingleInsert beside DreamBooth
     python examples/benchmarks/word_methods.py domain --domain_encoder RUN    a dozen steps beside hundreds
 
