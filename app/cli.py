@@ -8,6 +8,7 @@ from pathlib import Path
 
 from customize.app.evaluate import KINDS, read_evaluation
 from customize.app.generate import GenerateConfig, generate
+from customize.app.merge import MergeConfig, merge
 from customize.app.shared import check_run, split
 from customize.config import help_text, option
 from customize.errors import OUT_OF_MEMORY, UserError, nearest, run_safely
@@ -94,6 +95,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, list[type]]] = {
         evaluate,
         " RUN | --bench stickers | --bench dreambench [--flag value ...]: measure a run, or methods",
         list(KINDS),
+    ),
+    "merge": (
+        merge,
+        " A B ... --output_dir RUN [--flag value ...]: join LoRAs (runs or files) into one, without training",
+        [MergeConfig],
     ),
     "methods": (methods, ": list the methods", []),
     "push": (push, " RUN REPO_ID [--flag value ...]: upload a run to the Hugging Face Hub", [PushConfig]),

@@ -37,6 +37,9 @@ class GenerateConfig:
     lora_scale: float = option(
         1.0, "strength of the run's LoRA: 0 is the base model, 1 is as trained", least=0
     )
+    lora: list[str] = option(
+        [], "more LoRAs to draw with, runs or files, each with a weight if wanted: FILE or FILE:0.8"
+    )
     base_model: str = option(
         "", "base model to use instead of the one that the run names, as when its folder has moved"
     )
@@ -188,6 +191,7 @@ def check_request(run: str, prompts: list[str], config: GenerateConfig) -> None:
             raise UserError(
                 f"'{prompt}' is a folder, not a prompt: give one RUN, and describe the image in words."
             )
+    lora_weights(config.lora)
     if config.strength != GenerateConfig.strength and not config.init_image:
         raise UserError("--strength needs --init_image, the image to start from.")
     if (config.attention_guidance == "none") != (not config.attention_groups):
@@ -233,7 +237,52 @@ def load(run: str, config: GenerateConfig) -> Any:
         pipe = load_subject_pipeline(run, *named, dtype, **task, **base)
     else:
         pipe = load_pipeline(run, dtype=dtype, **base)
+    add_loras(pipe, config.lora)
     return set_up(pipe, config).to(device)
+
+
+def lora_weights(texts: Sequence[str]) -> list[tuple[Path, float]]:
+    """The files and weights of --lora; UserError for a file that does not exist and a weight that is no
+    number."""
+    found = []
+    for text in texts:
+        name, weight = text, 1.0
+        if not Path(text).exists() and ":" in text:
+            name, _, number = text.rpartition(":")
+            try:
+                weight = float(number)
+            except ValueError:
+                raise UserError(f"--lora: the weight of '{text}' is no number; write FILE:0.8.") from None
+        if not Path(name).exists():
+            raise UserError(f"--lora: there is no '{name}'; give a run or a LoRA file.")
+        if not abs(weight) < 100:
+            raise UserError(
+                f"--lora: the weight of '{name}' must be a number between -100 and 100, not {weight}."
+            )
+        found.append((Path(name), weight))
+    return found
+
+
+def add_loras(pipe: Any, texts: Sequence[str]) -> None:
+    """Loads the LoRAs of --lora beside that of the run, with their learned words, each at its weight."""
+    if not texts:
+        return
+    from customize.adapters.merging import load_lora
+    from customize.runs.checkpoint import load, open_run
+    from customize.runs.folder import INFO
+
+    weights = dict.fromkeys(pipe.get_active_adapters(), 1.0)
+    for path, weight in lora_weights(texts):
+        before = {name for names in pipe.get_list_adapters().values() for name in names}
+        if (path / INFO).exists():
+            load(path, pipe, open_run(path))
+        else:
+            load_lora(path, pipe)
+        added = {name for names in pipe.get_list_adapters().values() for name in names} - before
+        if not added:
+            raise UserError(f"--lora: '{path}' has no LoRA; it cannot be added to another run.")
+        weights |= dict.fromkeys(added, weight)
+    pipe.set_adapters(list(weights), list(weights.values()))
 
 
 SCHEDULERS = {
@@ -250,6 +299,10 @@ def set_up(pipe: Any, config: GenerateConfig) -> Any:
     """The pipeline with the scheduler, the LoRA's strength and the task that are asked for."""
     if config.scheduler:
         pipe.scheduler = make_scheduler(config.scheduler, pipe.scheduler)
+    if config.lora_scale != GenerateConfig.lora_scale and config.lora:
+        raise UserError(
+            "--lora_scale is the strength of the run's one LoRA; with --lora give weights: FILE:0.8."
+        )
     if config.lora_scale != GenerateConfig.lora_scale:
         adapters = pipe.get_active_adapters() if hasattr(pipe, "get_active_adapters") else []
         if not adapters:
@@ -403,8 +456,9 @@ def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: Gen
     for name in (*settings, "attention_strength", "context_steps"):
         if getattr(config, name) != getattr(GenerateConfig, name):
             parameters[name] = getattr(config, name)
-    if config.attention_groups:
-        parameters["attention_groups"] = config.attention_groups
+    for name in ("attention_groups", "lora"):
+        if getattr(config, name):
+            parameters[name] = getattr(config, name)
     if config.subject_images:
         names = ("subject_images", "subject_scale", "side_by_side", "subject_adapter", "image_encoder")
         parameters |= {name: getattr(config, name) for name in names}

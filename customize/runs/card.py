@@ -69,7 +69,7 @@ def card(folder: Path, info: dict[str, Any], concepts: Sequence[Concept]) -> str
     images = f"## Images\n\n![validation images](samples/{sample.name})\n\n" if sample else ""
     config = sorted(without_places(info["config"]).items())
     settings = "\n".join(f"| {key} | {value} |" for key, value in config if value not in ("", [], False, 0))
-    about = f"""A subject taught to `{base}` by **{info["method"]}** in {info["step"]} steps.
+    about = f"""{_made(info, base)}
 {"Prompt" if len(prompts) == 1 else "Prompts"} of the subject: {", ".join(f"`{p}`" for p in prompts)}."""
     use = USE.format(folder=name, prompt=json.dumps(prompts[0]))
     if holds(folder, "subject"):
@@ -105,6 +105,14 @@ def card(folder: Path, info: dict[str, Any], concepts: Sequence[Concept]) -> str
         library_name="diffusers", base_model=None if local else base, tags=tags, instance_prompt=prompts[0]
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def _made(info: dict[str, Any], base: str) -> str:
+    """How a run came about, in a sentence."""
+    if "step" in info:
+        return f"A subject taught to `{base}` by **{info['method']}** in {info['step']} steps."
+    sources = " and ".join(map(str, info["config"]["merged"]))
+    return f"LoRA of {sources} for `{base}`, joined by `customize merge --how {info['config']['how']}`."
 
 
 def is_local(base: str) -> bool:
