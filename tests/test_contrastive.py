@@ -22,7 +22,6 @@ from customize.losses.contrastive import (
     cosines,
     cross_modal_contrast,
     gathered,
-    mixed_negatives,
     scaled,
 )
 from customize.trainers.methods.contrast_diagnostics import rank_correlation
@@ -215,17 +214,6 @@ def test_alignment_and_uniformity_by_loops():
     expected = aligned + (even(visual) + even(textual)) / 2
     found = cross_modal_contrast(visual, textual, same_subject(ROWS, ROWS), 4.0, "uniform")
     assert found.item() == pytest.approx(expected.item(), abs=1e-5)
-
-
-def test_mixtures_lie_between_two_of_the_hardest_negatives():
-    anchors = torch.tensor([[1.0, 0, 0]])
-    candidates = torch.tensor([[1.0, 0, 0], [0.9, 0.1, 0], [0.8, 0.3, 0], [-1.0, 0, 0]])
-    negative = torch.tensor([[False, True, True, True]])
-    found = mixed_negatives(anchors, candidates, negative, count=2)
-    low, high = (cosine(anchors[0], candidates[i]).item() for i in (2, 1))
-    assert found.shape == (1, 2)
-    assert ((low - 1e-6 <= found) & (found <= high + 1e-6)).all()
-    assert mixed_negatives(anchors, candidates[:1], negative[:, :1], 2).tolist() == [[-math.inf] * 2]
 
 
 @pytest.mark.parametrize("form", get_args(CsclForm))

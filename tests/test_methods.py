@@ -19,6 +19,7 @@ from customize.errors import UserError
 from customize.files import header
 from customize.runs import checkpoint
 from customize.trainers.loop import train
+from customize.trainers.methods.break_for_make import BreakForMake
 from customize.trainers.methods.core import CoRe
 from customize.trainers.methods.dreambooth import DreamBooth
 from customize.trainers.methods.mcpl import MCPL
@@ -47,6 +48,8 @@ CASES = {
     "textual_inversion_3_vectors": (TextualInversion, WORD | {"num_vectors": 3}),
     "textual_inversion_output": (TextualInversion, WORD | {"num_vectors": 2, "optimize": "output"}),
     "pivotal_tuning": (PivotalTuning, WORD | {"rank": 2}),
+    "break_for_make": (BreakForMake, {"rank": 4}),
+    "break_for_make_style": (BreakForMake, {"rank": 4, "stage": "style", "lora_layers": "all"}),
     "core": (CoRe, WORD | {"num_vectors": 2}),
     "single_insert": (SingleInsert, WORD | {"rank": 2, "encoder_dim": 64, "encoder_depth": 1}),
     "mcpl": (MCPL, TWO | {"bind_adjectives": "red+blue"}),

@@ -46,6 +46,10 @@ METHODS: dict[str, Entry] = {
         "customize.trainers.methods.single_insert:SingleInsert",
         "a new word and LoRA from one image with a mask, without its background (Wu et al., 2023)",
     ),
+    "break_for_make": Entry(
+        "customize.trainers.methods.break_for_make:BreakForMake",
+        "content and style learned apart in two halves of one LoRA, and joined (Xu et al., 2024)",
+    ),
     "domain_tuning": Entry(
         "customize.trainers.methods.domain_tuning:DomainTuning",
         "a dozen steps from the word and LoRA that a domain encoder predicts (Arar et al., 2023)",

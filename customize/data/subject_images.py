@@ -70,6 +70,8 @@ class SubjectImages(Source):
     def prepare(self, method: Any, preparation: Preparation) -> TrainingData:
         backbone, cache, images = method.backbone, preparation.cache, [*self.images, *self.held_out]
         check_captions(method, images)
+        instances = [image for image in self.images if not image.is_prior]
+        method.use_images(instances)
         train: Any = SubjectDataset(self.images, self.config, backbone.factor)
         held: Any = SubjectDataset(self.held_out, self.config, backbone.factor)
         if cache is not None:
@@ -77,8 +79,6 @@ class SubjectImages(Source):
             cache_text(method, images, preparation.validation_prompts, cache)
             if not preparation.validation_prompts:
                 backbone.vae.cpu()  # nothing is encoded or decoded any more
-        instances = [image for image in self.images if not image.is_prior]
-        method.use_images(instances)
         priors = len(self.images) - len(instances)
         told = f"{len(instances)} image{'s' * (len(instances) > 1)}"
         texts = sorted(f"{image.digest} {image.concept} {image.caption}" for image in self.images)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MaclForm = Literal["ratio", "weight", "soft", "product", "plain"]
-CsclForm = Literal["plain", "supervised", "decoupled", "hard", "mixed", "adaptive", "uniform"]
+CsclForm = Literal["plain", "supervised", "decoupled", "hard", "adaptive", "uniform"]
 
 
 class _Gather(torch.autograd.Function):
@@ -101,21 +101,6 @@ def hardened(logits: Tensor, positive: Tensor) -> Tensor:
     return torch.where(negative, logits + weight - mean, logits)
 
 
-def mixed_negatives(anchors: Tensor, candidates: Tensor, negative: Tensor, count: int = 8) -> Tensor:
-    """Cosines (n, count) with further negatives, each a random mixture of two of the anchor's `count`
-    hardest ones (MoCHi, Kalantidis et al., 2020, arXiv 2010.01028, eq. 4). `negative` (n, m) says which
-    candidates are negatives of an anchor; minus infinity where a mixture holds others."""
-    similar = cosines(anchors, candidates).detach().masked_fill(~negative, -torch.inf)
-    value, hardest = similar.topk(min(count, similar.shape[1]), -1)
-    shape = len(anchors), count
-    pairs = torch.randint(hardest.shape[1], (2, *shape), device=value.device)
-    share = torch.rand(*shape, 1, device=value.device)
-    rows = torch.arange(len(anchors), device=value.device)[:, None]
-    first, second = F.normalize(candidates.float(), dim=-1)[hardest[rows, pairs]]
-    made = cosines(anchors[:, None], share * first + (1 - share) * second)[:, 0]
-    return made.masked_fill(~value[rows, pairs].isfinite().all(0), -torch.inf)
-
-
 def uniformity(features: Tensor) -> Tensor:
     """How evenly vectors (n, dim) lie on the sphere: log of the mean of exp(-2 d^2) over pairs at distance d
     (Wang and Isola, 2020, arXiv 2005.10242, eq. 4). At most 0; lower is more even."""
@@ -153,9 +138,6 @@ def _one_way(
         return decoupled(logits, pair)
     if form == "hard":
         logits = hardened(logits, pair)
-    if form == "mixed":
-        more = scale * mixed_negatives(anchors, candidates, ~same)
-        logits, target = torch.cat([logits, more], 1), F.pad(target, (0, more.shape[1]))
     return info_nce(logits, target)
 
 
@@ -167,7 +149,7 @@ def cross_modal_contrast(
     `visual` (n, dim), `textual` (m, dim) with m >= n; `scale` is the inverse temperature. The second
     direction uses the first n columns, whose pairs are known. The paper's form is `plain`. The others are of
     the literature: `supervised` counts all images of a subject as positives; `decoupled` leaves the positive
-    out of the softmax; `hard` weights similar negatives more; `mixed` adds mixtures of them; `adaptive`
+    out of the softmax; `hard` weights similar negatives more; `adaptive`
     softens the softmax as pairs align (Huang et al., 2023, arXiv 2207.07874, eq. 5); `uniform` is alignment +
     uniformity, without a softmax.
     """

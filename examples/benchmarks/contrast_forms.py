@@ -18,7 +18,7 @@ from customize.losses.contrastive import CsclForm
 from customize.trainers.launch import run
 
 FOLDER = Path("runs/contrast_forms")
-SHOWN = ("denoise", "gain", "cross-modal retrieval", "retrieval", "spearman", "cscl gradient")
+SHOWN = ("validation_loss", "gain", "cross-modal retrieval", "retrieval", "spearman", "cscl gradient")
 
 
 def trained(form: str, seed: int, options) -> dict[str, float]:
