@@ -149,9 +149,8 @@ def cross_modal_contrast(
     `visual` (n, dim), `textual` (m, dim) with m >= n; `scale` is the inverse temperature. The second
     direction uses the first n columns, whose pairs are known. The paper's form is `plain`. The others are of
     the literature: `supervised` counts all images of a subject as positives; `decoupled` leaves the positive
-    out of the softmax; `hard` weights similar negatives more; `adaptive`
-    softens the softmax as pairs align (Huang et al., 2023, arXiv 2207.07874, eq. 5); `uniform` is alignment +
-    uniformity, without a softmax.
+    out of the softmax; `hard` weights similar negatives more; `adaptive` softens the softmax as pairs align
+    (Huang et al., 2023, arXiv 2207.07874, eq. 5); `uniform` is alignment + uniformity, without a softmax.
     """
     n = len(visual)
     alignment = cosines(visual[:, None], textual[:n, None]).mean()
