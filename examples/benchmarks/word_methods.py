@@ -13,15 +13,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from customize.app.bench.bench import Subject
 from customize.app.bench.stickers import COMMON, LORA, RECIPES, WORD, Recipe, StickerBench
 from customize.metrics import confidence_interval
 from customize.quiet import quiet_libraries
+from customize.stickers.bench import parse_prompt
+from customize.stickers.judge import judge
 
 CORE = f"{WORD} --num_vectors 4 --learning_rate 1e-2 --context_prompts stickers"
 SINGLE = RECIPES["single_insert"]
+DEMANDING = (
+    "a red {} next to a bus on the beach",
+    "a tiny blue {} in the snow",
+    "two copies of a {} under a night sky",
+    "a {} next to a apple against a brick wall",
+    "a green {} with a white border on blue water",
+    "a huge purple {} next to a car on a wooden table",
+    "a {} at sunset in a wooden frame",
+    "three copies of a golden {} on green grass",
+)
 SHOWN = ("subject_fidelity", "correlation", "prompt_fidelity", "background_leak", "class")
 
 
@@ -31,6 +44,10 @@ def context(options) -> dict[str, Recipe]:
     without = "--context_embedding_weight 0", "--context_attention_weight 0"
     free = f"{CORE} --norm_hold_end 0.4"
     return {
+        "base": RECIPES["base"],
+        "textual_inversion": RECIPES["textual_inversion"],
+        "dreambooth-no-prior": RECIPES["dreambooth-no-prior"],
+        "CoRe": Recipe("", "core", "<subject>", CORE),
         "CoRe, weights of .1 and 300": Recipe("", "core", "<subject>", f"{strong} {embedding} {attention}"),
         "without L_emb": Recipe("", "core", "<subject>", f"{strong} {without[0]} {attention}"),
         "without L_attn": Recipe("", "core", "<subject>", f"{strong} {embedding} {without[1]}"),
@@ -94,6 +111,19 @@ class Comparison(StickerBench):
         taken = super().images_to_score(*args)
         return taken.__class__(**{**vars(taken), "masks": taken.masks[: self.images]})
 
+    def demanding(self, name: str) -> float:
+        """Prompt fidelity of prompts that ask for several things at once, mean over the subjects."""
+        found = []
+        for subject in self.subjects:
+            pipe, words = self.pipeline(name, subject), self.words(name, subject)
+            generators = [torch.Generator().manual_seed(i) for i in range(len(DEMANDING))]
+            prompts = [prompt.format(words) for prompt in DEMANDING]
+            images = pipe(prompts, generator=generators, **self.sampling.options).images
+            verdicts = judge(images)
+            for i, prompt in enumerate(DEMANDING):
+                found += verdicts.obeys(i, parse_prompt(prompt.format(subject.word))).values()
+        return sum(found) / len(found)
+
 
 QUESTIONS: dict[str, Callable] = {"context": context, "single": single, "domain": domain}
 
@@ -116,15 +146,17 @@ def main() -> None:
         quick=True,
         images=1 if options.question == "single" else 4,
     )
-    print(f"\n| | {' | '.join(SHOWN)} | s of training |\n" + "|---" * (len(SHOWN) + 2) + "|")
+    columns = [*SHOWN, "demanding prompts", "s of training"]
+    print(f"\n| | {' | '.join(columns)} |\n" + "|---" * (len(columns) + 1) + "|")
     for method in bench.run()["methods"]:
         cells = []
         for name in SHOWN:
             values = [s["scores"][name] for s in method["subjects"] if s["scores"].get(name) is not None]
             low, high = confidence_interval(values)
             cells.append(f"{sum(values) / len(values):.3f} ({low:.3f} to {high:.3f})")
+        demanding = f"{bench.demanding(method['name']):.3f}" if options.question == "context" else ""
         seconds = [subject["cost"].get("training seconds", 0.0) for subject in method["subjects"]]
-        print(f"| {method['name']} | {' | '.join(cells)} | {sum(seconds) / len(seconds):.0f} |")
+        print(f"| {method['name']} | {' | '.join(cells)} | {demanding} | {sum(seconds) / len(seconds):.0f} |")
 
 
 if __name__ == "__main__":
