@@ -2,7 +2,8 @@
 drawings, eight prompts.
 
     python examples/benchmarks/word_methods.py context    CoRe with and without its parts
-    python examples/benchmarks/word_methods.py single     from one image: SingleInsert beside DreamBooth
+    python examples/benchmarks/word_methods.py single     from one image, whose caption does not name the
+                                                          background: SingleInsert beside DreamBooth
     python examples/benchmarks/word_methods.py domain --domain_encoder RUN    a dozen steps beside hundreds
 
 Prints a Markdown table with 95 % bootstrap intervals over subjects; images and scores are in --output.
@@ -105,6 +106,8 @@ class Comparison(StickerBench):
         for path in folder.glob("*"):
             if int(path.name[0]) >= self.images:
                 path.unlink()
+            elif path.suffix == ".txt" and self.images == 1:  # a caption that does not name the background
+                path.write_text(f"a {self.words(name, subject)}", encoding="utf-8")
         return shown[: self.images]
 
     def images_to_score(self, *args):
