@@ -30,10 +30,10 @@ from customize.stickers.judge import judge, sides_of
 
 KINDS: dict[str, dict[str, Any] | None] = {
     "no guidance": None,
+    "CONFORM, 0.01": {"kind": "conform", "strength": 0.01},
     "CONFORM, 0.02": {"kind": "conform", "strength": 0.02},
-    "CONFORM, 0.05": {"kind": "conform", "strength": 0.05},
+    "Attend-and-Excite, 0.01": {"kind": "attend_and_excite", "strength": 0.01},
     "Attend-and-Excite, 0.02": {"kind": "attend_and_excite", "strength": 0.02},
-    "Attend-and-Excite, 0.05": {"kind": "attend_and_excite", "strength": 0.05},
 }
 RUNS = Path("runs/multi_concept")
 
