@@ -131,7 +131,8 @@ class LearnedWords(nn.Module, Adapter):
     def by_word(self) -> dict[str, dict[str, Tensor]]:
         """For each word, the vectors (num_vectors, dim) by text encoder: `clip_l`, `clip_g`, `t5`."""
         with torch.no_grad():
-            split = [vectors.split(self.num_vectors) for vectors in self.current()]
+            vectors = self.current()
+        split = [own.detach().split(self.num_vectors) for own in vectors]
         return {
             word: {name: parts[i] for name, parts in zip(self.names, split, strict=True)}
             for i, word in enumerate(self.words)
