@@ -7,14 +7,17 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
+import customize
 from customize.adapters.kohya import KOHYA, KohyaLora
 from customize.adapters.lora import TEXT_ATTENTION, Lora, LoraFields, add_lora
 from customize.adapters.lora_files import with_text_model
+from customize.adapters.merging import load_lora
 from customize.backbones.families import wrap
 from customize.errors import UserError
 from customize.files import header
+from customize.pipelines import load_pipeline
 from customize.runs import checkpoint
-from tiny import BASES, lora_of, tiny
+from tiny import BASES, draw, lora_of, tiny
 
 RANK, ALPHA = 4, 6.0
 
@@ -310,3 +313,24 @@ def test_dora_of_text_encoders_comes_back(base, tmp_path):
     names = list(pipe.get_list_adapters().values())
     assert names
     assert all(own == [tmp_path.name.replace("-", "_")] for own in names)
+
+
+@pytest.mark.parametrize("name", ["half", "train", "values", "7", "a.b"])
+def test_a_run_of_any_name_loads(name, images, tmp_path):
+    """peft keeps adapters by name in a ModuleDict, which has attributes such as half and train."""
+    tiny("sd15").save_pretrained(tmp_path / "base")
+    run = customize.train(
+        "dreambooth",
+        pretrained_model_name_or_path=tmp_path / "base",
+        instance_data_dir=images,
+        instance_prompt="a photo of sks dog",
+        resolution=16,
+        max_train_steps=1,
+        rank=2,
+        output_dir=tmp_path / name,
+    )
+    pipe = load_pipeline(run)
+    before = draw(pipe, "a photo of sks dog")
+    load_lora(run, pipe)  # once more, beside the first
+    assert len(pipe.get_list_adapters()["unet"]) == 2
+    assert before.shape == (32, 32, 3)

@@ -122,6 +122,8 @@ class Lora(Adapter):
 def adapter_name(folder: Path, pipe: DiffusionPipeline) -> str:
     """A name for a run's LoRA in a pipeline: its folder's name with only letters, digits and underscores."""
     name = re.sub(r"\W+", "_", folder.resolve().name) or "run"
+    if hasattr(nn.ModuleDict(), name):  # such as half or train: peft keeps adapters in a ModuleDict
+        name += "_run"
     taken = {own for names in pipe.get_list_adapters().values() for own in names}
     numbered = (f"{name}_{i}" for i in itertools.count(2))
     return next(own for own in itertools.chain([name], numbered) if own not in taken)
