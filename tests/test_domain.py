@@ -17,12 +17,13 @@ from customize.adapters.dual_path import DualPath, install_paths, nearest_words
 from customize.adapters.words import LearnedWords
 from customize.backbones.base import Condition
 from customize.backbones.families import wrap
+from customize.data.images import find_images, read_image_file
 from customize.errors import UserError
 from customize.files import header
 from customize.losses.contrastive import nearest_word_contrast
 from customize.pipelines import load_pipeline
 from customize.runs.folder import read_info
-from customize.trainers.methods.domain_encoder import DomainEncoding
+from customize.trainers.methods.domain_encoder import DomainEncoding, features_of
 from customize.trainers.methods.domain_tuning import DomainTuning
 from tiny import BASES, draw, random, tiny
 
@@ -299,3 +300,30 @@ def test_a_damaged_encoder_is_refused(damage, encoder_run, tower, images):
         save_file(state | {"word.bias": state["word.bias"] * torch.nan}, path, about)
     with pytest.raises(UserError, match=r"damaged|cannot be read|not finite|NaN"):
         customize.train("domain_tuning", **tuning_flags(encoder_run, tower, images))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_tuning_starts_as_the_encoder_draws_on_every_base_model(base, tower, images, tmp_path):
+    """The word and the LoRA in the tuned model's weights are those that the encoder applies on the fly."""
+    encoding = method_of(tower, base, hard_path=0.0)
+    encoding.adapter.save(tmp_path)
+    backbone = wrap(tiny(base), base)
+    config = DomainTuning.Config(domain_encoder=str(tmp_path), image_encoder=str(tower))
+    tuning = DomainTuning(backbone, config, [])
+    files = find_images(images, PROMPT)[:1]
+    tuning.use_images(files)
+    shown = encoding.image_encoder.pixels([read_image_file(file)[0] for file in files])
+    channels = 4 if base == "flux" else backbone.latent_channels
+    noisy, t = random(1, channels, 8, 8), backbone.nearest_times(torch.tensor([0.5]))
+    with torch.no_grad():
+        predicted = encoding.adapter(features_of(encoding.image_encoder, shown))
+        batch = {"predicted": predicted, "prompt": [PROMPT], "present": torch.ones(1, 1)}
+        expected_text = encoding.eval().condition(batch, t).text
+        with encoding.adapter.using(predicted.cores):
+            expected = encoding.backbone.denoise(noisy, t, Condition(expected_text))
+        found = backbone.denoise(noisy, t, Condition(backbone.encode_prompt([PROMPT])))
+    assert torch.allclose(found, expected, atol=1e-4)
+    tuning.train()
+    terms = tuning({"pixels": random(1, 3, 32, 32).clamp(-1, 1), "prompt": [PROMPT]})
+    gradients = torch.autograd.grad(sum(terms.values()), list(tuning.trainable().values()), allow_unused=True)
+    assert sum(g is not None and bool(g.any()) for g in gradients) > 0.7 * len(gradients)

@@ -129,6 +129,10 @@ MISTAKES = {
     "numbers of words": ({"initializer_token": "dog"}, "as many"),
     "adjectives": ({"bind_adjectives": "red"}, "names 1 adjectives for 2 words"),
     "adjective in no caption": ({"bind_adjectives": "red+style"}, "says <pet>, but not 'style'"),
+    "a word that no caption says": (
+        {"placeholder_token": "<toy>+<pet>+<bus>", "initializer_token": "dog+cat+toy"},
+        "no caption says <bus>",
+    ),
     "no word": ({"instance_prompt": "a photo of the dog"}, "does not contain <toy> or <pet>"),
 }
 

@@ -1,6 +1,6 @@
 """Training data for methods that learn one or a few subjects."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,8 +91,9 @@ class SubjectImages(Source):
         )
 
 
-def check_captions(method: Any, images: Iterable[ImageFile]) -> None:
-    """UserError for a caption that is too long with the learned words in it, or that holds none of them."""
+def check_captions(method: Any, images: Sequence[ImageFile]) -> None:
+    """UserError for a caption that is too long with the learned words in it, or that holds none of them,
+    and for a word that no caption holds."""
     words = method.learned_words
     for image in images:
         method.backbone.check_length(f"caption of '{image.path}'", image.caption)
@@ -103,6 +104,11 @@ def check_captions(method: Any, images: Iterable[ImageFile]) -> None:
             )
         if not image.is_prior:
             method.check_caption(image.caption)
+    for word in words:
+        if not any(word in image.caption for image in images if not image.is_prior):
+            raise UserError(
+                f"--placeholder_token: no caption says {word}, so it would learn nothing; leave it out."
+            )
 
 
 def cache_text(

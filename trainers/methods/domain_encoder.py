@@ -143,9 +143,9 @@ class DomainEncoding(Method):
             )
         vectors = self.adapter.vectors(batch["predicted"])
         dropped = torch.rand(len(t)) < self.config.dropout_text * self.training
+        # the pipeline itself puts all tokens of a word of several vectors into the text
         prompts = [
-            "" if drop else prompt.replace(WORD, " ".join(self.words))
-            for prompt, drop in zip(batch["prompt"], dropped.tolist(), strict=True)
+            "" if drop else prompt for prompt, drop in zip(batch["prompt"], dropped.tolist(), strict=True)
         ]
         text = self._text(prompts, vectors)
         if self.config.hard_path:
