@@ -1,6 +1,8 @@
 """`customize demo`: four images of a subject, a few minutes of training, and the subject in scenes it was
 never seen in."""
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from customize.backbones.load import load_base
-from customize.data.concepts import DataConfig
 from customize.errors import UserError
 from customize.pipelines import load_pipeline
 from customize.runs.folder import check_free
@@ -17,10 +18,7 @@ from customize.runs.output import is_own_image, make_folder, save_image
 from customize.stickers import BACKGROUNDS, Drawing, World
 from customize.stickers.bench import reference_captions, write_references
 from customize.stickers.measure import masked_correlation
-from customize.stickers.scene import SIDE
-from customize.trainers.launch import launch
-from customize.trainers.methods.dreambooth import DreamBoothConfig
-from customize.trainers.settings import ModelConfig, TrainConfig
+from customize.trainers.launch import train_method
 
 SUBJECT = Drawing("fox", "flat")  # a drawing that the base model has never seen, of a class that it knows
 UNSEEN = ("beach", "night", "bricks", "wood", "pink", "sunset")
@@ -37,24 +35,18 @@ def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False
     """
     folder = make_folder(Path(output), "--output")
     check_output(folder, overwrite)
-    images = write_references(folder / "pictures", SUBJECT, f"{WORD} {SUBJECT.word}")
+    images = write_references(folder / "images", SUBJECT, f"{WORD} {SUBJECT.word}")
     prompts = [f"a {WORD} {SUBJECT.word} {BACKGROUNDS[b]}" for b in UNSEEN]
     before = draw(load_base("stickers"), prompts)
-    settings = TrainConfig(
-        output_dir=str(folder),
+    train_method(
+        "dreambooth",
+        instance_data_dir=folder / "images",
+        instance_prompt=f"a {WORD} {SUBJECT.word}",
+        output_dir=folder,
         overwrite_output_dir=overwrite,
-        train_batch_size=4,
         max_train_steps=20 if quick else 500,
-        learning_rate=1e-3,
-        lr_scheduler="cosine",
         checkpointing_steps=1000,
     )
-    data = DataConfig(
-        instance_data_dir=str(folder / "pictures"),
-        instance_prompt=f"a {WORD} {SUBJECT.word}",
-        resolution=SIDE,
-    )
-    launch("dreambooth", ModelConfig(), data, settings, DreamBoothConfig(rank=16, lora_layers="all"))
     after = draw(load_pipeline(folder), prompts)
     page = folder / PAGE
     save_image(compose(images, before, after, prompts), page)
@@ -66,15 +58,20 @@ def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False
         f"correlation with the subject: its own images {scores[0]:.2f}, before {scores[1]:.2f}, after "
         f"{scores[2]:.2f}"
     )
-    print(f'look at {page}; draw more with: customize generate {folder} "{prompts[0]}"')
+    print(f'look at {page}; draw more with: {command()} generate {folder} "{prompts[0]}"')
     return page
+
+
+def command() -> str:
+    """How this program is called where the user stands: by its path, if it is not on the search path."""
+    return "customize" if shutil.which("customize") else sys.argv[0]
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """UserError if the demo would replace files that it did not write, or an earlier demo without
     `overwrite`."""
     check_free(folder, overwrite, resumed=False, flag="--output")
-    own = [path for path in (folder / PAGE, *(folder / "pictures").glob("*")) if path.exists()]
+    own = [path for path in (folder / PAGE, *(folder / "images").glob("*")) if path.exists()]
     if own and not overwrite:
         raise UserError(
             f"'{folder}' holds an earlier demo; choose another --output, or add --overwrite_output_dir."

@@ -181,10 +181,12 @@ def help_text(dataclasses: list[type], defaults: Mapping[str, Any] | None = None
 
 
 def help_line(flag: Flag) -> str:
-    ending = "required" if flag.default is MISSING else f"default {flag.default!r}"
-    also = f", also --{flag.alias}" if flag.alias else ""
     kind = ", ".join(filter(None, (expected(flag.type), str(flag.range))))
-    return f"  --{flag.name:<30} {flag.help} ({kind}; {ending}{also})"
+    empty = flag.default in ("", [])  # the help says what that means
+    ending = "required" if flag.default is MISSING else "" if empty else f"default {flag.default!r}"
+    also = f"also --{flag.alias}" if flag.alias else ""
+    about = "; ".join(filter(None, (kind, ", ".join(filter(None, (ending, also))))))
+    return f"  --{flag.name:<30} {flag.help} ({about})"
 
 
 def flags_of(cls: type) -> list[Flag]:

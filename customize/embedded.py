@@ -1,13 +1,13 @@
 """The embedded base model, `stickers`: the only place in the core that knows its name and its files."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from customize.errors import shortened
+from customize.errors import nearest, shortened
 from customize.stickers import ENCODER, MODEL
 
 NAME = "stickers"
@@ -53,13 +53,47 @@ def not_understood(prompt: str, own: str = "") -> str:
     it knows all. `own` holds the words that a run has learned."""
     from customize.stickers.bench import not_understood
 
-    if not (unknown := not_understood(prompt, own)):
+    return _does_not_know(not_understood(prompt, own))
+
+
+def _does_not_know(unknown: Sequence[str]) -> str:
+    from customize.stickers.bench import vocabulary
+
+    if not unknown:
         return ""
     words = ", ".join(f"'{shortened(phrase)}'" for phrase in unknown[:5])
     return (
         f"{NAME}, the embedded base model, does not know {words}: it knows things such as a fox, a bus or an "
         "apple, places such as 'on the beach' or 'under a night sky', colours, sizes and counts."
+        f"{nearest(unknown[0], vocabulary())}"
     )
+
+
+def warn_of_words(
+    captions: Collection[str],
+    learned: Collection[str] = (),
+    class_prompts: Collection[str] = (),
+    starting_words: Collection[str] = (),
+    prompts: Collection[str] = (),
+) -> None:
+    """Warns of the words of a training that the embedded base model does not know. `learned` are its new
+    words; if there are none, the first unknown word of each caption is the subject's own. `prompts` may also
+    say what the captions say."""
+    from customize.stickers.bench import not_understood
+
+    strange: dict[str, list[str]] = {"the captions": []}
+    for caption in captions:
+        strange["the captions"] += not_understood(caption, " ".join(learned))[not learned :]
+    own_words = " ".join(captions)
+    for flag, texts, known in (
+        ("--class_prompt", class_prompts, ""),
+        ("--initializer_token", starting_words, ""),
+        ("--validation_prompt", prompts, own_words),
+    ):
+        strange[flag] = [phrase for text in texts for phrase in not_understood(text, known)]
+    for where, phrases in strange.items():
+        if phrases:
+            warnings.warn(f"{where}: {_does_not_know(list(dict.fromkeys(phrases)))}", stacklevel=2)
 
 
 def context_prompts() -> list[str]:

@@ -24,9 +24,10 @@ def read_text(path: Path) -> str:
         marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = content.decode("utf-16" if marked else "utf-8-sig")
         return text.replace("\r\n", "\n").replace("\r", "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = f"{path} cannot be read as UTF-8 text ({error}); correct its path or save it so."
-        raise UserError(reason) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}); correct its path.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text ({error}); save it as UTF-8.") from error
 
 
 def parsed_json(text: str) -> Any:

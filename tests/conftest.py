@@ -36,4 +36,4 @@ def write_noise(folder):
 
 @pytest.fixture
 def images(tmp_path):
-    return write_noise(tmp_path / "pictures")
+    return write_noise(tmp_path / "images")

@@ -389,7 +389,7 @@ def test_addresses_in_rows_are_never_fetched(offline, address, allowed):
     assert "is never fetched" in refused(decoded, {"bytes": None, "path": address}, "7", config)
 
 
-NO_PICTURES = [
+NO_IMAGES = [
     *(None, 5, "a.png", "http://localhost/a.png", [], b"", {}, {"a": 1}, {"bytes": None, "path": None}),
     *(
         {"bytes": 3, "path": 3},
@@ -401,7 +401,7 @@ NO_PICTURES = [
 ]
 
 
-@pytest.mark.parametrize("image", NO_PICTURES, ids=str)
+@pytest.mark.parametrize("image", NO_IMAGES, ids=str)
 def test_rows_that_hold_no_image(offline, image):
     with pytest.raises(Unreadable):
         decoded(image, "7", ReferenceConfig(dataset_name="parquet", allow_outside_files=True))

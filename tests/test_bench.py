@@ -265,8 +265,8 @@ def test_a_method_is_taught_drawn_scored_and_resumed(tmp_path, small, monkeypatc
     assert row["cost"]["training seconds"] > 0
     assert row["cost"]["file MB"] > 0.1
     assert row["cost"]["seconds an image"] > 0
-    assert row["pictures"][2]["prompt"] == "a red sks fox in the snow"
-    assert all((tmp_path / image["file"]).exists() for image in row["pictures"])
+    assert row["images"][2]["prompt"] == "a red sks fox in the snow"
+    assert all((tmp_path / image["file"]).exists() for image in row["images"])
     assert all((tmp_path / file).exists() for file in row["references"])
     real = results["methods"][1]["subjects"][0]
     assert real["scores"]["correlation"] > 0.7
@@ -441,7 +441,7 @@ def dreambench(dataset, folder, clip, **changes):
 def test_the_protocol_by_loops(dataset, clip, tmp_path):
     results = dreambench(dataset, tmp_path / "out", clip).run()
     mug = results["methods"][2]["subjects"][0]
-    drawn = [Image.open(tmp_path / "out" / entry["file"]) for entry in mug["pictures"]]
+    drawn = [Image.open(tmp_path / "out" / entry["file"]) for entry in mug["images"]]
     real = [Image.open(path).convert("RGB") for path in sorted((dataset / "mug").iterdir())]
     assert len(drawn) == 4
     a, b = clip(drawn).double(), clip(real).double()
@@ -457,7 +457,7 @@ def test_the_protocol_by_loops(dataset, clip, tmp_path):
     assert mug["scores"]["diversity"] == pytest.approx(apart, abs=1e-5)
     ceiling = np.mean([float(b[i] @ b[j]) for i in range(3) for j in range(3) if i != j])
     assert results["methods"][1]["subjects"][0]["scores"]["clip_i"] == pytest.approx(ceiling, abs=1e-5)
-    assert mug["pictures"][0]["prompt"] == "a sks coffee mug in the jungle"
+    assert mug["images"][0]["prompt"] == "a sks coffee mug in the jungle"
     assert results["published"]
     assert results["protocol"]["references"] == "all images of the subject"
     assert results["protocol"]["method dreambooth"].startswith(
@@ -495,7 +495,7 @@ def test_the_one_reference_variant(dataset, clip, tmp_path):
     real, taught = (method["subjects"] for method in results["methods"])
     assert len(taught) == 1
     assert (len(real[0]["references"]), len(taught[0]["references"])) == (3, 1)
-    assert len(taught[0]["pictures"]) == 2
+    assert len(taught[0]["images"]) == 2
     info = json.loads((tmp_path / "out" / "dreambooth" / "mug" / "run" / "run.json").read_text())
     assert len(info["dataset"]) == 1
 
@@ -505,12 +505,12 @@ def test_the_one_reference_variant(dataset, clip, tmp_path):
 
 def test_a_run_on_stickers_beside_its_base_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("customize.app.bench.finished.bench_prompts", lambda quick: ["a {} on the beach"])
-    write_references(tmp_path / "pictures", FOX, "sks fox")
+    write_references(tmp_path / "images", FOX, "sks fox")
     train = [
         "train",
         "dreambooth",
         "--instance_data_dir",
-        str(tmp_path / "pictures"),
+        str(tmp_path / "images"),
         "--instance_prompt",
         "a sks fox",
     ]
@@ -525,10 +525,10 @@ def test_a_run_on_stickers_beside_its_base_model(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "run" / "evaluation-quick" / "report.html").read_text()
     assert "interval" not in page.split("<section")[0]  # over one subject there is none
     assert re.search(r"StickerBench: 2 images, about 1 min to draw|images, about", capsys.readouterr().out)
-    assert found["methods"][1]["subjects"][0]["pictures"][0]["prompt"] == "a sks fox on the beach"
+    assert found["methods"][1]["subjects"][0]["images"][0]["prompt"] == "a sks fox on the beach"
 
     write_references(
-        tmp_path / "pictures", Drawing("apple", "cartoon"), "sks fox"
+        tmp_path / "images", Drawing("apple", "cartoon"), "sks fox"
     )  # the same folder, other images
     assert main(["evaluate", str(tmp_path / "run"), "--quick"]) == 2
     assert "another protocol" in capsys.readouterr().err
@@ -538,14 +538,14 @@ def test_a_run_from_a_users_own_images(tmp_path, monkeypatch):
     """Any number, size and shape: the masks of the benchmark's images do not fit them."""
     monkeypatch.setattr("customize.app.bench.finished.bench_prompts", lambda quick: ["a {} on the beach"])
     for i, size in enumerate([(100, 80), (64, 64), (30, 40)]):
-        path = tmp_path / "pictures" / f"{i}.png"
+        path = tmp_path / "images" / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         true_scene(FOX, "a fox on green grass", i).resize(size).save(path)
     train = [
         "train",
         "dreambooth",
         "--instance_data_dir",
-        str(tmp_path / "pictures"),
+        str(tmp_path / "images"),
         "--instance_prompt",
         "a sks fox",
     ]
@@ -570,10 +570,10 @@ def stranger(i: int) -> Image.Image:
 def test_a_run_of_what_is_no_drawing_of_the_world(tmp_path, monkeypatch, capsys):
     """It is compared with its own images, and nothing that needs the true drawing is reported."""
     monkeypatch.setattr("customize.app.bench.finished.bench_prompts", lambda quick: ["a {} on the beach"])
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(3):
-        stranger(i).save(tmp_path / "pictures" / f"{i}.png")
-    train = ["train", "dreambooth", "--instance_data_dir", str(tmp_path / "pictures")]
+        stranger(i).save(tmp_path / "images" / f"{i}.png")
+    train = ["train", "dreambooth", "--instance_data_dir", str(tmp_path / "images")]
     train += ["--instance_prompt", "a sks toy", "--max_train_steps", "1", "--rank", "2"]
     assert main([*train, "--output_dir", str(tmp_path / "run")]) == 0
     assert main(["evaluate", str(tmp_path / "run"), "--quick"]) == 0
@@ -582,10 +582,10 @@ def test_a_run_of_what_is_no_drawing_of_the_world(tmp_path, monkeypatch, capsys)
     assert found["axes"] == ["prompt_fidelity", "clip_i"]
     assert "its own images are the truth" in found["protocol"]["subjects"]
     base, run, real = (method["subjects"][0] for method in found["methods"])
-    assert run["pictures"][0]["prompt"] == "a sks toy on the beach"
-    assert base["pictures"][0]["prompt"] == "a toy on the beach"
+    assert run["images"][0]["prompt"] == "a sks toy on the beach"
+    assert base["images"][0]["prompt"] == "a toy on the beach"
     assert 0 < real["scores"]["clip_i"] <= 1
-    assert real["pictures"] == []
+    assert real["images"] == []
 
 
 def test_the_scores_of_an_unknown_subject_by_loops(clip):

@@ -22,6 +22,7 @@ from customize.runs import checkpoint
 from customize.stickers import Drawing, Scene, World, draw_scene
 from customize.stickers import bench as stickers
 from customize.stickers.scene import draw_caption, draw_factors
+from customize.trainers import launch
 from tiny import tiny
 
 SMALL = ["--height", "32", "--width", "32", "--num_inference_steps", "2"]
@@ -108,7 +109,10 @@ def test_prompts_of_a_file(run, tmp_path):
         (["FOLDER"], "is a folder, not a prompt"),
         (["a dog", "--strength", "0.5"], "--strength needs --init_image"),
         (["a dog", "--init_image", "none.png"], "there is no file 'none.png'"),
-        (["a dog", "--prompts_file", "none.txt"], "none.txt cannot be read"),
+        (
+            ["a dog", "--prompts_file", "none.txt"],
+            r"none.txt cannot be read \(there is no such file\); correct its path",
+        ),
         (["a dog", "--guidance_scale", "nan"], "--guidance_scale must be"),
         (["a dog", "--lora_scale", "-1"], "--lora_scale must be"),
     ],
@@ -152,6 +156,8 @@ def test_the_embedded_base_is_drawn_with_its_own_guidance(monkeypatch, tmp_path)
         ("two copies of a red flat dog, upside down, at sunset in a wooden frame", []),
         ("a photo of <toy> on the beach", []),
         ("a fox riding a bus in paris", ["riding", "in paris"]),
+        ("a fox with a red hat on the beach", ["with a red hat"]),
+        ("an ant and a scorpion", ["ant", "scorpion"]),  # classes that are held out
     ],
 )
 def test_words_that_no_scene_can_show(prompt, unknown):
@@ -164,6 +170,45 @@ def test_every_caption_of_the_world_is_understood():
     for _ in range(300):
         scene = draw_factors(rng, world, drawings, extras=0.5)
         assert stickers.not_understood(draw_caption(rng, scene)) == []
+
+
+WARNED = {
+    "the captions": ({"instance_prompt": "a photo of sks unicrn"}, "'unicrn'.* Did you mean 'unicorn'"),
+    "--class_prompt": ({"class_prompt": "a photo of a sofa"}, "'sofa'"),
+    "--initializer_token": ({"initializer_token": "fox+mugg"}, "'mugg'"),
+    "--validation_prompt": ({"validation_prompt": ["a sks fox in paris"]}, "'in paris'"),
+}
+
+
+@pytest.mark.parametrize("flag", WARNED)
+def test_training_names_what_the_embedded_model_does_not_know(flag, tmp_path, monkeypatch):
+    changed, said = WARNED[flag]
+    method = "mcpl" if flag == "--initializer_token" else "dreambooth"
+    settings = {"instance_prompt": "a photo of sks fox", "output_dir": tmp_path / "run"}
+    if method == "mcpl":
+        settings |= {"placeholder_token": "<a>+<b>", "instance_prompt": "a <a> next to a <b>"}
+    folder = tmp_path / "images"
+    folder.mkdir()
+    draw_scene(Scene(Drawing("fox", "flat"), "beach"), World())[0].save(folder / "0.png")
+    monkeypatch.setattr(launch, "train", lambda *_: None)
+    monkeypatch.setattr(launch, "finish", lambda *_: tmp_path)
+    with warnings.catch_warnings(record=True) as found:
+        launch.train_method(method, instance_data_dir=folder, **(settings | changed))
+    told = [str(one.message) for one in found if "does not know" in str(one.message)]
+    assert len(told) == 1
+    assert re.match(f"{flag}: stickers, the embedded base model, does not know {said}", told[0])
+
+
+def test_training_with_known_words_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embedded.warn_of_words(
+            ["a photo of sks fox", "a sks fox on the beach", "a photo of <toy>", "a bus in wz style"],
+            [],
+            ["a fox", ""],
+            ["fox", "photo", ""],
+            ["a sks fox in the snow", "a <toy> at sunset"],
+        )
 
 
 def test_generate_names_what_the_embedded_model_does_not_know(tmp_path, capsys):

@@ -327,7 +327,7 @@ def words(base_folder, images):
 def whole(base_folder, tmp_path_factory):
     """The run of `words` that nobody interrupts."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    words = settings_of(base_folder, write_noise(folder / "pictures"))
+    words = settings_of(base_folder, write_noise(folder / "images"))
     return run([*words, "--output_dir", str(folder / "whole")])
 
 
@@ -498,7 +498,16 @@ def test_signals_of_a_launcher_count_as_one(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-# losses that are not finite, full disks
+# losses that are no number, or not finite; full disks
+
+
+@pytest.mark.parametrize(("bad", "found"), [(torch.ones(2, 3), r"\(2, 3\)"), (0.5, "float")])
+def test_a_loss_that_is_not_one_number_is_named(bad, found, images, tmp_path):
+    method, dataset = build(images)
+    method.losses = lambda step: {"denoise": step.prediction.square().mean(), "penalty": bad}
+    config = settings(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"loss 'penalty' .* not {found}: end it with .mean\(\)"):
+        train(method, SubjectData(dataset), config, make_accelerator(config))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -550,7 +559,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(module, error, images, tmp_path
     monkeypatch.setattr(module, "save_file", save_file)
     with pytest.raises(UserError, match="disk is full"):
         go(images, tmp_path, "textual_inversion", checkpointing_steps=1)
-    assert {path.name for path in tmp_path.iterdir()} - {"pictures"} == {"checkpoint-1"}
+    assert {path.name for path in tmp_path.iterdir()} - {"images"} == {"checkpoint-1"}
     monkeypatch.undo()
     _, step = go(images, tmp_path, "textual_inversion", resume_from_checkpoint="latest")
     assert step == 5
@@ -568,7 +577,7 @@ def test_a_full_disk_at_the_end_leaves_the_earlier_result(images, tmp_path, monk
         go(images, tmp_path, "textual_inversion", max_train_steps=2)
     assert len(before) >= 2
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["pictures"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["images"]
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(2, {3, 4}), (1, {4}), (0, {1, 2, 3, 4})])

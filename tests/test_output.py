@@ -705,9 +705,9 @@ def test_a_run_of_before_files_were_listed(train, tmp_path):
 def quick_demo(monkeypatch):
     """A demo without training: it writes what it would write."""
 
-    def launched(name, model, data, settings, options):
-        folder = Path(settings.output_dir)
-        check_free(folder, settings.overwrite_output_dir, False)
+    def trained(name, output_dir, overwrite_output_dir, **_):
+        folder = Path(output_dir)
+        check_free(folder, overwrite_output_dir, False)
         with run_folder.staged(
             folder, {"format": 1, "base_model": "stickers", "method": name, "config": {}}
         ) as (new, _):
@@ -715,7 +715,7 @@ def quick_demo(monkeypatch):
         return folder
 
     drawn = [Image.fromarray(np.zeros((64, 64, 3), np.uint8))] * len(demo.UNSEEN)
-    monkeypatch.setattr(demo, "launch", launched)
+    monkeypatch.setattr(demo, "train_method", trained)
     monkeypatch.setattr(demo, "load_base", lambda *_: None)
     monkeypatch.setattr(demo, "load_pipeline", lambda *_: None)
     monkeypatch.setattr(demo, "draw", lambda *_: drawn)
@@ -728,13 +728,13 @@ def test_the_demo_replaces_nothing_unasked(quick_demo, train, tmp_path, capsys):
     assert "--overwrite_output_dir" in capsys.readouterr().err
     assert contents(folder) == before
     assert cli.main(["demo", "--output", str(folder), "--overwrite_output_dir"]) == 0
-    assert {"demo.png", "pictures", "run.json"} <= names(folder)
+    assert {"demo.png", "images", "run.json"} <= names(folder)
     assert cli.main(["demo", "--output", str(folder)]) == 2
     assert cli.main(["demo", "--output", str(folder), "--overwrite_output_dir"]) == 0
 
 
 @pytest.mark.parametrize(
-    "name", ["demo.png", "pictures/0.png", "pictures/0.txt", "pictures/0.jpg", "pictures/mother.jpg", LORA]
+    "name", ["demo.png", "images/0.png", "images/0.txt", "images/0.jpg", "images/mother.jpg", LORA]
 )
 def test_the_demo_refuses_what_no_demo_wrote(name, quick_demo, tmp_path):
     (tmp_path / "out" / name).parent.mkdir(parents=True)
@@ -766,11 +766,11 @@ def evaluated(train, tmp_path):
     train(output_dir=folder / "dreambooth" / "fox" / "run")
     (folder / "protocol.json").write_text('{"bench": "StickerBench"}')
     (folder / "dreambooth" / "protocol.json").write_text('{"method": "dreambooth, 200 steps"}')
-    for name in ("00-0.png", "pictures/0.png", "class/00-0.png"):
+    for name in ("00-0.png", "images/0.png", "class/00-0.png"):
         path = folder / "dreambooth" / "fox" / name
         path.parent.mkdir(exist_ok=True)
         save_image(Image.new("RGB", (8, 8)), path)
-    (folder / "dreambooth" / "fox" / "pictures" / "0.txt").write_text("a fox")
+    (folder / "dreambooth" / "fox" / "images" / "0.txt").write_text("a fox")
     for path in (folder / "report.html", folder / "dreambooth" / "fox" / "training.json"):
         path.write_text("{}")
     (folder / "notes.md").write_text("mine")
@@ -803,7 +803,7 @@ def test_an_evaluation_that_is_replaced_takes_its_own_alone(evaluated):
 
 
 @pytest.mark.parametrize(
-    "name", ["fox/mine.png", "fox/run/" + LORA, "fox/pictures/mother.jpg", "notes.txt", "fox/pictures/1.txt"]
+    "name", ["fox/mine.png", "fox/run/" + LORA, "fox/images/mother.jpg", "notes.txt", "fox/images/1.txt"]
 )
 def test_an_evaluation_with_something_of_the_users_in_it_is_not_removed(name, evaluated):
     (evaluated / "dreambooth" / name).write_text("mine")

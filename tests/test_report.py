@@ -47,7 +47,7 @@ def subject(folder, method: str, index: int, **changes) -> dict:
         "factors": {"tint <b>": 0.25 + 0.5 * index},
         "cost": {"seconds <b>": 1000.0 + 500 * index},
         "references": files[3:],
-        "pictures": [
+        "images": [
             {
                 "file": file,
                 "prompt": f"a <b> prompt {i}",
@@ -101,7 +101,10 @@ def test_the_summary_is_the_table_with_intervals_and_published_rows():
             "subjects": [{"group": "", "scores": {"dino": value, "hit": 0.5}} for value in values],
         }
 
-    metrics = {"dino": {"title": "DINO", "style": "number"}, "hit": {"title": "Hits", "style": "percent"}}
+    metrics = {
+        "dino": {"title": "DINO", "style": "number", "about": "how alike they are"},
+        "hit": {"title": "Hits", "style": "percent", "about": "how often it is right"},
+    }
     published = [{"label": "Paper", "scores": {"dino": 0.668}, "protocol": "30 subjects"}]
     text = summary(
         {
@@ -116,6 +119,9 @@ def test_the_summary_is_the_table_with_intervals_and_published_rows():
         "| One | 0.250 | 50 % |",
         "| Two | 0.400 (0.200 to 0.600) | 50 % (50 to 50) |",
         "| *Paper* (30 subjects) | 0.668 | – |",
+        "",
+        "DINO: how alike they are",
+        "Hits: how often it is right",
     ]
 
 
@@ -171,7 +177,7 @@ def test_files_hold_every_score(tmp_path):
 def test_the_page_stands_alone_and_escapes_every_text(tmp_path):
     results = results_of(tmp_path)
     results["published"] = [{"label": "paper <b>", "scores": {"new <b>": 0.5}, "protocol": "theirs <b>"}]
-    results["methods"][0]["subjects"][0]["pictures"][0]["file"] = "gone <b>.png"
+    results["methods"][0]["subjects"][0]["images"][0]["file"] = "gone <b>.png"
     page = page_of(results, tmp_path)
     assert not re.search(r"<link|<script|@import|url\(|(src|href)=[\"'](?!data:|#)", page)
     assert page.count("data:image/png;base64,") > 20
@@ -190,7 +196,7 @@ def test_best_median_and_worst_image_by_the_product_of_the_axes(tmp_path):
     (method, *_) = results["methods"]  # its products are 0.1, 0.18 and 0.03
     chosen = [(name, image["prompt"][-1]) for name, _, image in picks(method, results["axes"])]
     assert chosen == [("best", "1"), ("median", "0"), ("worst", "2")]
-    images = method["subjects"][0]["pictures"]
+    images = method["subjects"][0]["images"]
     images[1]["scores"]["control"] = None
     assert [name for name, *_ in picks(method, results["axes"])] == ["best", "worst"]
     images[0]["scores"].clear()
@@ -199,9 +205,9 @@ def test_best_median_and_worst_image_by_the_product_of_the_axes(tmp_path):
 
 def test_a_strip_pairs_prompts_by_order(tmp_path):
     results = results_of(tmp_path, subjects=1)
-    for image in results["methods"][2]["subjects"][0]["pictures"]:
+    for image in results["methods"][2]["subjects"][0]["images"]:
         image["prompt"] = image["prompt"].replace("<b>", "plain")
-    results["methods"][1]["subjects"][0]["pictures"] = []
+    results["methods"][1]["subjects"][0]["images"] = []
     table = section(page_of(results, tmp_path), "Subject by subject")
     shown_for = [re.findall(r"<td>.*?</td>", row) for row in table.split("</q>")[1:]]
     assert [[re.sub(r'.*alt="([^"]*)".*|<.*?>', r"\1", cell) for cell in row] for row in shown_for] == [
@@ -218,7 +224,7 @@ def test_one_subject_has_no_interval_and_one_method_is_not_the_best(tmp_path):
 
 
 def test_what_is_not_there_has_no_section(tmp_path):
-    results = results_of(tmp_path, factors={}, cost={}, pictures=[], references=[], scores={})
+    results = results_of(tmp_path, factors={}, cost={}, images=[], references=[], scores={})
     page = page_of(results, tmp_path)
     assert re.findall("<h2>([^<]*)</h2>", page) == ["Scores", "What the metrics mean", "Protocol"]
     assert rows(section(page, "Scores"))["a"] == ["–"] * 4
@@ -283,7 +289,7 @@ def test_numbers_as_printed(value, style, text):
 
 def test_photographs_are_scaled_down(tmp_path):
     results = results_of(tmp_path, subjects=1, methods=("a",))
-    for image in results["methods"][0]["subjects"][0]["pictures"]:
+    for image in results["methods"][0]["subjects"][0]["images"]:
         Image.effect_noise((1024, 512), 90).save(tmp_path / image["file"])
     page = page_of(results, tmp_path)
     assert page.count("data:image/jpeg") == 5  # three cards, and the prompts of one strip

@@ -511,7 +511,7 @@ MISTAKES = {
     "batch": ("dreambooth", {"train_batch_size": 0}, "train_batch_size"),
     "layers": ("dreambooth", {"lora_layers": "nothing"}, "lora_layers"),
     "resume": ("dreambooth", {"resume_from_checkpoint": "latest"}, "resume_from_checkpoint"),
-    "pictures": (
+    "images": (
         "dreambooth",
         {"num_validation_images": 0, "validation_prompt": "a dog"},
         "num_validation_images",
@@ -729,7 +729,7 @@ def test_what_is_uploaded_names_no_place_on_this_machine(start, bases, images, t
         for place in (str(tmp_path), str(bases), str(Path.home()) + "/", "/tmp/"):
             assert place.encode() not in content, f"{name} names {place}"
     info = json.loads(contents["run.json"])
-    assert (info["base_model"], info["config"]["instance_data_dir"]) == ("sd15", "pictures")
+    assert (info["base_model"], info["config"]["instance_data_dir"]) == ("sd15", "images")
     with Image.open(io.BytesIO(contents["samples/generated.png"])) as image:
         assert json.loads(image.info["parameters"]) == {
             "run": "run",

@@ -174,15 +174,15 @@ def wide() -> Image.Image:
 
 
 def test_how_references_become_square():
-    picture = wide()
-    array = np.asarray(picture)
-    assert squared(picture, "stretch") is picture
-    padded = np.asarray(squared(picture, "pad"))
+    image = wide()
+    array = np.asarray(image)
+    assert squared(image, "stretch") is image
+    padded = np.asarray(squared(image, "pad"))
     assert padded.shape == (32, 32, 3)
     assert np.array_equal(padded[8:24], array)
     assert (padded[:8] == 255).all()
     assert (padded[24:] == 255).all()
-    assert np.array_equal(np.asarray(squared(picture, "crop")), array[:, 8:24])
+    assert np.array_equal(np.asarray(squared(image, "crop")), array[:, 8:24])
 
 
 def test_the_fit_of_references_is_chosen_where_the_encoder_is_loaded(tmp_path):

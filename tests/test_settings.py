@@ -587,13 +587,35 @@ def test_random_prompts_around_a_word(kind):
 def test_the_table_of_defaults_in_the_documentation():
     text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
     for name in METHODS:
-        [row] = re.findall(rf"^\| `{name}` \| (.*) \| (.*) \|$", text, re.M)
+        rows = re.findall(rf"^\| `{name}` \| (.*) \| (.*) \|$", text, re.M)
+        assert len(rows) == 1, f"docs/training.md: the table of defaults needs one row for {name}"
+        [row] = rows
         for listed, base_model in zip(row, ("somebody/model", "stickers"), strict=True):
             pairs = dict(pair.split(" ", 1) for pair in listed.split(", "))
             wanted = {
                 key: str(value) for key, value in find_method(name).defaults_for(base_model, {}).items()
             }
-            assert pairs == wanted
+            assert pairs == wanted, f"docs/training.md: mend the row of {name} in the table of defaults"
+
+
+def test_a_method_in_a_file_can_import_its_neighbours(tmp_path):
+    (tmp_path / "beside_the_method.py").write_text("WEIGHT = 3")
+    lines = [
+        "from beside_the_method import WEIGHT",
+        "from customize.trainers.methods.dreambooth import DreamBooth",
+        "class Own(DreamBooth):",
+        "    weight = WEIGHT",
+    ]
+    (tmp_path / "own.py").write_text("\n".join(lines))
+    assert find_method(f"{tmp_path / 'own.py'}:Own").weight == 3
+
+
+def test_help_shows_the_whole_title_and_no_empty_defaults(capsys):
+    assert main(["train", "dreambooth", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "(Ruiz et al., 2023, arXiv 2208.12242)." in text
+    assert "default ''" not in text
+    assert "default []" not in text
 
 
 def test_the_toy_method_of_the_guide_trains(train, tmp_path):

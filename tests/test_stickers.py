@@ -1,7 +1,9 @@
 """The sticker world: every word of a caption is answered by something drawn, and held-out drawings stay held
 out."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,3 +155,12 @@ def test_correlation_against_the_definition():
 def test_a_scene_that_cannot_be_drawn(field, value):
     with pytest.raises(UserError, match=f"there is no {field} {value!r}; choose"):
         Scene(Drawing("fox", "flat"), **{field: value})
+
+
+def test_the_documentation_lists_what_prompts_may_say():
+    text = (Path(__file__).parents[1] / "docs" / "sticker_world.md").read_text()
+    backgrounds, factors, things = re.findall(r"^\* [a-z ,]+?: ((?:.|\n  )*)", text, re.M)
+    said = [" ".join(listed.split()) for listed in (backgrounds, factors, things)]
+    assert said[0] == ", ".join(BACKGROUNDS.values())
+    assert all(value in said[1] for value in (*TINTS, *SIZES, *ORIENTATIONS, *LIGHTS, *WEATHERS, *FRAMES))
+    assert said[2].split(", ") == sorted({drawing.word for drawing in WORLD.drawings()})

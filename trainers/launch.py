@@ -39,7 +39,7 @@ def configs(method: type[Method]) -> list[type]:
 def usage(name: str) -> str:
     """The help of a method: what it is, its defaults on the embedded model, and its flags."""
     method = find_method(name)
-    title = (sys.modules[method.__module__].__doc__ or "").strip().splitlines()[0]
+    title = " ".join((sys.modules[method.__module__].__doc__ or "").strip().split("\n\n")[0].split())
     there = described(method.defaults_for(embedded.NAME, {}))
     note = f"On the embedded base model, {embedded.NAME}, other defaults are used: {there}."
     flags = help_text(configs(method), method.defaults_for("", {}))
@@ -158,6 +158,12 @@ def launch(
         check_same_inputs(resumed, info)
         clear_output(train_config, accelerator)
         if accelerator.is_main_process:
+            if embedded.is_embedded(base):
+                starts = getattr(method_config, "initializer_token", "").split("+")
+                classes = [concept.class_prompt for concept in source.concepts]
+                embedded.warn_of_words(
+                    source.captions, method.learned_words, classes, starts, train_config.validation_prompt
+                )
             print(plan(name, base, data, method, train_config, accelerator.num_processes))
             if defaults:
                 print(f"used, as nothing else is set: {described(defaults)}")

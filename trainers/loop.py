@@ -104,6 +104,7 @@ def accumulate_gradients(session: Session, batches: Iterator[dict]) -> dict[str,
         batch = to_device(next(batches), accelerator.device)
         with accelerator.accumulate(session.wrapped):
             losses = session.wrapped(batch)
+            check_losses(losses)
             total = torch.stack([value.float() for value in losses.values()]).sum()
             if not total.isfinite():
                 raise UserError(not_finite(session.step, session.output))
@@ -115,6 +116,16 @@ def accumulate_gradients(session: Session, batches: Iterator[dict]) -> dict[str,
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.item() / count
     return sums
+
+
+def check_losses(losses: dict[str, torch.Tensor]) -> None:
+    """UserError for a term that is not a tensor of one number."""
+    for name, value in losses.items():
+        if not isinstance(value, torch.Tensor) or value.ndim:
+            found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UserError(
+                f"the loss '{name}' must be a tensor of one number, not {found}: end it with .mean()."
+            )
 
 
 def stops(accelerator: Accelerator, asked: bool) -> bool:

@@ -129,6 +129,8 @@ def _import_file(path: Path) -> ModuleType:
         raise UserError(f"There is no file '{path}'; correct the path of the method.")
     name = f"customize_method_{path.resolve().as_posix().replace('/', '_').removesuffix('.py')}"
     if name not in sys.modules:
+        if (folder := str(path.resolve().parent)) not in sys.path:
+            sys.path.append(folder)  # so that the file can import its neighbours, as a script can
         spec = spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None

@@ -176,7 +176,7 @@ class Bench:
         """One method's scores, images and costs for one subject."""
         place = Path(folder_of(name), subject.name)
         folder = self.folder / place
-        references = self.write_references(name, subject, folder / "pictures")
+        references = self.write_references(name, subject, folder / "images")
         shots = self.shots(subject, self.words(name, subject))
         if name == "real":
             images, prior = self.real(subject, folder), []
@@ -196,11 +196,11 @@ class Bench:
             "factors": factors,
             "cost": cost_of(folder),
             "references": [
-                str(place / "pictures" / path.name)
-                for path in sorted((folder / "pictures").glob("*.png"))
+                str(place / "images" / path.name)
+                for path in sorted((folder / "images").glob("*.png"))
                 if not path.name.endswith(MASK_SUFFIX)
             ],
-            "pictures": [
+            "images": [
                 {"file": str(place / f"{shot.name}.png"), "prompt": shot.prompt, "scores": found}
                 for shot, found in zip(shots if each else [], each, strict=True)
             ],
@@ -218,7 +218,7 @@ class Bench:
         folder = self.folder / folder_of(name) / subject.name
         flags = [
             "--instance_data_dir",
-            str(folder / "pictures"),
+            str(folder / "images"),
             "--instance_prompt",
             f"a {self.words(name, subject)}",
         ]

@@ -172,7 +172,7 @@ class DreamBench(Bench):
             "bench": f"DreamBench, {len(self.subjects)} subjects",
             "base model": " ".join([self.base, *self.base_options.values()]),
             "prompts": f"{len(self.subjects[0].prompts)} a subject, sha256 {digest[:12]}",
-            "pictures": f"{self.repeats} for each prompt, seeds from {self.seed}, PNG",
+            "images": f"{self.repeats} for each prompt, seeds from {self.seed}, PNG",
             "sampling": str(self.sampling),
             "references": "all images of the subject"
             if self.references == "all"

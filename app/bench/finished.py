@@ -46,6 +46,7 @@ class FinishedRun:
 
     run_path: Path
     methods: Sequence[str] = METHODS
+    title = "Evaluation"
 
     @cached_property
     def settings(self) -> dict:

@@ -239,7 +239,7 @@ def extremes(results: dict, folder: Path) -> str:
 
 def picks(method: dict, axes: list[str]) -> list[tuple[str, dict, dict]]:
     """Best, median and worst image with its subject, by the product of the two axes' scores."""
-    images = [(subject, image) for subject in method["subjects"] for image in subject["pictures"]]
+    images = [(subject, image) for subject in method["subjects"] for image in subject["images"]]
     ranked = [pair for pair in images if all(pair[1]["scores"].get(name) is not None for name in axes)]
     ranked.sort(key=lambda pair: math.prod(pair[1]["scores"][name] for name in axes), reverse=True)
     last = len(ranked) - 1
@@ -270,15 +270,14 @@ def strips(results: dict, folder: Path) -> str:
         for subject in method["subjects"]:
             drawn.setdefault(subject["name"], []).append((method, subject))
     return "\n".join(
-        _strip(pairs, folder) for pairs in drawn.values() if any(subject["pictures"] for _, subject in pairs)
+        _strip(pairs, folder) for pairs in drawn.values() if any(subject["images"] for _, subject in pairs)
     )
 
 
 def _strip(pairs: list[tuple[dict, dict]], folder: Path) -> str:
     # methods name the subject by words of their own, so prompts pair by their order and not by their text
     firsts = [
-        list({p["prompt"]: p for p in reversed(s["pictures"])}.values())[::-1][:STRIP_PROMPTS]
-        for _, s in pairs
+        list({p["prompt"]: p for p in reversed(s["images"])}.values())[::-1][:STRIP_PROMPTS] for _, s in pairs
     ]
     references = next((subject["references"] for _, subject in pairs if subject["references"]), [""])
     rows = []

@@ -32,7 +32,10 @@ def metric(title: str, better: str, style: str, about: str) -> dict[str, str]:
 
 METRICS = {
     "subject_fidelity": metric(
-        "Subject fidelity", "higher", "percent", "images in which the judge sees the subject, of 537 drawings"
+        "Subject fidelity",
+        "higher",
+        "percent",
+        "images in which the judge sees this very drawing, of 537; others of its class do not count",
     ),
     "correlation": metric(
         "Correlation",

@@ -193,7 +193,7 @@ class StickerBench(Bench):
             "prompts": (
                 f"{len(prompts)}, sha256 {hashlib.sha256(chr(10).join(prompts).encode()).hexdigest()[:12]}"
             ),
-            "pictures": f"{self.repeats} for each prompt, seeds from {self.seed}",
+            "images": f"{self.repeats} for each prompt, seeds from {self.seed}",
             "sampling": str(self.sampling),
         }
 

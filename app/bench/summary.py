@@ -9,7 +9,7 @@ from customize.metrics.scores import confidence_interval
 
 def summary(results: dict) -> str:
     """Markdown: a row a method with means and 95 % intervals over subjects, then published rows with their
-    protocols."""
+    protocols; below it what the columns mean."""
     metrics, published = results["metrics"], results.get("published", [])
     heads = [metric["title"] for metric in metrics.values()]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
@@ -19,7 +19,8 @@ def summary(results: dict) -> str:
     for row in published:
         cells = [shown(row["scores"].get(name), "number") for name in metrics]
         lines.append(f"| *{row['label']}* ({row['protocol']}) | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    meanings = [f"{metric['title']}: {metric['about']}" for metric in metrics.values()]
+    return "\n".join([*lines, "", *meanings])
 
 
 def _cell(values: list[float], style: str) -> str:

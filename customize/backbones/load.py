@@ -19,7 +19,7 @@ from customize import embedded
 from customize.backbones.families import BACKBONES
 from customize.backbones.sd3 import WordsSD3Pipeline
 from customize.backbones.text import SUFFIXES, clip_skip_works, text_parts
-from customize.errors import UserError, first_line, nearest
+from customize.errors import UserError, first_line, nearest, shortened
 from customize.tensor_checks import load_whole
 
 FLAG = "--pretrained_model_name_or_path"
@@ -119,8 +119,16 @@ def _failed(name: str, error: Exception) -> Exception:
     """The error to raise for an error of the libraries; lack of memory stays what it is."""
     if isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
         return error
-    reason = first_line(error)[:300].rstrip(".")
-    return UserError(f"{FLAG}: '{name[:200]}' could not be loaded as a diffusers pipeline ({reason}).")
+    reason = first_line(error).split(". ")[0].rstrip(".")
+    remedy = (
+        "mend or download the folder again"
+        if Path(embedded.folder_of(name)).exists()
+        else f"check its spelling and your connection, give a folder, or '{embedded.NAME}', which needs none"
+    )
+    return UserError(
+        f"{FLAG}: '{shortened(name, 200)}' could not be loaded as a diffusers pipeline "
+        f"({shortened(reason, 200)}); {remedy}."
+    )
 
 
 def _folder(name: str, options: dict[str, Any]) -> Path:

@@ -256,8 +256,7 @@ def read_rows(config: ReferenceConfig) -> Any:
             raise UserError(f"--{flag}: the dataset has no column '{name}', only {', '.join(columns)}.")
     if not config.subject_column and not isinstance(first_row[config.image_column], list):
         raise UserError(
-            "--subject_column: name the column that says which subject a row shows, or give lists of "
-            "pictures."
+            "--subject_column: name the column that says which subject a row shows, or give lists of images."
         )
     return rows
 

@@ -59,6 +59,10 @@ class SubjectImages(Source):
             config, concepts, *split_holdout(read_concept_images(concepts, config), config.holdout, seed)
         )
 
+    @property
+    def captions(self) -> Sequence[str]:
+        return list(dict.fromkeys(image.caption for image in self.images if not image.is_prior))
+
     def check(self, backbone: Any) -> None:
         for concept in self.concepts:
             backbone.check_length(f"class prompt '{shortened(concept.class_prompt)}'", concept.class_prompt)

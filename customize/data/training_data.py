@@ -59,6 +59,11 @@ class Source:
 
     Config: ClassVar[type]  # the dataclass of these settings
 
+    @property
+    def captions(self) -> Sequence[str]:
+        """The different captions of the subjects' images, where they are few."""
+        return ()
+
     @classmethod
     def read(cls, config: Any, base: str, seed: int) -> "Source":
         """The source that the settings name; `base` is the base model's name, `seed` decides which items

@@ -20,7 +20,7 @@ USE = """```python
 from customize.pipelines import load_pipeline
 
 pipe = load_pipeline("{folder}")  # the folder of these files
-pipe({prompt}).images[0].save("picture.png")
+pipe({prompt}).images[0].save("image.png")
 ```"""
 
 
@@ -28,11 +28,11 @@ USE_ENCODER = """```python
 from customize.pipelines import load_subject_pipeline
 
 pipe = load_subject_pipeline("{folder}")  # the folder of these files
-pipe("{prompt}", subject_images=["1.png", "2.png"]).images[0].save("picture.png")
+pipe("{prompt}", subject_images=["1.png", "2.png"]).images[0].save("image.png")
 ```"""
 
 
-STOCK = """The files are diffusers' own; without this toolkit:
+STOCK = """The files are diffusers' own{where}:
 
 ```python
 from diffusers import AutoPipelineForText2Image
@@ -128,4 +128,9 @@ def _stock(folder: Path, info: dict[str, Any]) -> str:
             loads.append(f'pipe.load_textual_inversion("{name}", weight_name="{file}", token="{word}")')
     imports = "\nfrom customize.stickers import MODEL  # a folder\n" if is_embedded(base) else ""
     shown = "MODEL" if is_embedded(base) else f'"{without_places(base)}"'
-    return STOCK.format(base=shown, imports=imports, loads="\n".join(loads)) if loads else ""
+    where = (
+        "; stock pipelines load them, here with the base model that this toolkit brings"
+        if is_embedded(base)
+        else "; without this toolkit"
+    )
+    return STOCK.format(where=where, base=shown, imports=imports, loads="\n".join(loads)) if loads else ""

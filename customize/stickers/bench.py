@@ -77,18 +77,31 @@ PREPOSITIONS = {
 GRAMMAR = {"a", "an", "the", "of", "and", "photo", "picture", "image", "sticker", "copies"}
 
 
+TOKEN = r"<\w+>|\w+"  # a word of a prompt, or a placeholder
+FIXED = sorted((phrase for named in PHRASES.values() for phrase in named), key=len, reverse=True)
+FIXED_PHRASE = re.compile(rf"\b(?:{'|'.join(map(re.escape, FIXED))})\b")
+
+
+def vocabulary() -> set[str]:
+    """The things and studios that the base model was trained on, and words that hold a prompt together."""
+    things = {drawing.word for drawing in World().drawings()}
+    return GRAMMAR | things | {studio.lower() for studio in World().studios}
+
+
 def not_understood(prompt: str, own: str = "") -> list[str]:
-    """The words of a prompt that no scene of the sticker world can show, in order; phrases from their
+    """The words of a prompt that no scene of the base model's training shows, in order; phrases from their
     preposition on. `own` holds the words that a run has learned."""
     text = re.sub(r" next to (?=an? )", " and ", f" {prompt.lower()} ")
-    for phrase in sorted((phrase for named in PHRASES.values() for phrase in named), key=len, reverse=True):
-        text = re.sub(rf"\b{re.escape(phrase)}\b", " ", text)
-    known = GRAMMAR | set(World().classes) | {studio.lower() for studio in World().studios}
-    known |= set(re.findall(r"<\w+>|\w+", own.lower()))
+    known = vocabulary() | set(re.findall(TOKEN, own.lower()))
     found: list[str] = []
     after_preposition = False
-    for word in re.findall(r"<\w+>|\w+", text):
-        if word in PREPOSITIONS:
+    for word in re.findall(rf"{FIXED_PHRASE.pattern}|{TOKEN}", text):
+        if FIXED_PHRASE.fullmatch(word):
+            if word.split()[0] in PREPOSITIONS:
+                after_preposition = False
+            elif after_preposition:  # "with a red hat"
+                found[-1] += f" {word}"
+        elif word in PREPOSITIONS:
             found, after_preposition = [*found, word], True
         elif after_preposition:
             found[-1] += f" {word}"

@@ -32,12 +32,12 @@ def train(folder: Path, drawing: Drawing) -> Path:
     """A run whose every validated step is kept as a checkpoint; the choices are read from its
     `validation.jsonl`."""
     words = f"sks {drawing.word}"
-    write_references(folder / "pictures", drawing, words)
+    write_references(folder / "images", drawing, words)
     flags = f"dreambooth {COMMON} {LORA} --max_train_steps {STEPS}"
     flags += f" --validation_steps {EVERY} --checkpointing_steps {EVERY}"
     flags += " --checkpoints_total_limit 0 --holdout 1 --validation_metric score --overwrite_output_dir"
     prompts = [prompt.format(words) for prompt in VALIDATION]
-    data = ["--instance_data_dir", str(folder / "pictures"), "--instance_prompt", f"a {words}"]
+    data = ["--instance_data_dir", str(folder / "images"), "--instance_prompt", f"a {words}"]
     return trained(
         folder,
         lambda out: run([*flags.split(), *data, "--validation_prompt", *prompts, "--output_dir", str(out)]),
@@ -63,7 +63,7 @@ def measure(folder: Path, run_folder: Path, step: int, drawing: Drawing, clip) -
         return pipe
 
     images = draw_missing(load, shots, folder / f"step-{step}", SAMPLING)
-    references = write_references(folder / "pictures", drawing, words)
+    references = write_references(folder / "images", drawing, words)
     scores, _, _ = score(
         ImagesToScore(Subject("", drawing.word, "", tuple(prompts), drawing), images, references, [], [], 1),
         clip,

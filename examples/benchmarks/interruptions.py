@@ -127,8 +127,8 @@ def main():
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_references(folder / "pictures", Drawing("fox", "flat"), "sks fox")
-        assert in_process(lambda: train(folder / "whole", folder / "pictures")) == 0
+        write_references(folder / "images", Drawing("fox", "flat"), "sks fox")
+        assert in_process(lambda: train(folder / "whole", folder / "images")) == 0
         moments = {"SIGKILL": options.kills, "SIGTERM": options.stops, "SIGHUP": options.stops}
         for name, count in ((name, count) for name, count in moments.items() if count):
             rows = [attempt(case, folder, name) for case in cases(getattr(signal, name), count, rng)]
@@ -146,13 +146,13 @@ def attempt(case: tuple, folder: Path, name: str) -> tuple[bool, bool, int, bool
     clean."""
     output, number = folder / "run", getattr(signal, name)
     shutil.rmtree(output, ignore_errors=True)
-    code = in_process(lambda: interrupted(case, output, folder / "pictures"))
+    code = in_process(lambda: interrupted(case, output, folder / "images"))
     expected = {0, -number} if name == "SIGKILL" else {0, 2}
     kept = latest_checkpoint(output)
     reached = case[2] if case[1] == "accumulate_gradients" else None
     lost = reached - (checkpoint_step(kept) if kept else 0) if reached and code and name != "SIGKILL" else 0
     resumed = ["--resume_from_checkpoint", "latest"] if kept else ["--overwrite_output_dir"]
-    again = in_process(lambda: train(output, folder / "pictures", *resumed))
+    again = in_process(lambda: train(output, folder / "images", *resumed))
     fine = (
         code in expected
         and again == 0

@@ -185,7 +185,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, default=Path("customize/stickers/model"))
     parser.add_argument("--count", type=int, default=192)
-    parser.add_argument("--pictures", type=Path, default=Path("docs"))
+    parser.add_argument("--images", type=Path, default=Path("docs"))
     options = parser.parse_args()
     world = worlds()
     vae, decoder_images = averaged(build_autoencoder(), "decoder")
