@@ -143,20 +143,25 @@ def prompts_in(path: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def base_of(run: str) -> str:
-    """The name of the base model that a run, or `run` itself, draws with."""
+def run_info(run: str) -> dict[str, Any]:
+    """`run.json` of a run; what stands for it where `run` is a base model."""
     from customize.runs.folder import INFO, read_info
 
-    return read_info(Path(run))["base_model"] if (Path(run) / INFO).exists() else run
+    found = read_info(Path(run)) if (Path(run) / INFO).exists() else {}
+    return {"base_model": run, "words": {}, "config": {}} | found
+
+
+def base_of(run: str) -> str:
+    """The name of the base model that a run, or `run` itself, draws with."""
+    return run_info(run)["base_model"]
 
 
 def doubts(pipe: Any, run: str, prompt: str) -> list[str]:
     """Warnings about a prompt: words beyond the text encoders' limit, none of the run's learned words, or
     words that the embedded base model does not know."""
     from customize.backbones.text import lost_words
-    from customize.runs.folder import INFO, read_info
 
-    info = read_info(Path(run)) if (Path(run) / INFO).exists() else {"words": {}, "config": {}}
+    info = run_info(run)
     words = list(info["words"])
     found = []
     if is_embedded(base_of(run)):
@@ -176,10 +181,7 @@ def doubts(pipe: Any, run: str, prompt: str) -> list[str]:
 
 def example_prompt(run: str) -> str:
     """A prompt that suits a run, for messages."""
-    from customize.runs.folder import INFO, read_info
-
-    own = read_info(Path(run))["config"].get("instance_prompt") if (Path(run) / INFO).exists() else ""
-    return own or "a photo of a dog"
+    return run_info(run)["config"].get("instance_prompt") or "a photo of a dog"
 
 
 def check_request(run: str, prompts: list[str], config: GenerateConfig) -> None:
@@ -198,6 +200,11 @@ def check_request(run: str, prompts: list[str], config: GenerateConfig) -> None:
         raise UserError("--attention_guidance and --attention_groups belong together: give both or none.")
     if config.attention_groups and config.num_images_per_prompt > 1 and config.init_image:
         raise UserError("--attention_guidance does not go with --init_image; leave one of the two out.")
+    if "dual_path" in run_info(run) and (config.init_image or config.subject_images):
+        flag = "--init_image" if config.init_image else "--subject_images"
+        raise UserError(
+            f"{flag}: '{run}' draws with a hard path, which goes with prompts alone; leave it out."
+        )
     if config.init_image and (config.height or config.width):
         raise UserError("--height and --width are those of --init_image; leave them out.")
     if config.init_image and not Path(config.init_image).is_file():
@@ -398,21 +405,28 @@ def draw(
 
 
 def class_words(run: str) -> dict[str, str]:
-    """The learned words of a run, with the words of their classes."""
-    from customize.runs.folder import INFO, read_info
-
-    config = read_info(Path(run))["config"] if (Path(run) / INFO).exists() else {}
-    names = (config.get(name) or "" for name in ("placeholder_token", "initializer_token"))
+    """The learned words of a run, with the words of their classes; empty where a class is not known."""
+    info = run_info(run)
+    names = (info["config"].get(name) or "" for name in ("placeholder_token", "initializer_token"))
     words, starts = (name.split("+") for name in names)
-    return dict(zip(words, starts, strict=False)) if words != [""] else {}
+    return {
+        word: start for word, start in zip(words, starts, strict=False) if word in info["words"] and start
+    }
 
 
 def check_context(run: str, prompts: list[str], config: GenerateConfig) -> None:
     """UserError where words cannot be tuned for a prompt."""
     if not config.context_steps:
         return
-    if not (words := class_words(run)):
-        raise UserError(f"--context_steps tunes learned words, and '{run}' has none; leave it out.")
+    info, words = run_info(run), class_words(run)
+    if not info["words"] or info["config"].get("optimize") == "output":
+        raise UserError(
+            f"--context_steps tunes words that the text encoder reads, and '{run}' has none; leave it out."
+        )
+    if not words:
+        raise UserError(
+            f"--context_steps compares a word with its class's, which '{run}' does not name; leave it out."
+        )
     if config.init_image:
         raise UserError("--context_steps does not go with --init_image; leave one of the two out.")
     for prompt in prompts:

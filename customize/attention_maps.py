@@ -11,6 +11,7 @@ checkpointing.
 
 import math
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
@@ -180,7 +181,11 @@ def _size_of(size: tuple[int, int], pixels: int) -> tuple[int, int]:
 
 
 def _unet_context(layer: Any, context: Any, kwargs: dict) -> Tensor:
-    """The text that a UNet's layer reads: with injected subjects, that of its own block."""
+    """The text that a UNet's layer reads: with injected subjects, that of its own block; of two paths, that
+    of the soft one."""
+    length = getattr(layer, "soft_length", 0)
+    if length and isinstance(context, Tensor) and context.shape[1] == 2 * length:
+        context = context[:, :length]
     processor, subjects = layer.processor, kwargs.get("ip_hidden_states")
     if isinstance(processor, CrossAttention) and processor.branch is not None and subjects is not None:
         return processor.text_of(context, subjects)
@@ -196,9 +201,10 @@ def _normed(norm: Any, projected: Tensor, layer: Any) -> Tensor:
 def _mean_over_heads(query: Tensor, key: Tensor, columns: slice) -> Tensor:
     """softmax(Q K^T / sqrt(d)) over all keys, of which `columns` are kept; head by head, to save memory."""
     total: Any = 0.0
-    for head in range(query.shape[2]):
-        scores = query[:, :, head].float() @ key[:, :, head].float().mT / query.shape[-1] ** 0.5
-        total = total + scores.softmax(-1)[..., columns]
+    with torch.autocast(query.device.type, enabled=False):  # which would multiply in half precision
+        for head in range(query.shape[2]):
+            scores = query[:, :, head].float() @ key[:, :, head].float().mT / query.shape[-1] ** 0.5
+            total = total + scores.softmax(-1)[..., columns]
     return total / query.shape[2]
 
 
@@ -225,13 +231,27 @@ def word_positions(pipe: DiffusionPipeline, prompt: str, word: str) -> list[int]
     return found
 
 
-def context_positions(pipe: DiffusionPipeline, prompt: str, word: str, length: int) -> list[list[int]]:
-    """Where a text of `length` tokens holds anything but `word`, for each text encoder's part of it: the rest
-    of the prompt and the padding."""
-    taken = set(word_positions(pipe, prompt, word))
-    starts = [offset for offset, _ in _text_layout(pipe, text_parts(pipe)[0])]
-    parts = zip(starts, [*starts[1:], length], strict=True)
-    return [[i for i in range(start, end) if i not in taken] for start, end in parts]
+def context_pairs(
+    pipe: DiffusionPipeline, prompts: tuple[str, str], words: tuple[str, str], length: int
+) -> tuple[list[int], list[int]]:
+    """The positions of the same tokens in texts of `length` tokens of two prompts that differ in a word: all
+    of the first prompt's but those of its word, and where the second prompt has them. Padding counts."""
+    own: list[int] = []
+    other: list[int] = []
+    taken = set(word_positions(pipe, prompts[0], words[0]))
+    layout = _text_layout(pipe, text_parts(pipe)[0])
+    ends = [*(offset for offset, _ in layout[1:]), length]
+    for (start, tokenizer), end in zip(layout, ends, strict=True):
+        expand = getattr(pipe, "maybe_convert_prompt", None)
+        texts = [expand(prompt, tokenizer) if expand else prompt for prompt in prompts]
+        size = {"padding": "max_length", "truncation": True, "max_length": end - start}
+        first, second = (tokenizer(text, **size).input_ids for text in texts)
+        ids = [-1 if start + i in taken else token for i, token in enumerate(first)]
+        # by matching and not by counting: tokenizers may split what follows an added word in another way
+        for block in SequenceMatcher(None, ids, second, autojunk=False).get_matching_blocks():
+            own += range(start + block.a, start + block.a + block.size)
+            other += range(start + block.b, start + block.b + block.size)
+    return own, other
 
 
 def _text_layout(pipe: DiffusionPipeline, tokenizers: Sequence[Any]) -> list[tuple[int, Any]]:

@@ -24,6 +24,7 @@ from customize.errors import UserError
 from customize.randomness import fixed_randomness
 
 WEIGHTS = 1.5e-4, 0.05  # of the context embedding and the context attention loss, as in training
+SCALE = 2.0**12  # of the loss, so that gradients in half precision are not rounded to zero; Adam ignores it
 
 
 @contextmanager
@@ -38,12 +39,14 @@ def context_tuned(
     """Context in which `words`, learned words of the pipeline with the words of their classes, have vectors
     that were tuned by `steps` of both context losses for this prompt. Afterwards they are as before.
 
-    UserError if the prompt says none of them.
+    UserError if the prompt says none of them, or the pipeline has not learned one.
     """
     said = {word: own for word, own in words.items() if word in prompt}
     if not said:
         raise UserError(f"context tuning: the prompt says none of the learned words ({', '.join(words)}).")
     for word in said:
+        if any(word not in tokenizer.get_vocab() for tokenizer in text_parts(pipe)[0]):
+            raise UserError(f"context tuning: '{word}' is no learned word of this pipeline.")
         word_positions(pipe, prompt, word)
     with ExitStack() as stack:
         vectors = [stack.enter_context(_own_vectors(pipe, word)) for word in said]
@@ -91,9 +94,11 @@ def _tune(
         pair = ContextPair(prompt.replace(word, "{}"), word, words[word])
         t = backbone.nearest_times(backbone.draw_times(1))
         noise = torch.randn(shape).to(backbone.device, backbone.denoiser.dtype)
-        losses = pair.losses(backbone, noise, t)
-        total = torch.stack(losses) @ noise.new_tensor(WEIGHTS)
+        embedding, attention = pair.losses(backbone, noise, t)
+        total = SCALE * (WEIGHTS[0] * embedding + WEIGHTS[1] * attention)
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        if not all(gradient is None or gradient.isfinite().all() for gradient in gradients):
+            continue  # float16 overflows now and then
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()

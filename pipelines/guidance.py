@@ -24,6 +24,7 @@ from customize.attention_maps import AttentionRecorder, recorded_layers, word_po
 from customize.errors import UserError
 from customize.losses.attention import attend_and_excite, attention_contrast
 
+SCALE = 2.0**8  # of the loss, so that gradients in half precision are not rounded to zero
 SIDE = 16  # of the maps that show objects best: small ones are coarse, large ones show texture
 Kind = Literal["conform", "attend_and_excite"]
 
@@ -48,6 +49,8 @@ def word_maps(
     sums: dict[str, Any] = dict.fromkeys(words, 0.0)
 
     def add(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        if torch.is_grad_enabled():  # attention guidance looks ahead
+            return
         if not positions:  # only now the tokenizers know subjects' words
             positions.update({w: [word_positions(pipe, text, w) for text in texts] for w in words})
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
@@ -133,14 +136,11 @@ class AttentionGuidance:
         with torch.enable_grad():
             moved = latents.clone().requires_grad_()
             loss = self.loss(pipe, moved, times[step + 1], tensors)
-            [gradient] = torch.autograd.grad(loss, moved)
-        if not gradient.any() or not gradient.isfinite().all():
-            return {}
-        size = self.strength * (1 - 0.5 * share) * latents.norm() / gradient.norm()
-        return {"latents": latents - size * gradient}
+            [gradient] = torch.autograd.grad(SCALE * loss, moved)
+        return {"latents": moved_against(latents, gradient, self.strength * (1 - 0.5 * share))}
 
     def loss(self, pipe: Any, latents: Tensor, time: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        """The loss at latents (images, channels, height, width) and the next time, mean over images."""
+        """The loss at latents (images, channels, height, width) and the next time, summed over images."""
         images = len(latents)
         positions = [word_positions(pipe, self.prompt, group) for group in self.groups]
         flat = [place for own in positions for place in own]
@@ -160,11 +160,21 @@ class AttentionGuidance:
             maps = [recorder.of_tokens(flat, i - images) for i in range(images)]
         if self.kind == "attend_and_excite":
             groups = [torch.stack([own[labels == i].mean(0) for i in range(len(positions))]) for own in maps]
-            return torch.stack([attend_and_excite(own) for own in groups]).mean()
+            return torch.stack([attend_and_excite(own) for own in groups]).sum()
         before = self.previous if self.previous is not None and len(self.previous) == images else None
         self.previous = torch.stack([own.detach() for own in maps])
         terms = [
             attention_contrast(own, labels, previous=None if before is None else before[i])
             for i, own in enumerate(maps)
         ]
-        return torch.stack(terms).mean()
+        return torch.stack(terms).sum()
+
+
+def moved_against(latents: Tensor, gradient: Tensor, share: float) -> Tensor:
+    """Latents (images, channels, height, width), each moved against its gradient by a share of its norm, so
+    that no image depends on the others of its batch. One without a finite gradient stays."""
+    norms, lengths = (value.float().flatten(1).norm(dim=1) for value in (latents, gradient))
+    usable = lengths.isfinite() & (lengths > 0)
+    size = torch.where(usable, share * norms / lengths, 0.0)[:, None, None, None]
+    step = torch.where(usable[:, None, None, None], gradient.float(), 0.0) * size
+    return (latents.float() - step).to(latents.dtype)

@@ -129,9 +129,12 @@ def load_subject_pipeline(
     for a task that does not exist and for a base model or an encoder that does not fit.
     """
     _check_task(task, controlnet)
-    pipe = _for_task(load_pipeline(run, dtype, base_model, **options), task, controlnet)
     folder = Path(run)
-    base = read_info(folder)["base_model"] if (folder / INFO).exists() else str(run)
+    info = read_info(folder) if (folder / INFO).exists() else {"base_model": str(run)}
+    if "dual_path" in info:
+        raise UserError(f"'{run}' draws with a hard path, which goes with prompts alone; use load_pipeline.")
+    pipe = _for_task(load_pipeline(run, dtype, base_model, **options), task, controlnet)
+    base = info["base_model"]
     if not adapter and holds(folder, "subject"):
         adapter = run
     elif not adapter and embedded.is_embedded(base):

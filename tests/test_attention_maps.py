@@ -5,7 +5,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from customize.adapters.lora import LoraFields, add_lora
-from customize.attention_maps import AttentionRecorder, recorded_layers, word_positions
+from customize.adapters.words import LearnedWords
+from customize.attention_maps import AttentionRecorder, context_pairs, recorded_layers, word_positions
 from customize.backbones.base import Condition
 from customize.backbones.families import wrap
 from customize.errors import UserError
@@ -130,6 +131,57 @@ def test_gradients_flow_and_are_those_without_checkpointing(base):
         assert plain.isfinite().all()
         assert torch.allclose(plain, checkpointed, atol=1e-5)
     assert found[0][1].any()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_maps_are_computed_in_full_precision_under_autocast(base):
+    backbone, latents, maps = backbone_of(base), random(1, 4, 16, 16), []
+    name, layer = next(iter(recorded_layers(backbone.denoiser).items()))
+    for parameter in (*layer.to_q.parameters(), *layer.to_k.parameters()):
+        parameter.data *= 20  # peaked attention, where half precision tells
+    if getattr(layer, "add_k_proj", None) is not None:
+        layer.add_k_proj.weight.data *= 20
+    for enabled in (False, True):
+        with (
+            torch.no_grad(),
+            AttentionRecorder(backbone.denoiser, layers=[name]) as recorder,
+            torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+        ):
+            call(backbone, latents)
+        maps.append(recorder.maps[name])
+    assert maps[1].dtype == torch.float32
+    if base in ("sd15", "sdxl"):  # rows sum to 1 to float32's precision
+        total = maps[1].sum(1)
+        assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "template", ["a photo of a {} on grass", "{} in the style of a dog", "a dog next to {} and a dog"]
+)
+def test_the_same_words_of_two_prompts(base, template):
+    """With a word of three vectors beside the class's word, wherever that stands besides."""
+    backbone = backbone_of(base)
+    LearnedWords(backbone, {"<toy>": "dog"}, 3)
+    pipe = backbone.pipe
+    prompts, words = (template.format("<toy>"), template.format("dog")), ("<toy>", "dog")
+    with torch.no_grad():
+        length = backbone.encode_prompt([prompts[0]])["encoder_hidden_states"].shape[1]
+    places, others = context_pairs(pipe, prompts, words, length)
+    taken = word_positions(pipe, prompts[0], "<toy>")
+    assert not set(places) & set(taken)
+    assert len(places) == len(others) == len(set(places)) == len(set(others))
+    rest = [i for i in range(length) if i not in taken]
+    lost = len(taken) * 2 // 3  # of the padding's end, for which the other prompt has more
+    assert len(places) >= len(rest) - lost
+    if base in ("sd15", "sdxl"):
+        own, other = (
+            pipe.tokenizer(
+                pipe.maybe_convert_prompt(prompt, pipe.tokenizer), padding="max_length", max_length=16
+            ).input_ids
+            for prompt in prompts
+        )
+        assert [own[i] for i in places] == [other[j] for j in others]
 
 
 def test_the_mean_by_hand():

@@ -301,6 +301,19 @@ def test_without_adapters_is_the_base_model_bit_for_bit(base, dora):
     assert not torch.allclose(adapted, predict(plain), atol=1e-4)
 
 
+def test_switching_adapters_off_does_not_change_what_is_trained():
+    backbone = backbone_of("sd15")
+    add_lora(backbone.denoiser, LoraFields(rank=2))
+    add_lora(backbone.text_encoders[0], LoraFields(rank=2), TEXT_ATTENTION)
+    lora = [p for name, p in backbone.named_parameters() if "lora_" in name]
+    for i, parameter in enumerate(lora):
+        parameter.requires_grad_(i % 3 == 0)
+    before = [p.requires_grad for p in backbone.parameters()]
+    with backbone.without_adapters():
+        assert [p.requires_grad for p in backbone.parameters()] == before
+    assert [p.requires_grad for p in backbone.parameters()] == before
+
+
 def test_adapters_return_after_an_error():
     backbone = backbone_of("sd15")
     add_lora(backbone.denoiser, LoraFields(rank=2))

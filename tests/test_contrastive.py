@@ -204,15 +204,23 @@ def test_other_forms_and_their_gradients_by_loops(form, columns):
 
 
 def test_alignment_and_uniformity_by_loops():
-    visual, textual = noise(4, 5), noise(4, 5, seed=1)
+    """Images of one subject need not be apart; those of a queue count."""
+    rows, columns = [0, 1, 1, 2], [0, 1, 1, 2, 3, 0]
+    visual, textual = noise(4, 5), noise(6, 5, seed=1)
 
-    def even(states):
-        squares = [2 - 2 * cosine(a, b) for i, a in enumerate(states) for j, b in enumerate(states) if i != j]
+    def even(states, others, names):
+        squares = [
+            2 - 2 * cosine(states[i], others[j])
+            for i in range(4)
+            for j in range(len(others))
+            if rows[i] != names[j]
+        ]
         return (sum((-2 * square).exp() for square in squares) / len(squares)).log()
 
-    aligned = sum(2 - 2 * cosine(a, b) for a, b in zip(visual, textual, strict=True)) / 4
-    expected = aligned + (even(visual) + even(textual)) / 2
-    found = cross_modal_contrast(visual, textual, same_subject(ROWS, ROWS), 4.0, "uniform")
+    aligned = sum(2 - 2 * cosine(visual[i], textual[i]) for i in range(4)) / 4
+    expected = aligned + (even(visual, visual, rows) + even(textual[:4], textual, columns)) / 2
+    same = torch.tensor([[a == b for b in columns] for a in rows])
+    found = cross_modal_contrast(visual, textual, same, 4.0, "uniform")
     assert found.item() == pytest.approx(expected.item(), abs=1e-5)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import customize
+from customize.adapters.words import LearnedWords
 from customize.attention_maps import AttentionRecorder, word_positions
 from customize.backbones.base import Condition
 from customize.backbones.families import wrap
@@ -82,6 +83,17 @@ def test_a_word_that_is_its_class_costs_nothing(prompts):
     for template in prompt_set(prompts):
         losses = ContextPair(template, "<toy>", "dog").losses(method.backbone, noisy, t)
         assert max(loss.item() for loss in losses) < 1e-6
+
+
+@pytest.mark.parametrize("template", ["a {} dog on grass", "{} in the style of a dog", "a dog next to a {}"])
+def test_a_word_that_is_its_class_costs_nothing_beside_the_class(template, prompts):
+    method = method_of("sd15", prompts)
+    pair = ContextPair(template, "<toy>", "dog")
+    if template.startswith("a {} dog"):
+        assert (pair.template, pair.word) == ("a {} on grass", "<toy> dog")
+        return  # "<toy> dog" is longer than "dog", so the rest stands elsewhere
+    noisy, t = random(1, 4, 16, 16), method.backbone.nearest_times(torch.tensor([0.5]))
+    assert max(loss.item() for loss in pair.losses(method.backbone, noisy, t)) < 1e-6
 
 
 def test_the_norm_is_held_in_the_middle(prompts):
@@ -199,3 +211,29 @@ def test_tuning_for_a_prompt_lowers_its_losses_and_leaves_the_pipeline_as_it_was
         context_tuned(pipe, "a photo", {"<toy>": "dog"}),
     ):
         pass
+    with (
+        pytest.raises(UserError, match="'<pet>' is no learned word of this pipeline"),
+        context_tuned(pipe, "a photo of <pet>", {"<pet>": "cat"}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", BASES)
+def test_tuning_for_a_prompt_in_half_precision(base, dtype):
+    backbone = wrap(tiny(base).to(dtype=dtype), base)
+    words = LearnedWords(backbone, {"<toy>": "dog"}, 2)
+    with torch.no_grad():
+        for own in words.vectors:
+            own += random(*own.shape, seed=3)
+    pipe, prompt = backbone.pipe, "a photo of <toy> on grass"
+
+    def text():
+        with torch.no_grad():
+            return backbone.encode_prompt([prompt])["encoder_hidden_states"]
+
+    before = text()
+    with context_tuned(pipe, prompt, {"<toy>": "dog"}, steps=3, learning_rate=0.5):
+        assert text().isfinite().all()
+        assert not torch.equal(text(), before)
+    assert torch.equal(text(), before)

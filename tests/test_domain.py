@@ -1,6 +1,9 @@
 """The domain-agnostic tuning encoder: its contrast by loops, its LoRA, its two paths, and tuning from it."""
 
+import itertools
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -15,15 +18,19 @@ from customize.adapters.attention import text_layers
 from customize.adapters.domain import FILE
 from customize.adapters.dual_path import DualPath, install_paths, nearest_words
 from customize.adapters.words import LearnedWords
+from customize.app.cli import main
+from customize.attention_maps import AttentionRecorder
 from customize.backbones.base import Condition
 from customize.backbones.families import wrap
 from customize.data.images import find_images, read_image_file
 from customize.errors import UserError
 from customize.files import header
 from customize.losses.contrastive import nearest_word_contrast
-from customize.pipelines import load_pipeline
+from customize.pipelines import load_pipeline, load_subject_pipeline
+from customize.runs import checkpoint
 from customize.runs.folder import read_info
-from customize.trainers.methods.domain_encoder import DomainEncoding, features_of
+from customize.runs.output import sha256
+from customize.trainers.methods.domain_encoder import DomainEncoding, features_of, image_encoder_of
 from customize.trainers.methods.domain_tuning import DomainTuning
 from tiny import BASES, draw, random, tiny
 
@@ -73,22 +80,65 @@ def batch_of(identity=(0, 1)) -> dict:
 
 
 def test_the_nearest_word_contrast_by_loops():
-    vectors, table, labels = random(4, 6), random(9, 6, seed=1), torch.tensor([0, 1, 1, 2])
+    vectors, table, labels = random(4, 2, 6), random(9, 6, seed=1), torch.tensor([0, 1, 1, 2])
     total = 0.0
-    for i in range(4):
-        near = sorted(
-            (torch.cosine_similarity(vectors[i], word, dim=0).item() for word in table), reverse=True
-        )
+    for i, k in itertools.product(range(4), range(2)):
+        own = vectors[i, k]
+        near = sorted((torch.cosine_similarity(own, word, dim=0).item() for word in table), reverse=True)
         positive = sum(math.exp(c / 0.2) for c in near[:3])
-        others = [j for j in range(4) if labels[j] != labels[i]]
-        negative = sum(
-            math.exp(torch.cosine_similarity(vectors[i], vectors[j], dim=0).item() / 0.2) for j in others
-        )
-        total -= math.log(positive / (positive + negative)) / 4
+        others = [vectors[j, k] for j in range(4) if labels[j] != labels[i]]
+        negative = sum(math.exp(torch.cosine_similarity(own, v, dim=0).item() / 0.2) for v in others)
+        total -= math.log(positive / (positive + negative)) / 8
     found = nearest_word_contrast(vectors, labels, table, count=3, temperature=0.2)
     assert found.item() == pytest.approx(total, rel=1e-4)
     alone = nearest_word_contrast(vectors[:1], labels[:1], table)
     assert alone.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl", "sd3", "flux"])
+def test_gradient_checkpointing_changes_no_gradient(base, tower):
+    found = []
+    for checkpointing in (False, True):
+        method = method_of(tower, base, hard_path=0.25 if base in ("sd15", "sdxl") else 0.0)
+        method.train()
+        if checkpointing:
+            method.enable_gradient_checkpointing()
+        torch.manual_seed(3)
+        loss = sum(method(batch_of()).values())
+        found.append(torch.autograd.grad(loss, list(method.trainable().values()), allow_unused=True))
+    for plain, again in zip(*found, strict=True):
+        assert (plain is None) == (again is None)
+        assert plain is None or torch.allclose(plain, again, atol=1e-6)
+
+
+def test_dropped_prompts_are_zeros_on_sdxl(tower):
+    method = method_of(tower, "sdxl", dropout_text=1.0)
+    method.train()
+    with torch.no_grad():
+        predicted = method.adapter(random(2, 17, 32))
+        text = method.condition(batch_of() | {"predicted": predicted}, torch.zeros(2)).text
+    assert not any(value.any() for value in text.values())
+    method.eval()
+    with torch.no_grad():
+        text = method.condition(batch_of() | {"predicted": predicted}, torch.zeros(2)).text
+    assert all(value.any() for value in text.values())
+
+
+def test_attention_maps_of_two_paths_are_those_of_the_soft_one():
+    backbone = wrap(tiny("sd15"), "sd15")
+    soft, hard = (backbone.encode_prompt([prompt])["encoder_hidden_states"] for prompt in (PROMPT, "a cat"))
+    noisy, t = random(1, 4, 16, 16), torch.tensor([0.5])
+    maps = []
+    for text in (soft, torch.cat([soft, hard], 1)):
+        if len(maps):
+            install_paths(
+                backbone.denoiser, 0.0, 16
+            )  # nothing of the hard path, so that all layers see the same
+        with torch.no_grad(), AttentionRecorder(backbone.denoiser) as recorder:
+            backbone.denoise(noisy, t, Condition({"encoder_hidden_states": text}))
+        maps.append(recorder.maps)
+    for name, expected in maps[0].items():
+        assert torch.allclose(maps[1][name], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -101,8 +151,9 @@ def test_each_sample_has_its_own_word_and_lora(base, tower):
         text = backbone.encode_prompt(["a photo of a dog", "a red cat"])
         channels = backbone.latent_channels if base != "flux" else 4
         noisy, t = random(2, channels, 8, 8), backbone.nearest_times(torch.tensor([0.4, 0.8]))
-        with adapter.using(predicted.cores):
-            both = backbone.denoise(noisy, t, Condition(text))
+        adapter.cores = predicted.cores
+        both = backbone.denoise(noisy, t, Condition(text))
+        adapter.cores = None
         plain = backbone.denoise(noisy, t, Condition(text))
         assert (both - plain).abs().max() > 1e-4
         for i in range(2):
@@ -143,9 +194,10 @@ def test_two_paths_are_blended_layer_by_layer(base, tower):
     )
     with torch.no_grad():
         cores = adapter(random(2, 17, 32)).cores
-        with adapter.using(cores):
-            found = layer(hidden, encoder_hidden_states=torch.cat([soft, hard], 1))
-            adapted = layer(hidden, encoder_hidden_states=soft)
+        adapter.cores = cores
+        found = layer(hidden, encoder_hidden_states=torch.cat([soft, hard], 1))
+        adapted = layer(hidden, encoder_hidden_states=soft)
+        adapter.cores = None
         original = layer(hidden, encoder_hidden_states=hard)
     assert not torch.allclose(adapted, layer(hidden, encoder_hidden_states=soft))
     assert torch.allclose(found, 0.75 * adapted + 0.25 * original, atol=1e-6)
@@ -240,6 +292,75 @@ def test_tuning_moves_word_and_lora(encoder_run, tower, images):
     assert abs(draw(load_pipeline(customize.train("domain_tuning", **flags)), PROMPT) - still).max() > 1e-4
 
 
+def test_the_encoder_says_how_images_become_square_and_which_model_reads_them(encoder_run, tower, images):
+    info = read_info(encoder_run)
+    info["config"]["reference_fit"] = "pad"
+    (encoder_run / "run.json").write_text(json.dumps(info))
+    seen = []
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(
+        "customize.trainers.methods.domain_tuning.image_encoder_of",
+        lambda backbone, name, fit: seen.append((name, fit)) or image_encoder_of(backbone, name, fit),
+    )
+    flags = tuning_flags(encoder_run, tower, images)
+    del flags["image_encoder"]
+    customize.train("domain_tuning", **flags)
+    monkey.undo()
+    assert seen == [(str(tower), "pad")]
+
+
+def test_a_resumed_run_refuses_another_encoder(encoder_run, tower, images, tmp_path):
+    flags = tuning_flags(encoder_run, tower, images) | {"checkpointing_steps": 1}
+    customize.train("domain_tuning", **flags)
+    moved = shutil.copytree(encoder_run, tmp_path / "moved")
+    again = flags | {"resume_from_checkpoint": "latest", "max_train_steps": 3}
+    customize.train("domain_tuning", **(again | {"domain_encoder": moved}))
+    state, about = load_file(moved / FILE), header(moved / FILE)
+    save_file(state | {"word.bias": state["word.bias"] + 1}, moved / FILE, about)
+    info = read_info(moved)
+    info["files"][FILE] = sha256(moved / FILE)
+    (moved / "run.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="--domain_encoder: it is not the one"):
+        customize.train("domain_tuning", **(again | {"domain_encoder": moved, "max_train_steps": 4}))
+
+
+def test_two_subjects_in_an_image_are_refused_before_training(tower, subjects, tmp_path):
+    tiny("sd15").save_pretrained(tmp_path / "base")
+    flags = {"pretrained_model_name_or_path": tmp_path / "base", "train_data_dir": subjects, "resolution": 32}
+    with pytest.raises(UserError, match="leave --second_subject_rate out"):
+        customize.train(
+            "domain_encoder",
+            **flags,
+            image_encoder=tower,
+            second_subject_rate=0.5,
+            output_dir=tmp_path / "run",
+        )
+
+
+def test_what_cannot_be_drawn_with_a_hard_path_is_refused(encoder_run, tower, images, capsys):
+    folder = customize.train("domain_tuning", **tuning_flags(encoder_run, tower, images), hard_path=0.5)
+    start = str(images / "0.png")
+    for flag in ("--init_image", "--subject_images"):
+        assert main(["generate", str(folder), PROMPT, flag, start]) == 2
+        assert f"{flag}: '{folder}' draws with a hard path" in capsys.readouterr().err
+    with pytest.raises(UserError, match="draws with a hard path"):
+        load_subject_pipeline(folder)
+    assert main(["generate", str(folder), PROMPT, "--context_steps", "2"]) == 2
+    assert "compares a word with its class's" in capsys.readouterr().err
+    pipe = load_pipeline(folder)
+    other = {"placeholder_token": "<t>", "instance_prompt": "a <t>", "output_dir": folder.parent / "other"}
+    flags = tuning_flags(encoder_run, tower, images) | other
+    second = customize.train("domain_tuning", **flags, hard_path=0.5)
+    with pytest.raises(UserError, match="draws with a hard path already"):
+        checkpoint.load(second, load_pipeline(folder))
+    options = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    text, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)[:2]
+    expected = pipe(PROMPT, generator=torch.Generator().manual_seed(0), **options).images
+    given = {"prompt_embeds": text, "negative_prompt_embeds": negative}
+    found = pipe(**given, generator=torch.Generator().manual_seed(0), **options).images
+    assert np.array_equal(found, expected)
+
+
 MISTAKES = {
     "no run": ({"domain_encoder": "nowhere"}, "'nowhere' is no run of domain_encoder"),
     "two words": ({"placeholder_token": "<a>+<b>", "instance_prompt": "<a>"}, "learns one word"),
@@ -262,6 +383,8 @@ def test_mistakes_are_told_before_training(name, encoder_run, tower, images, mon
 def test_two_paths_need_a_unet(base, tower):
     with pytest.raises(UserError, match="--hard_path needs a UNet"):
         method_of(tower, base)
+    with pytest.raises(UserError, match="--hard_path needs a UNet"):
+        DomainTuning(wrap(tiny(base), base), DomainTuning.Config(domain_encoder="none", hard_path=0.5), [])
 
 
 def test_a_text_of_the_usual_length_takes_the_soft_path():
@@ -286,7 +409,7 @@ def test_the_hard_path_of_a_pipeline_is_that_of_the_ordinary_word():
     assert table.num_embeddings == 32
 
 
-@pytest.mark.parametrize("damage", ["cut", "header", "size", "nan"])
+@pytest.mark.parametrize("damage", ["cut", "header", "no size", "size", "nan", "changed"])
 def test_a_damaged_encoder_is_refused(damage, encoder_run, tower, images):
     path = encoder_run / FILE
     state, about = load_file(path), header(path)
@@ -294,11 +417,19 @@ def test_a_damaged_encoder_is_refused(damage, encoder_run, tower, images):
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "header":
         save_file(state, path, {"domain": '{"rank": 2}'})
+    elif damage == "no size":  # which torch answers with an error of its own
+        save_file(state, path, {"domain": about["domain"].replace('"heads": 2', '"heads": 0')})
+    elif damage == "changed":
+        save_file(state | {"word.bias": state["word.bias"] + 1}, path, about)
     elif damage == "size":
         save_file(state | {"word.bias": torch.zeros(3)}, path, about)
     else:
         save_file(state | {"word.bias": state["word.bias"] * torch.nan}, path, about)
-    with pytest.raises(UserError, match=r"damaged|cannot be read|not finite|NaN"):
+    if damage != "changed":  # as if it had been written so
+        info = read_info(encoder_run)
+        info["files"][FILE] = sha256(path)
+        (encoder_run / "run.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"damaged|cannot be read|not finite|NaN|changed"):
         customize.train("domain_tuning", **tuning_flags(encoder_run, tower, images))
 
 
@@ -306,7 +437,9 @@ def test_a_damaged_encoder_is_refused(damage, encoder_run, tower, images):
 def test_tuning_starts_as_the_encoder_draws_on_every_base_model(base, tower, images, tmp_path):
     """The word and the LoRA in the tuned model's weights are those that the encoder applies on the fly."""
     encoding = method_of(tower, base, hard_path=0.0)
-    encoding.adapter.save(tmp_path)
+    checkpoint.save(
+        tmp_path, encoding.adapters, {"base_model": base, "method": "domain_encoder", "config": {}}
+    )
     backbone = wrap(tiny(base), base)
     config = DomainTuning.Config(domain_encoder=str(tmp_path), image_encoder=str(tower))
     tuning = DomainTuning(backbone, config, [])
@@ -319,8 +452,8 @@ def test_tuning_starts_as_the_encoder_draws_on_every_base_model(base, tower, ima
         predicted = encoding.adapter(features_of(encoding.image_encoder, shown))
         batch = {"predicted": predicted, "prompt": [PROMPT], "present": torch.ones(1, 1)}
         expected_text = encoding.eval().condition(batch, t).text
-        with encoding.adapter.using(predicted.cores):
-            expected = encoding.backbone.denoise(noisy, t, Condition(expected_text))
+        encoding.adapter.cores = predicted.cores
+        expected = encoding.backbone.denoise(noisy, t, Condition(expected_text))
         found = backbone.denoise(noisy, t, Condition(backbone.encode_prompt([PROMPT])))
     assert torch.allclose(found, expected, atol=1e-4)
     tuning.train()

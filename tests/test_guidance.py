@@ -9,10 +9,11 @@ from PIL import Image
 from test_subject_pipeline import A, B, woken
 
 from customize.app.cli import main
+from customize.attention_maps import AttentionRecorder, word_positions
 from customize.errors import UserError
 from customize.losses import attend_and_excite, attention_contrast, info_nce, supervised_contrast
 from customize.losses.attention import smoothed
-from customize.pipelines.guidance import AttentionGuidance, as_image, overlay, word_maps
+from customize.pipelines.guidance import AttentionGuidance, as_image, moved_against, overlay, word_maps
 from tiny import BASES, random, tiny
 
 PROMPT = "a red dog on a blue cat"
@@ -182,6 +183,58 @@ def test_guidance_lowers_its_loss(base, kind):
     assert len(losses[0.2]) == 7
     assert losses[0.2][0] == pytest.approx(losses[1e-6][0])
     assert losses[0.2][-1] < losses[1e-6][-1]
+
+
+@pytest.mark.parametrize("kind", ["conform", "attend_and_excite"])
+def test_a_guided_image_does_not_depend_on_its_batch(kind):
+    pipe = tiny("sd15")
+
+    def drawn(seeds):
+        guidance = AttentionGuidance(pipe, PROMPT, ["red dog", "blue cat"], kind, 0.2, until=1.0)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = guidance.arguments | {"generator": generators, "num_images_per_prompt": len(seeds)}
+        return draw(pipe, num_inference_steps=6, **options)
+
+    assert np.abs(drawn([1, 2])[1] - drawn([2])[0]).max() < 1e-3
+
+
+def test_each_image_moves_by_a_share_of_its_norm():
+    latents, gradient = random(3, 4, 2, 2), random(3, 4, 2, 2, seed=1)
+    gradient[1, 0, 0, 0] = torch.inf
+    for kind in (torch.float32, torch.float16):
+        own, slope = latents.to(kind), gradient.to(kind)
+        found = moved_against(own, slope, 0.1)
+        assert found.dtype == kind
+        for i in (0, 2):
+            step = 0.1 * own[i].float().norm() * slope[i].float() / slope[i].float().norm()
+            assert torch.allclose(found[i], (own[i].float() - step).to(kind))
+        assert torch.equal(found[1], own[1])
+    assert torch.equal(moved_against(latents, torch.zeros_like(latents), 0.1), latents)
+    large = torch.full((1, 4, 64, 64), 300.0, dtype=torch.float16)  # its norm is no float16
+    assert moved_against(large, large, 0.1).isfinite().all()
+
+
+def test_maps_of_a_guided_image_are_those_of_its_own_steps():
+    """Guidance calls the denoiser too, to look ahead."""
+    pipe, calls = tiny("sd15"), []
+    guidance = AttentionGuidance(pipe, PROMPT, ["red dog", "blue cat"], strength=0.2, until=1.0)
+    with word_maps(pipe, PROMPT, ["dog"]) as guided:
+        handle = pipe.unet.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        draw(pipe, **guidance.arguments)
+        handle.remove()
+    assert calls == [False, True, False, True, False, True, False]
+    sums = torch.zeros(16, 16)
+
+    def add(module, args, output):
+        if not torch.is_grad_enabled():
+            sums.add_(recorder.mean([word_positions(pipe, PROMPT, "dog")])[0])
+
+    with AttentionRecorder(pipe.unet, side=16) as recorder:
+        handle = pipe.unet.register_forward_hook(add)
+        draw(pipe, **guidance.arguments)
+        handle.remove()
+    difference = np.asarray(as_image(sums), int) - np.asarray(guided["dog"][0], int)
+    assert np.abs(difference).max() <= 1
 
 
 def test_guidance_goes_with_subjects_and_ends_where_it_is_told():

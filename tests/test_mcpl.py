@@ -11,6 +11,7 @@ from customize.attention_maps import AttentionRecorder, word_positions
 from customize.backbones.base import Condition, Step
 from customize.backbones.families import wrap
 from customize.errors import UserError
+from customize.losses import denoising
 from customize.pipelines import load_pipeline
 from customize.runs.folder import read_info
 from customize.trainers.methods.mcpl import MCPL, SIDE
@@ -28,7 +29,8 @@ def method_of(base: str = "sd15", **options) -> MCPL:
 def batch_of(method, indices=(0, 1)) -> dict:
     pixels = random(2, 3, 32, 32).clamp(-1, 1)
     index = torch.tensor(indices)
-    return {"pixels": pixels, "prompt": PROMPTS, "index": index, "is_prior": torch.zeros(2, dtype=torch.bool)}
+    no = torch.zeros(2, dtype=torch.bool)
+    return {"pixels": pixels, "prompt": PROMPTS, "index": index, "is_prior": no, "is_flipped": no}
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -97,7 +99,7 @@ def test_maps_are_averaged_over_the_steps_that_show_an_image():
             method.backbone.denoise(random(2, 4, 16, 16, seed=step), torch.full((2,), 0.5), Condition(text))
         places = word_positions(method.backbone.pipe, PROMPTS[1], "<pet>")
         seen.append(method.recorder.of_tokens(places, -1, (SIDE, SIDE)).sum(0))
-        found = method.mean_maps(-1, PROMPTS[1], 7)[0]
+        found = method.mean_maps(-1, PROMPTS[1], (7, False))[0]
     expected = 0.75 * (0.75 * seen[0] + 0.25 * seen[1]) + 0.25 * seen[2]
     assert torch.allclose(found, expected, atol=1e-6)
 
@@ -122,6 +124,34 @@ def test_the_loss_counts_where_the_words_look():
     method.config.attention_mask = "none"
     torch.manual_seed(0)
     assert method(batch)["denoise"].item() == plain
+
+
+def test_a_mirrored_image_has_maps_of_its_own():
+    method = method_of()
+    method.train()
+    batch = batch_of(method, (0, 0)) | {"prompt": [PROMPTS[0]] * 2}
+    method(batch | {"is_flipped": torch.tensor([False, True])})
+    assert method.means.keys() == {(0, False), (0, True)}
+    batch = batch_of(method)
+    method(batch | {"is_flipped": torch.tensor([True, False])})
+    assert method.means.keys() == {(0, False), (0, True), (1, False)}
+
+
+def test_contrastive_flow_counts_where_the_denoising_error_does():
+    """Else it could fall without end where the words do not look; and the maps are averaged once a step."""
+    method, averaged, seen = method_of(contrastive_flow_weight=0.5, attention_threshold=0.99), [], {}
+    method.train()
+    mean_maps, losses = method.mean_maps, method.losses
+    method.mean_maps = lambda *given: averaged.append(given) or mean_maps(*given)
+    method.losses = lambda step: seen.update(step=step) or losses(step)
+    noised, add_noise = [], method.backbone.add_noise
+    method.backbone.add_noise = lambda *given: noised.append(add_noise(*given)) or noised[-1]
+    terms = method(batch_of(method))
+    step, (_, other) = seen["step"], noised[1]
+    expected = -0.5 * denoising(step.prediction, other, step.batch["focus"]).mean()
+    assert terms["contrastive_flow"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert 0 < step.batch["focus"].mean() < 1
+    assert len(averaged) == 2
 
 
 MISTAKES = {

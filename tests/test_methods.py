@@ -117,6 +117,30 @@ def stock_pipeline(base: str, run: Path):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("base", BASES)
+def test_gradient_checkpointing_changes_no_gradient(base, case, images):
+    found = []
+    for checkpointing in (False, True):
+        method, data = build(base, case, images)
+        method.train()
+        if checkpointing:
+            method.enable_gradient_checkpointing()
+        for name, parameter in method.named_parameters():
+            if "lora_B" in name:  # so that LoRA's other half has a gradient
+                parameter.data += 0.05 * random(*parameter.shape)
+        batch, gradients = next(iter(data.batches(0, 2, 0))), []
+        for step in (1, 9):  # stages may train other parts
+            torch.manual_seed(step)
+            method.on_step(step, 10)
+            total, trained = sum(method(batch).values()), list(method.trainable().values())
+            gradients += torch.autograd.grad(total, trained, allow_unused=True)
+        found.append(gradients)
+    for plain, again in zip(*found, strict=True):
+        assert (plain is None) == (again is None)
+        assert plain is None or torch.allclose(plain, again, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("base", BASES)
 def test_trains_saves_and_reloads(base, case, images, tmp_path):
     prompt = prompt_of(CASES[case][1])
     method, _ = build(base, case, images)

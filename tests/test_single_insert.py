@@ -140,6 +140,9 @@ MISTAKES = {
     "several words": ({"placeholder_token": "<toy>+<pet>"}, "learns one word"),
     "width": ({"encoder_dim": 100}, "multiple of 64"),
     "min-SNR": ({"snr_gamma": 5.0}, "leave it out"),
+    "contrastive flow": ({"contrastive_flow_weight": 0.05, "train_batch_size": 2}, "leave it out"),
+    "without masks": ({"masked_loss": False}, "leave --masked_loss on"),
+    "weight outside": ({"unmasked_weight": 0.1}, "and --unmasked_weight 0"),
 }
 
 
@@ -151,6 +154,19 @@ def test_mistakes_are_told_before_training(name, flags, tmp_path, monkeypatch):
     monkeypatch.setattr(SingleInsert, "forward", lambda *_: pytest.fail("it trained"))
     with pytest.raises(UserError, match=said):
         customize.train("single_insert", **(flags | changes))
+
+
+def test_lora_waits_also_where_gradients_are_accumulated(flags, monkeypatch):
+    """The base model's predictions switch LoRA off and on again, in the middle of a step."""
+    moved, after_step = [], SingleInsert.after_step
+
+    def seen(self):
+        moved.append(any(p.any() for n, p in self.named_parameters() if "lora_B" in n))
+        after_step(self)
+
+    monkeypatch.setattr(SingleInsert, "after_step", seen)
+    customize.train("single_insert", **flags, gradient_accumulation_steps=3, first_stage=0.5)
+    assert moved == [False, False, True, True]
 
 
 def test_a_run_of_one_image(flags):

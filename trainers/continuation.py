@@ -24,7 +24,7 @@ MAY_CHANGE = {
     *("max_pixels", "strict", "allow_outside_files"),
 }
 # Paths of what is compared by its contents: it may have moved.
-COMPARED = {"instance_data_dir", "class_data_dir", "concepts_list", "train_data_dir"}
+COMPARED = {"instance_data_dir", "class_data_dir", "concepts_list", "train_data_dir", "domain_encoder"}
 OWN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub"}  # of each command
 
 
@@ -70,7 +70,8 @@ def _same_base(name: str, before: Any, value: Any) -> bool:
 
 
 def check_same_inputs(folder: Path | None, info: Mapping[str, Any]) -> None:
-    """UserError if the images, the captions or the base model are not those of the resumed run."""
+    """UserError if the images, the captions, the base model or a domain encoder are not those of the resumed
+    run."""
     then = read_info(folder) if folder and folder.is_dir() else {}
 
     def differs(name: str) -> bool:
@@ -87,6 +88,11 @@ def check_same_inputs(folder: Path | None, info: Mapping[str, Any]) -> None:
         raise UserError(
             f"--resume_from_checkpoint: the captions are not those that '{folder}' was trained on; put them "
             "back, or start a new run."
+        )
+    if differs("domain_encoder"):
+        raise UserError(
+            f"--domain_encoder: it is not the one that '{folder}' was trained with; give that one, or "
+            "start a new run."
         )
     if differs("base_fingerprint"):
         raise UserError(

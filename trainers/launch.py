@@ -154,7 +154,8 @@ def launch(
         if train_config.num_train_epochs:
             train_config.max_train_steps = steps_of(data, train_config, accelerator)
             check_progress(train_config)
-        info |= {"config": config | {"max_train_steps": train_config.max_train_steps}, **data.described()}
+        info |= {"config": config | {"max_train_steps": train_config.max_train_steps}}
+        info |= data.described() | method.described()
         check_same_inputs(resumed, info)
         clear_output(train_config, accelerator)
         if accelerator.is_main_process:

@@ -8,8 +8,7 @@ vector, as in any learned word.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -116,15 +115,6 @@ class DomainEncoder(nn.Module, Adapter):
         down, up = self.down[index].to(x.dtype), self.up[index].to(x.dtype)
         return output + (x @ down.T) @ core.mT @ up.T
 
-    @contextmanager
-    def using(self, cores: Tensor) -> Iterator[None]:
-        """Context in which the denoiser has the LoRA of cores (samples, layers, rank, rank)."""
-        self.cores = cores
-        try:
-            yield
-        finally:
-            self.cores = None
-
     def save(self, folder: Path) -> dict:
         state = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(state, folder / FILE, {"format": "pt", "domain": json.dumps(asdict(self.config))})
@@ -145,18 +135,15 @@ def layers_of(denoiser: Any, ends: Sequence[str]) -> dict[str, list[int]]:
 
 
 def load_domain_encoder(folder: str | Path, fits: Callable[[DomainConfig], bool]) -> DomainEncoder:
-    """The encoder of a run of domain_encoder; UserError if there is none, it is damaged, or it was made for
-    other models."""
+    """The encoder of a run of domain_encoder; UserError if it is damaged, or was made for other models."""
     path = Path(folder) / FILE
-    if not path.is_file():
-        raise UserError(f"--domain_encoder: '{folder}' is no run of domain_encoder.")
     state = tensors_of(path)
     try:
         known = json.loads(header(path).get("domain", "{}"))
         config = DomainConfig(**{f.name: known[f.name] for f in fields(DomainConfig)})
         with torch.device("meta"):
             made = DomainEncoder(config, [torch.zeros(dim) for dim in config.text_dims])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"'{path}' is damaged ({error}); use another checkpoint of its run.") from error
     if reason := misfit(state, made.state_dict()):
         raise UserError(f"'{path}' is damaged ({reason}); use another checkpoint of its run.")

@@ -9,31 +9,43 @@ give it, goes the soft path alone.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from customize.adapters.attention import text_layers
 from customize.adapters.base import Adapter
 from customize.adapters.embedding_hooks import substitute
 from customize.adapters.words import pieces
+from customize.backbones.layers import without_lora
 from customize.backbones.text import embedding_table, text_parts
 from customize.errors import UserError
 
 
-def install_paths(denoiser: Any, blend: float, length: int) -> None:
-    """Makes the cross-attention of a UNet blend both paths, `blend` being the share of the hard one, for
-    texts of twice `length` tokens. UserError for other denoisers."""
+def check_paths(denoiser: Any) -> None:
+    """UserError unless both paths can be installed in a denoiser."""
     if not isinstance(denoiser, UNet2DConditionModel):
         raise UserError("--hard_path needs a UNet (Stable Diffusion 1.x, 2.x, XL); set it to 0.")
+    if any(hasattr(layer, "soft_length") for layer in denoiser.modules()):
+        raise UserError(
+            "this pipeline draws with a hard path already, and a second one would undo both: load one run "
+            "that was trained with --hard_path at a time."
+        )
+
+
+def install_paths(denoiser: Any, blend: float, length: int) -> None:
+    """Makes the cross-attention of a UNet blend both paths, `blend` being the share of the hard one, for
+    texts of twice `length` tokens. UserError for other denoisers, and for one that has both paths."""
+    check_paths(denoiser)
     for name in text_layers(denoiser).values():
         layer = denoiser.get_submodule(name)
         layer.forward = partial(_attend, layer, layer.forward, blend, length)
+        layer.soft_length = length  # of the text that attention maps are read from
 
 
 def _attend(
@@ -51,17 +63,12 @@ def _attend(
 @contextmanager
 def _original_weights(layer: Any) -> Iterator[None]:
     """Context without the LoRA, or the predicted one, of an attention layer."""
-    adapted = [part for part in layer.modules() if isinstance(part, BaseTunerLayer)]
-    before = [part._disable_adapters for part in adapted]
-    for part in adapted:
-        part._disable_adapters = True
     layer.on_hard_path = True
     try:
-        yield
+        with without_lora(layer):
+            yield
     finally:
         layer.on_hard_path = False
-        for part, value in zip(adapted, before, strict=True):
-            part._disable_adapters = value
 
 
 def nearest_words(vectors: Tensor, table: Any) -> Tensor:
@@ -78,6 +85,7 @@ class DualPath(Adapter):
     files = ()
 
     def __init__(self, pipe: DiffusionPipeline, words: Mapping[str, int], blend: float):
+        check_paths(getattr(pipe, "unet", None))
         self.pipe, self.words, self.blend = pipe, dict(words), blend
         self.nearest: list[list[int]] = []
 
@@ -94,6 +102,8 @@ class DualPath(Adapter):
 
     def _encode(self, encode: Any, *args: Any, **kwargs: Any) -> tuple:
         soft = encode(*args, **kwargs)
+        if signature(encode).bind_partial(*args, **kwargs).arguments.get("prompt_embeds") is not None:
+            return soft  # of words that are not known here; what encode_prompt made of them holds both paths
         with self._ordinary_words():
             hard = encode(*args, **kwargs)
         texts = [a if a is None else torch.cat([a, b], 1) for a, b in zip(soft[:2], hard[:2], strict=True)]

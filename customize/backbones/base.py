@@ -6,7 +6,7 @@ drift apart.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from customize.backbones.layers import PRESETS
+from customize.backbones.layers import PRESETS, without_lora
 from customize.backbones.text import ENCODER_NAMES, SUFFIXES, text_parts
 from customize.cache import TensorCache, fingerprint, key_of
 from customize.errors import UserError, shortened
@@ -284,11 +284,7 @@ class Backbone(nn.Module):
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
         """Context in which LoRA of the denoiser and of the text encoders is switched off."""
-        adapted = [m for m in (self.denoiser, *self.text_encoders) if getattr(m, "peft_config", None)]
-        for module in adapted:
-            module.disable_adapters()
-        try:
+        with ExitStack() as stack:
+            for module in (self.denoiser, *self.text_encoders):
+                stack.enter_context(without_lora(module))
             yield
-        finally:
-            for module in adapted:
-                module.enable_adapters()

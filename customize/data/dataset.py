@@ -58,19 +58,18 @@ class SubjectDataset(Dataset):
             "index": index,
             "concept": file.concept,
             "is_prior": file.is_prior,
+            "is_flipped": flip,
         }
         return {"pixels": pixels, "mask": weight, "sizes": sizes_of(file.size, *bucket), **about}
 
 
 def collate(items: Sequence[dict]) -> dict:
     """A batch of B items: `pixels` (B, 3, H, W) or their latents' moments `mean` and `std`, `mask` (B, 1,
-    H, W), `sizes` (B, 4), `index`, `concept`, `is_prior` (B), `prompt` a list."""
+    H, W), `sizes` (B, 4), `index`, `concept`, `is_prior`, `is_flipped` (B), `prompt` a list."""
     tensors = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
     batch: dict = {name: torch.stack([item[name] for item in items]) for name in tensors}
-    batch |= {
-        name: torch.tensor([item[name] for item in items], dtype=torch.long) for name in ("index", "concept")
-    }
-    batch["is_prior"] = torch.tensor([item["is_prior"] for item in items], dtype=torch.bool)
+    kinds = {"index": torch.long, "concept": torch.long, "is_prior": torch.bool, "is_flipped": torch.bool}
+    batch |= {name: torch.tensor([item[name] for item in items], dtype=kind) for name, kind in kinds.items()}
     return batch | {"prompt": [item["prompt"] for item in items]}
 
 

@@ -65,10 +65,9 @@ def supervised_contrast(features: Tensor, labels: Tensor, temperature: float = 0
     """Supervised contrast (SupCon, Khosla et al., 2020, arXiv 2004.11362, L_out): samples of one label are
     positives of each other, all others negatives.
 
-    `features` (n, dim), `labels` (n,) whole numbers. Samples of all processes are compared. Zero if no label
-    occurs twice.
+    `features` (n, dim), `labels` (n,) whole numbers. Those of this process are compared, since each process
+    may have another number. Zero if no label occurs twice.
     """
-    features, labels = gathered(features), gathered(labels)
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     positive = (labels[:, None] == labels) & ~itself
     logits = cosines(features, features) / temperature
@@ -101,29 +100,31 @@ def hardened(logits: Tensor, positive: Tensor) -> Tensor:
     return torch.where(negative, logits + weight - mean, logits)
 
 
-def uniformity(features: Tensor) -> Tensor:
-    """How evenly vectors (n, dim) lie on the sphere: log of the mean of exp(-2 d^2) over pairs at distance d
-    (Wang and Isola, 2020, arXiv 2005.10242, eq. 4). At most 0; lower is more even."""
-    itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
-    squares = (2 - 2 * cosines(features, features))[~itself]
+def uniformity(features: Tensor, others: Tensor, same: Tensor) -> Tensor:
+    """How evenly vectors (n, dim) and (m, dim) lie on the sphere: log of the mean of exp(-2 d^2) over
+    pairs at distance d (Wang and Isola, 2020, arXiv 2005.10242, eq. 4), except where `same` (n, m). At
+    most 0; lower is more even."""
+    squares = (2 - 2 * cosines(features, others))[~same]
     return (-2 * squares).exp().mean().log() if len(squares) else features.sum() * 0
 
 
 def nearest_word_contrast(
     vectors: Tensor, labels: Tensor, table: Tensor, count: int = 10, temperature: float = 0.1
 ) -> Tensor:
-    """Nearest-word contrast (Arar et al., 2023, arXiv 2307.06925, eq. 3): each predicted word is drawn to the
-    `count` words of the vocabulary that are nearest to it, and away from the words of other subjects.
+    """Nearest-word contrast (Arar et al., 2023, arXiv 2307.06925, eq. 3): each predicted word is drawn to
+    the `count` words of the vocabulary that are nearest to it, and away from the words of other subjects.
 
-    `vectors` (n, dim), `labels` (n,) numbers of their subjects, `table` (words, dim) the vocabulary's
-    embeddings, which get no gradient. The paper's constants are not public: these are ours.
+    `vectors` (n, words, dim) of subjects with words of as many vectors, `labels` (n,) numbers of the
+    subjects, `table` (vocabulary, dim) the embeddings, which get no gradient. The first vectors are
+    compared with first ones, and so on. The paper's constants are not public: these are ours.
     """
-    nearest = cosines(vectors, table.detach()).topk(min(count, len(table)), -1).values / temperature
-    others = cosines(vectors, gathered(vectors)) / temperature
+    nearest = cosines(vectors.flatten(0, 1), table.detach()).topk(min(count, len(table)), -1).values
+    drawn = (nearest / temperature).logsumexp(-1).view(vectors.shape[:2]).T  # (words, n)
+    others = cosines(vectors.transpose(0, 1), gathered(vectors).transpose(0, 1)) / temperature
     others = others.masked_fill(labels[:, None] == gathered(labels), -torch.inf)
-    logits = torch.cat([nearest.logsumexp(-1, keepdim=True), others], 1)
+    logits = torch.cat([drawn[..., None], others], -1)
     target = torch.zeros_like(logits)
-    target[:, 0] = 1
+    target[..., 0] = 1
     return info_nce(logits, target)
 
 
@@ -155,7 +156,8 @@ def cross_modal_contrast(
     n = len(visual)
     alignment = cosines(visual[:, None], textual[:n, None]).mean()
     if form == "uniform":
-        return 2 - 2 * alignment + (uniformity(visual) + uniformity(textual[:n])) / 2
+        apart = uniformity(visual, visual, same[:, :n]) + uniformity(textual[:n], textual, same)
+        return 2 - 2 * alignment + apart / 2
     if form == "adaptive":
         scale = scale / (1 + alignment.detach().clamp(min=0))
     forward = _one_way(visual, textual, same, scale, form)

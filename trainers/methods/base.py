@@ -1,7 +1,7 @@
 """The contract of a method: what it trains, what it conditions on, and its losses."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from customize.data.images import ImageFile
 from customize.data.subject_images import SubjectImages
 from customize.data.training_data import Source
 from customize.errors import UserError
-from customize.losses import contrastive_flow, denoising
+from customize.losses import denoising
 
 
 @dataclass
@@ -103,6 +103,17 @@ class Method(nn.Module):
         """What the denoiser is conditioned on; times `t` (batch,) run from 0, data, to 1, noise."""
         return Condition(self.backbone.encode_prompt(batch["prompt"]))
 
+    def without_text(self, text: dict[str, Tensor], dropped: Tensor, dim: int = 0) -> dict[str, Tensor]:
+        """The text arguments as the pipeline's unconditional half gets them, where the prompt of a sample is
+        `dropped` (batch,): zeros on SDXL. Samples lie along `dim`."""
+        if not self.backbone.zeroes_empty_prompt:
+            return text
+
+        def kept(value: Tensor) -> Tensor:
+            return value * (~dropped).view([-1 if i == dim else 1 for i in range(value.ndim)])
+
+        return {name: kept(value) for name, value in text.items()}
+
     def masked_errors(self, step: Step) -> Tensor:
         """The denoising error of each sample, shape (batch,), under its mask."""
         return denoising(step.prediction, step.target, step.batch.get("mask"))
@@ -131,23 +142,29 @@ class Method(nn.Module):
         condition = self.condition(batch, t)
         condition.sizes = batch.get("sizes")
         prediction = self.backbone.denoise(noisy, t, condition)
-        terms = self.losses(Step(latents, noisy, t, target, condition, prediction, batch))
+        step = Step(latents, noisy, t, target, condition, prediction, batch)
+        terms = self.losses(step)
         if self.config.contrastive_flow_weight and self.training:
-            terms["contrastive_flow"] = self._contrastive_flow(
-                latents, noise, t, prediction, batch.get("mask")
-            )
+            terms["contrastive_flow"] = self._contrastive_flow(step, noise)
         return terms
 
-    def _contrastive_flow(
-        self, latents: Tensor, noise: Tensor, t: Tensor, prediction: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """Contrast with the target of the next sample of the batch, at this sample's time."""
-        if len(latents) == 1:
+    def _contrastive_flow(self, step: Step, noise: Tensor) -> Tensor:
+        """Minus the error to the target of the next sample of the batch, at this sample's time: Contrastive
+        Flow Matching (Stoica et al., 2025, arXiv 2506.05350). It is weighted as the denoising error is, below
+        which it must stay: else it could fall without end."""
+        if len(noise) == 1:
             raise UserError(
                 "--contrastive_flow_weight needs other samples to keep apart: raise --train_batch_size."
             )
-        _, other = self.backbone.add_noise(latents.roll(1, 0), noise.roll(1, 0), t)
-        return self.config.contrastive_flow_weight * contrastive_flow(prediction, other, mask).mean()
+        _, other = self.backbone.add_noise(step.latents.roll(1, 0), noise.roll(1, 0), step.t)
+        errors = self.errors(replace(step, target=other))
+        if "is_prior" in step.batch:  # class images have a weight of their own
+            errors = errors[~step.batch["is_prior"]]
+        return -self.config.contrastive_flow_weight * errors.mean()
+
+    def described(self) -> dict[str, Any]:
+        """Entries of `run.json` that a resumed run must agree with, beside those of its data."""
+        return {}
 
     def on_step(self, step: int, steps: int) -> None:
         """Called before each step, for schedules such as a weight that warms up."""

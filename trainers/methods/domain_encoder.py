@@ -130,26 +130,32 @@ class DomainEncoding(Method):
                 f"{flag} is for LoRA and learned words; an encoder sees new images at every step."
             )
 
-    def forward(self, batch: dict) -> dict[str, Tensor]:
-        features = features_of(self.image_encoder, batch["references"][:, 0, 0])
-        predicted = self.adapter(features)
-        with self.adapter.using(predicted.cores):
-            return super().forward(batch | {"predicted": predicted})
-
-    def condition(self, batch: dict, t: Tensor) -> Condition:
-        if batch["present"].shape[1] > 1:
+    @classmethod
+    def prepare_data(
+        cls, source: Any, backbone: Backbone, train_config: Any, method_config: Any, accelerator: Any
+    ) -> None:
+        if source.config.second_subject_rate:
             raise UserError(
                 "domain_encoder learns one subject of each image: leave --second_subject_rate out."
             )
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        features = features_of(self.image_encoder, batch["references"][:, 0, 0])
+        predicted = self.adapter(features)
+        self.adapter.cores = predicted.cores  # also for the backward pass, which may run layers again
+        return super().forward(batch | {"predicted": predicted})
+
+    def condition(self, batch: dict, t: Tensor) -> Condition:
         vectors = self.adapter.vectors(batch["predicted"])
-        dropped = torch.rand(len(t)) < self.config.dropout_text * self.training
+        dropped = torch.rand(len(t), device=t.device) < self.config.dropout_text * self.training
         # the pipeline itself puts all tokens of a word of several vectors into the text
         prompts = [
             "" if drop else prompt for prompt, drop in zip(batch["prompt"], dropped.tolist(), strict=True)
         ]
-        text = self._text(prompts, vectors)
+        text = self.without_text(self._text(prompts, vectors), dropped)
         if self.config.hard_path:
-            hard = self._text(prompts, self._ordinary(vectors))["encoder_hidden_states"]
+            ordinary = self.without_text(self._text(prompts, self._ordinary(vectors)), dropped)
+            hard = ordinary["encoder_hidden_states"]
             text |= {"encoder_hidden_states": torch.cat([text["encoder_hidden_states"], hard], 1)}
         return Condition(text)
 
@@ -180,11 +186,9 @@ class DomainEncoding(Method):
 
     def contrast(self, predicted: Predicted, identity: Tensor) -> Tensor:
         """The nearest-word contrast, mean over text encoders and vectors."""
-        terms = []
-        for own, encoder in zip(self.adapter.vectors(predicted), self.backbone.text_encoders, strict=True):
-            table = embedding_table(encoder).weight
-            terms += [nearest_word_contrast(one, identity, table) for one in own.unbind(1)]
-        return torch.stack(terms).mean()
+        tables = [embedding_table(encoder).weight for encoder in self.backbone.text_encoders]
+        pairs = zip(self.adapter.vectors(predicted), tables, strict=True)
+        return torch.stack([nearest_word_contrast(own, identity, table) for own, table in pairs]).mean()
 
 
 def image_encoder_of(backbone: Backbone, name: str, fit: ReferenceFit) -> ImageEncoder:

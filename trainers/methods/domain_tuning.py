@@ -7,16 +7,16 @@ this toolkit also take the path of the nearest ordinary word; others draw with t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 
-from customize.adapters.domain import DomainConfig, load_domain_encoder
-from customize.adapters.dual_path import DualPath, nearest_words
-from customize.adapters.encoders.image_encoder import ReferenceFit
+from customize.adapters.domain import FILE, DomainConfig, load_domain_encoder
+from customize.adapters.dual_path import DualPath, check_paths, nearest_words
 from customize.adapters.lora import Lora, LoraFields
 from customize.adapters.words import LearnedWords
 from customize.backbones.base import Backbone
@@ -25,8 +25,10 @@ from customize.config import option
 from customize.data.concepts import Concept
 from customize.data.images import ImageFile, read_image_file
 from customize.errors import UserError
+from customize.runs.checkpoint import open_run
+from customize.runs.output import sha256
 from customize.trainers.methods.base import Method, MethodConfig
-from customize.trainers.methods.domain_encoder import features_of, image_encoder_of
+from customize.trainers.methods.domain_encoder import DomainEncoderConfig, features_of, image_encoder_of
 
 
 @dataclass
@@ -34,12 +36,8 @@ class DomainTuningConfig(MethodConfig):
     domain_encoder: str = option("", "run of domain_encoder, whose prediction is tuned", essential=True)
     placeholder_token: str = option("<s>", "the word for the subject", essential=True)
     image_encoder: str = option(
-        "", "CLIP vision model that the domain encoder was trained with; empty: that of stickers"
-    )
-    reference_fit: ReferenceFit = option(
-        "stretch",
-        "how images that are not square become square for the encoder: stretch, pad with white, or crop the "
-        "centre",
+        "",
+        "where the CLIP vision model lies that the domain encoder was trained with; empty: as its run says",
     )
     hard_path: float = option(
         0.0,
@@ -58,7 +56,11 @@ class DomainTuning(Method):
 
     def __init__(self, backbone: Backbone, config: DomainTuningConfig, concepts: list[Concept]):
         super().__init__(backbone, config, concepts)
-        self.image_encoder = image_encoder_of(backbone, config.image_encoder, config.reference_fit)
+        if config.hard_path:
+            check_paths(backbone.denoiser)
+        then = run_of_encoder(config.domain_encoder)
+        name = config.image_encoder or then["image_encoder"]
+        self.image_encoder = image_encoder_of(backbone, name, then["reference_fit"])
         self.encoder = load_domain_encoder(config.domain_encoder, self._fits)
         sizes, word = self.encoder.config, config.placeholder_token
         if "+" in word or not word.strip():
@@ -101,6 +103,9 @@ class DomainTuning(Method):
             pairs = zip(vectors, tables, strict=True)
             self.paths.install([nearest_words(own, table).tolist() for own, table in pairs])
 
+    def described(self) -> dict[str, Any]:
+        return {"domain_encoder": sha256(Path(self.config.domain_encoder) / FILE)}
+
     def parameter_groups(self, lr: float) -> list[dict]:
         words = list(self.tokens.parameters())
         known = {id(p) for p in words}
@@ -109,6 +114,14 @@ class DomainTuning(Method):
             {"params": rest, "lr": lr},
             {"params": words, "lr": self.config.token_learning_rate or lr, "weight_decay": 0.0},
         ]
+
+
+def run_of_encoder(folder: str) -> dict[str, Any]:
+    """The settings of a run of domain_encoder; UserError if it is none, or damaged."""
+    if not (Path(folder) / FILE).is_file():
+        raise UserError(f"--domain_encoder: '{folder}' is no run of domain_encoder.")
+    settings = open_run(Path(folder))["config"]
+    return asdict(DomainEncoderConfig()) | settings
 
 
 def _shown(file: ImageFile) -> Image.Image:

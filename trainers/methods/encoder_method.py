@@ -228,17 +228,6 @@ class SubjectMethod(Method):
         )
         return ["" if drop else prompt for prompt, drop in zip(prompts, no_text.tolist(), strict=True)]
 
-    def without_text(self, text: dict[str, Tensor], dropped: Tensor, dim: int = 0) -> dict[str, Tensor]:
-        """The text arguments as the pipeline's unconditional half gets them, where the prompt of a sample is
-        `dropped` (batch,): zeros on SDXL. Samples lie along `dim`."""
-        if not self.backbone.zeroes_empty_prompt:
-            return text
-
-        def kept(value: Tensor) -> Tensor:
-            return value * (~dropped).view([-1 if i == dim else 1 for i in range(value.ndim)])
-
-        return {name: kept(value) for name, value in text.items()}
-
     def uses_both(self) -> bool:
         """Whether this batch gets both references; only the first one in evaluation mode."""
         return self.training and torch.rand(()).item() < self.config.multi_reference_rate

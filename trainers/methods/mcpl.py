@@ -81,7 +81,8 @@ class MCPL(Method):
                 "mcpl learns several words: join them by + in --placeholder_token, or use textual_inversion."
             )
         self.recorder: AttentionRecorder | None = None
-        self.means: dict[int, Tensor] = {}  # by image: (words, height, width)
+        # by image, and whether it was mirrored: (words, height, width)
+        self.means: dict[tuple[int, bool], Tensor] = {}
 
     def check_caption(self, caption: str) -> None:
         """UserError for a caption that says a word without the adjective that is bound to it."""
@@ -104,27 +105,32 @@ class MCPL(Method):
         return terms
 
     def masked_errors(self, step: Step) -> Tensor:
-        mask = step.batch.get("mask")
         if self.config.attention_mask == "none" or not self.training:
-            return denoising(step.prediction, step.target, mask)
-        focus = self.attention_mask(step.batch, tuple(step.latents.shape[-2:]))
-        if mask is not None:
-            focus = focus * F.interpolate(mask, focus.shape[-2:], mode="area")
-        return denoising(step.prediction, step.target, focus)
+            return super().masked_errors(step)
+        if "focus" not in step.batch:  # once in a step: it goes into the means
+            step.batch["focus"] = self.focus(step)
+        return denoising(step.prediction, step.target, step.batch["focus"])
+
+    def focus(self, step: Step) -> Tensor:
+        """AttnMask inside the user's masks, (batch, 1, height, width)."""
+        focus, mask = self.attention_mask(step.batch, tuple(step.latents.shape[-2:])), step.batch.get("mask")
+        return focus if mask is None else focus * F.interpolate(mask, focus.shape[-2:], mode="area")
 
     def attention_mask(self, batch: dict, size: tuple[int, ...]) -> Tensor:
         """AttnMask of each sample (batch, 1, height, width) in [0, 1]: the union of the learned words'
         maps."""
         masks = []
-        for i, (prompt, index) in enumerate(zip(batch["prompt"], batch["index"].tolist(), strict=True)):
-            maps = self.mean_maps(i - len(batch["prompt"]), prompt, index)
+        prompts, count = batch["prompt"], len(batch["prompt"])
+        images = zip(batch["index"].tolist(), batch["is_flipped"].tolist(), strict=True)
+        for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+            maps = self.mean_maps(i - count, prompt, image)
             shares = maps / maps.amax((-2, -1), keepdim=True).clamp(min=1e-12)
             if self.config.attention_mask == "hard":
                 shares = (shares > self.config.attention_threshold).float()
             masks.append(F.interpolate(shares.amax(0)[None, None], size, mode="nearest")[0])
         return torch.stack(masks)
 
-    def mean_maps(self, sample: int, prompt: str, index: int) -> Tensor:
+    def mean_maps(self, sample: int, prompt: str, image: tuple[int, bool]) -> Tensor:
         """The maps (words, height, width) of an image's learned words, averaged over the steps that
         showed it."""
         assert self.recorder is not None
@@ -134,14 +140,14 @@ class MCPL(Method):
             for word in words
         ]
         maps, memory = torch.stack([own.sum(0) for own in found]), self.config.attention_memory
-        before = self.means.get(index)
+        before = self.means.get(image)
         if before is not None and before.shape == maps.shape:
             maps = memory * before + (1 - memory) * maps
-        self.means[index] = maps
+        self.means[image] = maps
         return maps
 
     def prompt_contrast(self, step: Step) -> Tensor:
-        """PromptCL over the words of all prompts of the batch (and of all processes)."""
+        """PromptCL over the words of all prompts of the batch (of this process)."""
         features, labels = [], []
         text = step.condition.text["encoder_hidden_states"]
         for i, prompt in enumerate(step.batch["prompt"]):

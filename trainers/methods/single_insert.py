@@ -118,10 +118,11 @@ class SingleInsert(Method):
         super().__init__(backbone, config, concepts)
         if "+" in config.placeholder_token:
             raise UserError("single_insert learns one word; name one in --placeholder_token.")
-        if config.snr_gamma:
-            raise UserError(
-                "single_insert compares clean latents, which --snr_gamma does not weight; leave it out."
-            )
+        for name in ("snr_gamma", "contrastive_flow_weight"):
+            if getattr(config, name):
+                raise UserError(
+                    f"single_insert compares clean latents, which --{name} does not weight; leave it out."
+                )
         if config.encoder_dim % 64:
             raise UserError(f"--encoder_dim must be a multiple of 64, not {config.encoder_dim}.")
         encoders = [e for e in backbone.text_encoders if "CLIP" in type(e).__name__]
@@ -137,6 +138,16 @@ class SingleInsert(Method):
         word, start = (str(given.get(name, "")) for name in ("placeholder_token", "initializer_token"))
         prompt = {"instance_prompt": f"a photo of a {word} {start}"} if word and start else {}
         return cls.defaults | super().defaults_for(base, given) | prompt
+
+    @classmethod
+    def prepare_data(
+        cls, source: Any, backbone: Backbone, train_config: Any, method_config: Any, accelerator: Any
+    ) -> None:
+        if not source.config.masked_loss or source.config.unmasked_weight:
+            raise UserError(
+                "single_insert learns inside of the masks and holds what is outside: leave --masked_loss "
+                "on and --unmasked_weight 0."
+            )
 
     def use_images(self, images: Sequence[ImageFile]) -> None:
         self.tokens.pixels = torch.stack([cut_out(image) for image in images])
