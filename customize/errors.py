@@ -5,8 +5,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 
 DISK_FULL = (
@@ -31,6 +31,17 @@ class UserError(Exception):
 
 class Stopped(UserError):
     """Training was asked to stop and has saved a checkpoint."""
+
+
+@contextmanager
+def parameters_named() -> Iterator[None]:
+    """Context for calls from Python: messages name parameters, `output_dir`, where those of the command line
+    name flags, `--output_dir`."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (re.sub(r"(?<!\S)--(?=[a-z])", "", str(error)), *error.args[1:])
+        raise
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -161,7 +161,7 @@ MISTAKES = {
     "split": ({"split": 1.0}, "split"),
     "of another stage": (
         {"stage": "joint", "content_run": "RUN", "style_run": "RUN"},
-        "no run of break_for_make --stage style",
+        "no run of break_for_make stage style",
     ),
     "another seed": (
         {"stage": "joint", "content_run": "RUN", "style_run": "STYLE", "projection_seed": 3},

@@ -122,8 +122,8 @@ def test_the_sets_hold_a_hundred_prompts_each():
 
 MISTAKES = {
     "a set that does not exist": ({"context_prompts": "animals"}, "no set or file 'animals'"),
-    "outputs": ({"optimize": "output"}, "--optimize output learns a word behind it"),
-    "held backwards": ({"norm_hold_start": 0.9}, "--norm_hold_end must not be less"),
+    "outputs": ({"optimize": "output"}, "optimize output learns a word behind it"),
+    "held backwards": ({"norm_hold_start": 0.9}, "norm_hold_end must not be less"),
     "number of words": ({"initializer_token": "dog+cat"}, "as many"),
     "another word": (
         {"pretrained_words": "RUN", "placeholder_token": "<pet>"},
@@ -131,7 +131,7 @@ MISTAKES = {
     ),
     "another number of vectors": (
         {"pretrained_words": "RUN", "num_vectors": 2},
-        "give the run's --num_vectors",
+        "give the run's num_vectors",
     ),
     "no run": ({"pretrained_words": "nowhere"}, "nowhere"),
 }

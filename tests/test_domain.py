@@ -320,14 +320,14 @@ def test_a_resumed_run_refuses_another_encoder(encoder_run, tower, images, tmp_p
     info = read_info(moved)
     info["files"][FILE] = sha256(moved / FILE)
     (moved / "run.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match="--domain_encoder: it is not the one"):
+    with pytest.raises(UserError, match="domain_encoder: it is not the one"):
         customize.train("domain_tuning", **(again | {"domain_encoder": moved, "max_train_steps": 4}))
 
 
 def test_two_subjects_in_an_image_are_refused_before_training(tower, subjects, tmp_path):
     tiny("sd15").save_pretrained(tmp_path / "base")
     flags = {"pretrained_model_name_or_path": tmp_path / "base", "train_data_dir": subjects, "resolution": 32}
-    with pytest.raises(UserError, match="leave --second_subject_rate out"):
+    with pytest.raises(UserError, match="leave second_subject_rate out"):
         customize.train(
             "domain_encoder",
             **flags,

@@ -96,11 +96,11 @@ def test_the_essential_flags_come_first(name):
 
 
 def test_values_from_python_are_of_the_flags_types(train, tmp_path):
-    with pytest.raises(UserError, match=r"--rank must be a whole number, not '4'\."):
+    with pytest.raises(UserError, match=r"^rank must be a whole number, not '4'\."):
         train(rank="4")
-    with pytest.raises(UserError, match="--validation_prompt must be a list of text"):
+    with pytest.raises(UserError, match=r"^validation_prompt must be a list of text"):
         train(validation_prompt="a dog")
-    with pytest.raises(UserError, match="--mixed_precision must be one of no, fp16, bf16"):
+    with pytest.raises(UserError, match=r"^mixed_precision must be one of no, fp16, bf16"):
         train(mixed_precision="fp8")
     assert not is_of_type(True, int)
     assert is_of_type(1, float)
@@ -310,7 +310,7 @@ def test_what_a_resumed_run_cannot_change_is_refused_by_name(train, name):
     folder = train()
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     extra = {"validation_prompt": ["a photo of sks dog"]} if name == "validation_metric" else {}
-    with pytest.raises(UserError, match=f"--{name} .*a resumed run cannot change|--instance_prompt"):
+    with pytest.raises(UserError, match=f"{name} .*a resumed run cannot change|instance_prompt"):
         train(resume_from_checkpoint="latest", max_train_steps=4, **{name: OTHER[name]}, **extra)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
@@ -337,7 +337,7 @@ def test_a_resumed_run_must_see_the_same_images_and_captions(train, images, tmp_
 def test_a_resumed_run_must_have_the_same_base_model(train, base, tmp_path):
     own = shutil.copytree(base, tmp_path / "base")
     train(pretrained_model_name_or_path=own)
-    with pytest.raises(UserError, match=r"--pretrained_model_name_or_path .*cannot change"):
+    with pytest.raises(UserError, match=r"pretrained_model_name_or_path .*cannot change"):
         train(resume_from_checkpoint="latest", max_train_steps=3)
     pipe = tiny("sd15")
     with torch.no_grad():
@@ -523,9 +523,7 @@ def test_another_autoencoder_is_used_in_training_and_drawing(train, tmp_path):
     folder = train(pretrained_vae_model_name_or_path=tmp_path / "vae")
     wanted = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(value.equal(wanted[name]) for name, value in load_pipeline(folder).vae.state_dict().items())
-    with pytest.raises(
-        UserError, match="--pretrained_vae_model_name_or_path: '/nowhere' could not be loaded"
-    ):
+    with pytest.raises(UserError, match="pretrained_vae_model_name_or_path: '/nowhere' could not be loaded"):
         train(pretrained_vae_model_name_or_path="/nowhere", output_dir=tmp_path / "other")
 
 

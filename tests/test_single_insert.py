@@ -141,8 +141,8 @@ MISTAKES = {
     "width": ({"encoder_dim": 100}, "multiple of 64"),
     "min-SNR": ({"snr_gamma": 5.0}, "leave it out"),
     "contrastive flow": ({"contrastive_flow_weight": 0.05, "train_batch_size": 2}, "leave it out"),
-    "without masks": ({"masked_loss": False}, "leave --masked_loss on"),
-    "weight outside": ({"unmasked_weight": 0.1}, "and --unmasked_weight 0"),
+    "without masks": ({"masked_loss": False}, "leave masked_loss on"),
+    "weight outside": ({"unmasked_weight": 0.1}, "and unmasked_weight 0"),
 }
 
 

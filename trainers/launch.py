@@ -14,7 +14,7 @@ from customize.cache import TensorCache
 from customize.config import build, check_config, help_text, read_given, table
 from customize.data.concepts import Concept
 from customize.data.training_data import Preparation, TrainingData
-from customize.errors import UserError, nearest
+from customize.errors import UserError, nearest, parameters_named
 from customize.quiet import quiet_libraries
 from customize.randomness import fixed_randomness
 from customize.runs.card import write_card
@@ -83,8 +83,9 @@ def train_method(method: str, **settings: Any) -> Path:
                 f"{nearest(name, known)}"
             )
     values = {known[name].name: _plain(value) for name, value in settings.items()}
-    made, defaults = complete(method, values)
-    return launch(method, *made, defaults=defaults)
+    with parameters_named():
+        made, defaults = complete(method, values)
+        return launch(method, *made, defaults=defaults)
 
 
 def _plain(value: Any) -> Any:
