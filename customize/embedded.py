@@ -11,6 +11,7 @@ from customize.errors import nearest, shortened
 from customize.stickers import ENCODER, MODEL
 
 NAME = "stickers"
+RARE = ("sks", "ohwx")  # words without a meaning that its text encoder reads as one token
 GUIDANCE = 4.0  # that suits it best; pipelines draw with 7.5 otherwise
 SUBJECT_ENCODER = ENCODER
 IMAGE_ENCODER = MODEL / "image_encoder"
@@ -82,8 +83,18 @@ def warn_of_words(
     from customize.stickers.bench import not_understood
 
     strange: dict[str, list[str]] = {"the captions": []}
+    rare: set[str] = set()
     for caption in captions:
+        found = [] if learned else not_understood(caption)[:1]
+        if found and " " not in found[0] and found[0] not in RARE:
+            rare.add(found[0])
         strange["the captions"] += not_understood(caption, " ".join(learned))[not learned :]
+    for word in sorted(rare):
+        warnings.warn(
+            f"the captions: {NAME}, the embedded base model, reads '{shortened(word)}' in several pieces, "
+            f"and loses the rest of the prompt beside it; call the subject {' or '.join(RARE)}.",
+            stacklevel=2,
+        )
     own_words = " ".join(captions)
     for flag, texts, known in (
         ("--class_prompt", class_prompts, ""),

@@ -25,7 +25,7 @@ from customize.stickers import BACKGROUNDS, Drawing, Scene, World, draw_scene
 from customize.stickers.bench import bench_subjects
 from customize.stickers.scene import draw_pose
 
-CONTENT, STYLE = "sks", "wz"  # the words for the one and the other
+CONTENT, STYLE = "sks", "ohwx"  # rare words, each one token of the embedded model
 SHOWN = ("white", "grass", "stone", "yellow")  # backgrounds of the images that teach
 NEW = ("beach", "snow", "night", "bricks", "wood", "water", "sunset", "pink")
 AUXILIARY = 3  # sets for each of the first two stages

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from customize import embedded
 from customize.adapters.lora import Lora, LoraFields
@@ -19,7 +20,7 @@ from customize.backbones.families import wrap
 from customize.backbones.text import lost_words
 from customize.errors import UserError
 from customize.runs import checkpoint
-from customize.stickers import Drawing, Scene, World, draw_scene
+from customize.stickers import MODEL, Drawing, Scene, World, draw_scene
 from customize.stickers import bench as stickers
 from customize.stickers.scene import draw_caption, draw_factors
 from customize.trainers import launch
@@ -199,16 +200,25 @@ def test_training_names_what_the_embedded_model_does_not_know(flag, tmp_path, mo
     assert re.match(f"{flag}: stickers, the embedded base model, does not know {said}", told[0])
 
 
+def test_rare_words_that_the_embedded_model_reads_in_pieces_are_named():
+    for word in embedded.RARE:
+        tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
+        assert len(tokenizer.tokenize(word)) == 1
+    with pytest.warns(UserWarning, match="reads 'wz' in several pieces.*call the subject sks or ohwx"):
+        embedded.warn_of_words(["a photo of wz fox", "a sks bus"])
+
+
 def test_training_with_known_words_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         embedded.warn_of_words(
-            ["a photo of sks fox", "a sks fox on the beach", "a photo of <toy>", "a bus in wz style"],
+            ["a photo of sks fox", "a sks fox on the beach", "a bus in wz style"],
             [],
             ["a fox", ""],
             ["fox", "photo", ""],
-            ["a sks fox in the snow", "a <toy> at sunset"],
+            ["a sks fox in the snow"],
         )
+        embedded.warn_of_words(["a photo of <toy>"], ["<toy>"], prompts=["a <toy> at sunset"])
 
 
 def test_generate_names_what_the_embedded_model_does_not_know(tmp_path, capsys):

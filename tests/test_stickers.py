@@ -159,7 +159,7 @@ def test_a_scene_that_cannot_be_drawn(field, value):
 
 def test_the_documentation_lists_what_prompts_may_say():
     text = (Path(__file__).parents[1] / "docs" / "sticker_world.md").read_text()
-    backgrounds, factors, things = re.findall(r"^\* [a-z ,]+?: ((?:.|\n  )*)", text, re.M)
+    backgrounds, factors, _, things = re.findall(r"^\* [a-z ,]+?: ((?:.|\n  )*)", text, re.M)
     said = [" ".join(listed.split()) for listed in (backgrounds, factors, things)]
     assert said[0] == ", ".join(BACKGROUNDS.values())
     assert all(value in said[1] for value in (*TINTS, *SIZES, *ORIENTATIONS, *LIGHTS, *WEATHERS, *FRAMES))

@@ -3,8 +3,9 @@ projections.
 
 A layer's update is up @ down with up = [A; B] and down = [C D]. A and C, the parts of the first outputs
 and of the first inputs, are frozen. D learns the one thing (content), B the other (style), and both can
-be taken from different runs. A and C are orthonormal, and use different halves of the rank, so that A C =
-0: untrained, the model is the base model, and what D and B learn first lies in orthogonal subspaces.
+be taken from different runs. A and C are orthonormal and use different halves of the rank. D starts at
+zero in A's half, and in C's half as an orthonormal basis, so that B reads all inputs; B starts at zero.
+So the untrained model is the base model, and what D and B learn lies in orthogonal subspaces.
 """
 
 from collections.abc import Mapping
@@ -71,13 +72,15 @@ class SplitLora(Adapter):
     def _split(self, layer: Any, rank: int, split: float, orthogonal: bool) -> None:
         down, up = layer.lora_A["default"], layer.lora_B["default"]
         inputs, outputs = (max(int(split * n), 1) for n in (down.weight.shape[1], up.weight.shape[0]))
-        c = _basis(rank, (inputs, *down.weight.shape[2:]), slice(rank // 2, None), orthogonal)
-        a = _basis(rank, (outputs,), slice(0, rank // 2), orthogonal).T.reshape(
-            outputs, rank, *up.weight.shape[2:]
-        )
-        for part, frozen, dim, halves in ((down, c, 1, self.content), (up, a, 0, self.style)):
+        own, others, sides = slice(0, rank // 2), slice(rank // 2, None), down.weight.shape[2:]
+        c = _basis(rank, (inputs, *sides), others, orthogonal)
+        d = _basis(rank, (down.weight.shape[1] - inputs, *sides), others, orthogonal)
+        a = _basis(rank, (outputs,), own, orthogonal).T.reshape(outputs, rank, *up.weight.shape[2:])
+        b = torch.zeros_like(up.weight[outputs:])
+        for part, frozen, start, dim, halves in ((down, c, d, 1, self.content), (up, a, b, 0, self.style)):
             half = Half(frozen.to(part.weight), dim)
-            nn.init.zeros_(part.weight)
+            with torch.no_grad():
+                part.weight.copy_(torch.cat([frozen.to(part.weight), start.to(part.weight)], dim))
             parametrize.register_parametrization(part, "weight", half)
             halves.append(half)
 
