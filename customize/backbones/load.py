@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import os
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
@@ -122,7 +123,7 @@ def _failed(name: str, error: Exception) -> Exception:
     reason = first_line(error).split(". ")[0].rstrip(".")
     remedy = (
         "mend or download the folder again"
-        if Path(embedded.folder_of(name)).exists()
+        if os.path.exists(embedded.folder_of(name))  # also of names that no file can have
         else f"check its spelling and your connection, give a folder, or '{embedded.NAME}', which needs none"
     )
     return UserError(
