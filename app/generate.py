@@ -82,7 +82,7 @@ class GenerateConfig:
         [], 'for --attention_guidance: phrases of the prompt to hold apart, such as "red fox" "blue bus"'
     )
     attention_strength: float = option(
-        0.02,
+        0.01,
         "for --attention_guidance: share of the latents' norm by which each step moves them",
         above=0,
         most=1,

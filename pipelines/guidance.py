@@ -103,7 +103,7 @@ class AttentionGuidance:
         prompt: str,
         groups: Sequence[str],
         kind: Kind = "conform",
-        strength: float = 0.02,
+        strength: float = 0.01,
         until: float = 0.5,
     ):
         if not isinstance(denoiser_of(pipe), UNet2DConditionModel):
