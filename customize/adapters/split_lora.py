@@ -8,7 +8,8 @@ zero in A's half, and in C's half as an orthonormal basis, so that B reads all i
 So the untrained model is the base model, and what D and B learn lies in orthogonal subspaces.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,21 @@ class SplitLora(Adapter):
             half.is_still = not content
         for half in self.style:
             half.is_still = not style
+
+    @property
+    def trained(self) -> tuple[bool, bool]:
+        """Whether the halves of content and of style get a gradient now."""
+        return not self.content[0].is_still, not self.style[0].is_still
+
+    @contextmanager
+    def training(self, content: bool, style: bool) -> Iterator[None]:
+        """Context in which these halves get a gradient."""
+        before = self.trained
+        self.train_halves(content, style)
+        try:
+            yield
+        finally:
+            self.train_halves(*before)
 
     def parameters_of(self, content: bool) -> list[nn.Parameter]:
         """The trained halves for content, or those for style."""

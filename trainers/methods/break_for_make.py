@@ -11,12 +11,15 @@ The paper averages over three auxiliary sets in every step; here a step takes on
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from customize import embedded
 from customize.adapters.lora import LoraFields
@@ -101,11 +104,6 @@ class BreakForMake(Method):
             raise UserError(
                 "--export_kohya is not for break_for_make; its file is an ordinary LoRA of diffusers."
             )
-        if train_config.gradient_checkpointing and method_config.auxiliary_list:
-            raise UserError(
-                "--gradient_checkpointing computes layers again when it is no longer known which half they "
-                "train; leave it or --auxiliary_list out."
-            )
         for name in (method_config.content_run, method_config.style_run):
             if joint:
                 open_run(Path(name))
@@ -134,6 +132,14 @@ class BreakForMake(Method):
         stage = self.config.stage
         self.lora.train_halves(content=stage != "style", style=stage != "content")
         return super().forward(batch)
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.backbone.denoiser.enable_gradient_checkpointing(self._checkpointed)
+
+    def _checkpointed(self, module: Any, *args: Any) -> Any:
+        """A layer that is run again in the backward pass, with the halves trained that are trained now."""
+        again = partial(self.lora.training, *self.lora.trained)
+        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
 
     def draw_noise(self, latents: Tensor) -> Tensor:
         self.noise = super().draw_noise(latents)
