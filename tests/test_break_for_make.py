@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import customize
 from customize.adapters.lora import LoraFields
 from customize.adapters.split_lora import SplitLora
+from customize.backbones.base import Condition
 from customize.backbones.families import wrap
 from customize.errors import UserError
 from customize.pipelines import load_pipeline
@@ -181,6 +182,33 @@ def test_gradient_checkpointing_with_auxiliary_sets_changes_no_gradient(stage, f
     for plain, again in zip(*found, strict=True):
         assert plain.any()
         assert torch.allclose(plain, again, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_preconditioned_gradients_by_hand(layers):
+    lora = split_of(lora_layers=layers)
+    for content in (True, False):
+        for parameter in lora.parameters_of(content):
+            parameter.data += 0.1 * random(*parameter.shape)
+    trained = [*lora.parameters_of(True), *lora.parameters_of(False)]
+    backbone, gradients = lora.backbone, []
+    text = Condition(backbone.encode_prompt([PROMPT]))
+    for preconditioned in (False, True):
+        if preconditioned:
+            lora.precondition()
+        for parameter in trained:
+            parameter.grad = None
+        backbone.denoise(random(1, 4, 16, 16), torch.tensor([0.5]), text).square().sum().backward()
+        gradients.append([parameter.grad.flatten(1) for parameter in trained])
+    count = len(trained) // 2
+    for i, layer in enumerate(lora.layers.values()):
+        down, up = (getattr(layer, name)["default"].weight.detach() for name in ("lora_A", "lora_B"))
+        a, b = down.flatten(1), up.flatten(1)
+        eye = 0.01 * torch.eye(4)
+        for_d = torch.linalg.inv(b.T @ b + eye) @ gradients[0][i]
+        for_b = gradients[0][count + i] @ torch.linalg.inv(a @ a.T + eye)
+        assert torch.allclose(gradients[1][i], for_d, rtol=1e-2, atol=1e-3 * for_d.abs().max().item())
+        assert torch.allclose(gradients[1][count + i], for_b, rtol=1e-2, atol=1e-3 * for_b.abs().max().item())
 
 
 MISTAKES = {

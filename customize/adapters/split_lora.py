@@ -10,6 +10,7 @@ So the untrained model is the base model, and what D and B learn lies in orthogo
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,16 @@ class SplitLora(Adapter):
         for half in self.style:
             half.is_still = not style
 
+    def precondition(self) -> None:
+        """Multiplies the gradients of D by (up^T up + delta I)^-1 and those of B by (down down^T + delta
+        I)^-1, before the optimizer and clipping see them (Riemannian preconditioning of LoRA, Zhang and
+        Pilanci, 2024, arXiv 2402.02347)."""
+        for layer in self.layers.values():
+            down, up = layer.lora_A["default"], layer.lora_B["default"]
+            d, b = (part.parametrizations.weight.original for part in (down, up))
+            d.register_hook(partial(_preconditioned, up, 1, False))
+            b.register_hook(partial(_preconditioned, down, 0, True))
+
     @property
     def trained(self) -> tuple[bool, bool]:
         """Whether the halves of content and of style get a gradient now."""
@@ -158,6 +169,18 @@ class SplitLora(Adapter):
     @staticmethod
     def load(folder: Path, info: Mapping[str, Any], pipe: Any) -> None:
         """Nothing: it is an ordinary LoRA."""
+
+
+DAMPING = 1e-2  # delta; a matrix that is still zero has no inverse
+
+
+def _preconditioned(other: Any, rank_dim: int, on_right: bool, gradient: Tensor) -> Tensor:
+    """A gradient times the inverse of the other matrix's Gram matrix, whose rank lies along `rank_dim`."""
+    weight = other.weight.detach().float().movedim(rank_dim, 0).flatten(1)  # (rank, features)
+    gram = weight @ weight.T + DAMPING * torch.eye(len(weight), device=weight.device)
+    flat = gradient.float().flatten(1)
+    solved = torch.linalg.solve(gram, flat.T).T if on_right else torch.linalg.solve(gram, flat)
+    return solved.view_as(gradient).to(gradient.dtype)
 
 
 def _basis(rank: int, shape: tuple[int, ...], rows: slice, orthogonal: bool) -> Tensor:

@@ -55,6 +55,9 @@ class BreakForMakeConfig(MethodConfig):
     rank: int = option(64, "rank of the LoRA matrices, an even number", least=2, essential=True)
     split: float = option(0.5, "share of each layer's inputs and outputs that is frozen", above=0, below=1)
     orthogonal: bool = option(True, "frozen halves are orthonormal; else random")
+    precondition: bool = option(
+        False, "precondition each half's gradient by the other matrix (Riemannian preconditioning)"
+    )
     projection_seed: int = option(0, "seed of the frozen halves: the same in all stages", least=0)
     lora_layers: str = option(
         "attention", "attention, attention+ff, all (convolutions too), or comma-separated module names"
@@ -79,6 +82,8 @@ class BreakForMake(Method):
         fields = LoraFields(rank=config.rank, lora_layers=config.lora_layers)
         self.lora = SplitLora(backbone, fields, config.split, config.projection_seed, config.orthogonal)
         self.adapters.append(self.lora)
+        if config.precondition:
+            self.lora.precondition()
         if config.stage != "joint" and not config.auxiliary_list:  # nothing trains the other half
             for parameter in self.lora.parameters_of(content=config.stage == "style"):
                 parameter.requires_grad_(False)
