@@ -145,10 +145,9 @@ def prompts_in(path: str) -> list[str]:
 
 def run_info(run: str) -> dict[str, Any]:
     """`run.json` of a run; what stands for it where `run` is a base model."""
-    from customize.runs.folder import INFO, read_info
+    from customize.runs.folder import info_of
 
-    found = read_info(Path(run)) if (Path(run) / INFO).exists() else {}
-    return {"base_model": run, "words": {}, "config": {}} | found
+    return info_of(run)
 
 
 def base_of(run: str) -> str:

@@ -85,10 +85,10 @@ def warn_of_words(
     strange: dict[str, list[str]] = {"the captions": []}
     rare: set[str] = set()
     for caption in captions:
-        found = [] if learned else not_understood(caption)[:1]
-        if found and " " not in found[0] and found[0] not in RARE:
-            rare.add(found[0])
-        strange["the captions"] += not_understood(caption, " ".join(learned))[not learned :]
+        found = not_understood(caption, " ".join(learned))
+        own, others = ([], found) if learned else (found[:1], found[1:])
+        rare.update(word for word in own if " " not in word and word not in RARE)
+        strange["the captions"] += others
     for word in sorted(rare):
         warnings.warn(
             f"the captions: {NAME}, the embedded base model, reads '{shortened(word)}' in several pieces, "

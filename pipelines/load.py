@@ -16,7 +16,7 @@ from customize.errors import UserError, nearest
 from customize.pipelines.subject import TASKS, SubjectMixin, Task
 from customize.quiet import quietly
 from customize.runs.checkpoint import load, open_run
-from customize.runs.folder import INFO, STAGED, read_info
+from customize.runs.folder import INFO, STAGED, info_of, read_info
 
 
 def load_pipeline(
@@ -129,13 +129,12 @@ def load_subject_pipeline(
     for a task that does not exist and for a base model or an encoder that does not fit.
     """
     _check_task(task, controlnet)
-    folder = Path(run)
-    info = read_info(folder) if (folder / INFO).exists() else {"base_model": str(run)}
+    info = info_of(run)
     if "dual_path" in info:
         raise UserError(f"'{run}' draws with a hard path, which goes with prompts alone; use load_pipeline.")
     pipe = _for_task(load_pipeline(run, dtype, base_model, **options), task, controlnet)
     base = info["base_model"]
-    if not adapter and holds(folder, "subject"):
+    if not adapter and holds(run, "subject"):
         adapter = run
     elif not adapter and embedded.is_embedded(base):
         adapter = embedded.NAME

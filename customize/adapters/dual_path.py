@@ -85,7 +85,6 @@ class DualPath(Adapter):
     files = ()
 
     def __init__(self, pipe: DiffusionPipeline, words: Mapping[str, int], blend: float):
-        check_paths(getattr(pipe, "unet", None))
         self.pipe, self.words, self.blend = pipe, dict(words), blend
         self.nearest: list[list[int]] = []
 
@@ -95,7 +94,7 @@ class DualPath(Adapter):
 
     def install(self, nearest: Sequence[Sequence[int]]) -> None:
         pipe: Any = self.pipe
-        install_paths(pipe.unet, self.blend, pipe.tokenizer.model_max_length)
+        install_paths(getattr(pipe, "unet", None), self.blend, pipe.tokenizer.model_max_length)
         self.nearest = [list(ids) for ids in nearest]
         # of this pipeline alone: another one of the same components draws the soft path
         pipe.encode_prompt = partial(self._encode, pipe.encode_prompt)

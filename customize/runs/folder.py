@@ -76,6 +76,12 @@ def read_info(run: Path) -> dict[str, Any]:
     return {"words": {}, "config": {}} | info
 
 
+def info_of(run: str | Path) -> dict[str, Any]:
+    """`run.json` of a run; what stands for it where `run` is the name of a base model."""
+    found = read_info(Path(run)) if (Path(run) / INFO).exists() else {}
+    return {"base_model": str(run), "words": {}, "config": {}} | found
+
+
 def _no_run(run: Path) -> str:
     newest = latest_checkpoint(run)
     hint = f"; its newest checkpoint is '{newest}'" if newest else "; give the --output_dir of a training run"

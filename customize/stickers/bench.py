@@ -82,6 +82,7 @@ FIXED = sorted((phrase for named in PHRASES.values() for phrase in named), key=l
 FIXED_PHRASE = re.compile(rf"\b(?:{'|'.join(map(re.escape, FIXED))})\b")
 
 
+@lru_cache
 def vocabulary() -> set[str]:
     """The things and studios that the base model was trained on, and words that hold a prompt together."""
     things = {drawing.word for drawing in World().drawings()}
