@@ -38,6 +38,7 @@ class MergeConfig:
     )
     seed: int = option(0, "for dare: seed of what is dropped", least=0)
     base_model: str = option("", "base model of the LoRAs; empty: that of the runs among them")
+    export_kohya: bool = option(False, "also write the LoRA in kohya's layout, for A1111 and ComfyUI")
     overwrite_output_dir: bool = option(False, "replace an earlier run in --output_dir")
 
 
@@ -51,7 +52,9 @@ def merge_loras(names: Sequence[str], config: MergeConfig) -> Path:
     """Writes the run of the LoRAs (runs or files) joined; UserError before anything is written for what
     does not go together."""
     from customize import embedded
+    from customize.adapters.kohya import KohyaLora
     from customize.adapters.merging import Merged, merged, read_lora, words_of
+    from customize.backbones.families import wrap
     from customize.backbones.load import load_base
     from customize.data.concepts import Concept
     from customize.quiet import quiet_libraries, quietly
@@ -83,7 +86,8 @@ def merge_loras(names: Sequence[str], config: MergeConfig) -> Path:
     sources = {"how": config.how, "merged": [path.name for path in paths], "weights": list(weights(""))}
     about = {"base_model": embedded.lasting_name(base), "method": "merge", "config": sources}
     adapter = Merged(joined, found, "unet" in pipe.components, json.dumps(sources))
-    checkpoint.save(output, [adapter], about)
+    exports = [KohyaLora(wrap(pipe, base), [adapter])] if config.export_kohya else []
+    checkpoint.save(output, [adapter, *exports], about)
     prompts = [info["config"].get("instance_prompt", "") for _, info in runs]
     write_card(output, [Concept("", prompt) for prompt in dict.fromkeys(prompts) if prompt])
     return output

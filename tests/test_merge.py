@@ -91,13 +91,15 @@ def test_the_exact_sum_draws_as_the_weights_summed_by_hand(layout, two, tmp_path
     sources = [str(run / layout) if layout != FILE else str(run) for run in two]
     base = ["--base_model", str(tmp_path / "base-sd15")]
     words = ["merge", *sources, "--weights", "0.7", "-0.5", *base, "--output_dir", str(tmp_path / "sum")]
+    words.append("--export_kohya")
     before = [(run / layout).read_bytes() for run in two]
     assert main(words) == 0
     assert [(run / layout).read_bytes() for run in two] == before
     expected = weights_with("sd15", two, (0.7, -0.5))["image"]
-    stock = tiny("sd15")
-    stock.load_lora_weights(str(tmp_path / "sum"), weight_name=FILE)
-    assert np.abs(draw(stock, PROMPT) - expected).max() < 1e-5
+    for file in (FILE, "lora_kohya.safetensors"):
+        stock = tiny("sd15")
+        stock.load_lora_weights(str(tmp_path / "sum"), weight_name=file)
+        assert np.abs(draw(stock, PROMPT) - expected).max() < 1e-5
     assert np.abs(draw(load_pipeline(tmp_path / "sum"), PROMPT) - expected).max() < 1e-5
     about = header(tmp_path / "sum" / FILE)["made_from"]
     assert '"how": "cat"' in about

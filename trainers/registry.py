@@ -50,6 +50,10 @@ METHODS: dict[str, Entry] = {
         "customize.trainers.methods.break_for_make:BreakForMake",
         "content and style learned apart in two halves of one LoRA, and joined (Xu et al., 2024)",
     ),
+    "ziplora": Entry(
+        "customize.trainers.methods.ziplora:ZipLoRA",
+        "trained LoRAs joined in one by a coefficient for each column (Shah et al., 2023)",
+    ),
     "domain_tuning": Entry(
         "customize.trainers.methods.domain_tuning:DomainTuning",
         "a dozen steps from the word and LoRA that a domain encoder predicts (Arar et al., 2023)",

@@ -14,6 +14,7 @@ from diffusers.training_utils import EMAModel
 from customize.adapters.attention import use_xformers
 from customize.adapters.base import Adapter
 from customize.adapters.kohya import KohyaLora
+from customize.adapters.merging import FoldedLora
 from customize.errors import UserError, first_line
 from customize.files import atomic_folder
 from customize.runs import checkpoint
@@ -140,7 +141,8 @@ def begin(
         "scaler": accelerator.scaler,
         "best": Best(),
     }
-    exports: list[Adapter] = [KohyaLora(method.backbone)] if config.export_kohya else []
+    folded = [adapter for adapter in method.adapters if isinstance(adapter, FoldedLora)]
+    exports: list[Adapter] = [KohyaLora(method.backbone, folded)] if config.export_kohya else []
     session = Session(method, config, accelerator, info, held_out, scorer, trained, wrapped, parts, exports)
     session.step = resume(session)
     if session.step and accelerator.is_main_process:

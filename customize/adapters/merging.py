@@ -98,6 +98,9 @@ def read_lora(path: Path, pipe: DiffusionPipeline) -> Layers:
         return {key: _update(layer, name) for key, layer in layers.items()}
     finally:
         _as_any(pipe).delete_adapters(name)
+        for module in pipe.components.values():
+            if getattr(module, "peft_config", None) == {}:  # peft would warn of it when LoRA is added
+                del module.peft_config
 
 
 def _as_any(pipe: DiffusionPipeline) -> Any:
@@ -274,20 +277,38 @@ def words_of(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Path]:
     return found
 
 
-class Merged(Adapter):
-    """A merged LoRA, with the learned words of the runs it was made from."""
+class FoldedLora(Adapter):
+    """LoRA that is trained or made in a form of its own, and saved as an ordinary one."""
 
     files = (LORA,)
+    is_unet: bool  # whether the denoiser is a UNet, whose files have diffusers' older names
+    made_from = ""  # what the file's header says of its origin
 
-    @property
-    def _header(self) -> dict[str, str]:
-        return {"format": "pt", "made_from": self.made_from}
+    def updates(self) -> Layers:
+        """The update of each layer."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        header = {"format": "pt"} | ({"made_from": self.made_from} if self.made_from else {})
+        save_file(lora_state(self.updates(), self.is_unet), folder / LORA, header)
+        return {}
+
+    @staticmethod
+    def load(folder: Path, info: Mapping[str, Any], pipe: Any) -> None:
+        """Nothing: it is an ordinary LoRA."""
+
+
+class Merged(FoldedLora):
+    """A merged LoRA, with the learned words of the runs it was made from."""
 
     def __init__(self, layers: Layers, words: Mapping[str, Path], is_unet: bool, made_from: str = ""):
         self.layers, self.words, self.is_unet, self.made_from = layers, words, is_unet, made_from
 
+    def updates(self) -> Layers:
+        return self.layers
+
     def save(self, folder: Path) -> dict[str, Any]:
-        save_file(lora_state(self.layers, self.is_unet), folder / LORA, self._header)
+        super().save(folder)
         names = {word: f"learned_embeds-{i}.safetensors" for i, word in enumerate(self.words)}
         for word, name in names.items():
             shutil.copyfile(self.words[word], folder / name)

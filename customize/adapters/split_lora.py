@@ -8,7 +8,7 @@ zero in A's half, and in C's half as an orthonormal basis, so that B reads all i
 So the untrained model is the base model, and what D and B learn lies in orthogonal subspaces.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from customize.adapters.base import Adapter
 from customize.adapters.lora import LoraFields, add_lora
 from customize.adapters.lora_files import LORA
-from customize.adapters.merging import Layers, Update, lora_state
+from customize.adapters.merging import FoldedLora, Layers, Update, lora_state
 from customize.backbones.base import Backbone
 from customize.errors import UserError
 from customize.files import tensors_of
@@ -49,18 +47,15 @@ class Half(nn.Module):
         return weight.narrow(self.dim, first, weight.shape[self.dim] - first).contiguous()
 
 
-class SplitLora(Adapter):
-    """LoRA of the denoiser whose first `split` of inputs and outputs is frozen, by `seed`; saved as ordinary
-    LoRA."""
-
-    files = (LORA,)
+class SplitLora(FoldedLora):
+    """LoRA of the denoiser whose first `split` of inputs and outputs is frozen, by `seed`."""
 
     def __init__(
         self, backbone: Backbone, settings: LoraFields, split: float, seed: int, orthogonal: bool = True
     ):
         if settings.rank % 2:
             raise UserError(f"--rank {settings.rank} must be even: each frozen half uses one half of it.")
-        self.backbone = backbone
+        self.backbone, self.is_unet = backbone, backbone.denoiser_name == "unet"
         add_lora(backbone.denoiser, settings, presets=backbone.lora_presets)
         self.layers: dict[str, Any] = {
             name: layer for name, layer in backbone.denoiser.named_modules() if isinstance(layer, LoraLayer)
@@ -130,7 +125,7 @@ class SplitLora(Adapter):
         """Takes the content's, or else the style's, halves of a run. UserError unless it has the same
         layers, rank and frozen halves."""
         state, flag = tensors_of(folder / LORA), "content" if content else "style"
-        own = lora_state(self.updates(), self.backbone.denoiser_name == "unet")
+        own = lora_state(self.updates(), self.is_unet)
         ends = (".down.weight", ".lora_A.weight") if content else (".up.weight", ".lora_B.weight")
         for (_, name), key in zip(self.updates(), [k for k in own if k.endswith(ends)], strict=True):
             layer = self.layers[name]
@@ -160,15 +155,6 @@ class SplitLora(Adapter):
                 down.flatten(1).float(), layer.scaling["default"] * up.flatten(1).float(), shape
             )
         return found
-
-    def save(self, folder: Path) -> dict[str, Any]:
-        state = lora_state(self.updates(), self.backbone.denoiser_name == "unet")
-        save_file(state, folder / LORA, {"format": "pt"})
-        return {}
-
-    @staticmethod
-    def load(folder: Path, info: Mapping[str, Any], pipe: Any) -> None:
-        """Nothing: it is an ordinary LoRA."""
 
 
 DAMPING = 1e-2  # delta; a matrix that is still zero has no inverse

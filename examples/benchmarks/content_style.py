@@ -1,13 +1,14 @@
 """Content in a style: Break-for-Make beside one LoRA on both sets, merges of two LoRAs, and its own
 parts, on pairs of the sticker world whose truth exists and is never shown.
 
-    python examples/benchmarks/content_style.py --pairs 4 --steps 150
+    python examples/benchmarks/content_style.py --pairs 12 --steps 150
 
 Content: four scenes of a drawing by one studio. Style: six drawings of other classes by another. Asked
 for: the first class by the second studio, on eight new backgrounds. The judge says whether the class is
 kept, which studio drew it, and how much of the prompt is followed; the correlation is with the true
 drawing. Prints a Markdown table with 95 % bootstrap intervals over pairs; sheets of all pairs are in
---output.
+--output. Rows that are there are not made again, so that two processes (`--part 0 2`, `--part 1 2`) can share
+the pairs, and a last one without `--part` prints the table.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import customize
 from customize.app.merge import MergeConfig, merge_loras
@@ -36,7 +38,7 @@ LORA = {
     "lr_scheduler": "cosine",
     "train_batch_size": 4,
 }
-MERGES = ("cat", "svd", "ties", "dare", "orthogonal", "k_lora")
+MERGES = ("cat", "svd", "linear", "ties", "dare", "orthogonal", "k_lora")
 SCORES = ("class kept", "studio", "correlation", "background")
 
 
@@ -75,27 +77,52 @@ def rows_of(folder: Path, content: Drawing, target: Drawing, steps: int) -> dict
         still = {"max_train_steps": 1, "learning_rate": 1e-12}
         return customize.train("break_for_make", stage="joint", **runs, **data, **still)
 
+    def stages(name: str, places: dict = places, **settings) -> Path:
+        if not (folder / name / "joint" / "run.json").exists():
+            three_stages(folder / name, places, **few, **settings)
+        return folder / name / "joint"
+
+    def zipped() -> Path:
+        return customize.train(
+            "ziplora",
+            loras=[str(one(name)) for name in ("content", "style")],
+            concepts_list=places["both"],
+            output_dir=folder / "ziplora",
+            overwrite_output_dir=True,
+        )
+
     found: dict[str, Callable] = {
         "base model, the studio's name": lambda: ("stickers", str(target)),
-        "Break-for-Make": lambda: (three_stages(folder / "whole", places, **few), both),
-        "without the last stage": lambda: (halves(), both),
-        "without auxiliary sets": lambda: (three_stages(folder / "alone", alone, **few), both),
-        "without orthogonal halves": lambda: (
-            three_stages(folder / "random", places, orthogonal=False, **few),
-            both,
-        ),
+        "Break-for-Make": lambda: (stages("whole"), both),
         "one LoRA on both sets": lambda: (
             plain(folder, "together", concepts_list=places["both"], max_train_steps=2 * steps),
             both,
         ),
         "content LoRA, the studio's name": lambda: (one("content"), of_studio),
+        "two LoRAs, ziplora": lambda: (zipped(), both),
     }
     for how in MERGES:
         found[f"two LoRAs, {how}"] = lambda how=how: (
             merged(folder, how, [one("content"), one("style")]),
             both,
         )
-    return found
+    return found | {
+        "Break-for-Make without the last stage": lambda: (halves(), both),
+        "Break-for-Make without orthogonal halves": lambda: (stages("random", orthogonal=False), both),
+        "Break-for-Make without auxiliary sets": lambda: (stages("alone", alone), both),
+        "Break-for-Make, preconditioned": lambda: (stages("pre", precondition=True), both),
+    }
+
+
+def images_of(folder: Path, make: Callable) -> list[Image.Image]:
+    """The images of a row, drawn unless they are there."""
+    if len(list(folder.glob("*.png"))) < len(NEW):
+        images = draw(*make())
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images):
+            save_image(image, folder / f"{i}.png")
+        print(folder, flush=True)
+    return [Image.open(path) for path in sorted(folder.glob("*.png"))]
 
 
 def scores(images: list, target: Drawing) -> dict[str, float]:
@@ -114,25 +141,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--steps", type=int, default=150, help="of each stage and LoRA")
     parser.add_argument("--output", type=Path, default=Path("runs/content_style"))
+    parser.add_argument(
+        "--part", type=int, nargs=2, default=(0, 1), help="this part of the pairs, of so many"
+    )
     options = parser.parse_args()
     quiet_libraries()
+    part, of = options.part
+    chosen = pairs()[: options.pairs][part::of]
+    folders = {target: options.output / str(target).replace(" ", "-") for _, target in chosen}
+    rows = {target: rows_of(folders[target], content, target, options.steps) for content, target in chosen}
     table: dict[str, list[dict[str, float]]] = {}
-    for content, target in pairs()[: options.pairs]:
-        folder, shown = options.output / str(target).replace(" ", "-"), []
-        rows = {**rows_of(folder, content, target, options.steps), "the truth": lambda: (None, "")}
-        for name, make in rows.items():
-            run, words = make()
-            images = truth(target) if run is None else draw(run, words)
+    for name in next(iter(rows.values())):
+        for target, own in rows.items():
+            images = images_of(folders[target] / "drawn" / name, own[name])
             table.setdefault(name, []).append(scores(images, target))
-            shown.append(images)
-            print(target, name, {key: round(value, 3) for key, value in table[name][-1].items()}, flush=True)
-        save_image(sheet(shown), folder / "sheet.png")
-    print(
-        f"\n{options.pairs} pairs, {options.steps} steps\n\n| | {' | '.join(SCORES)} |\n" + "|---" * 5 + "|"
-    )
+    for target, folder in folders.items():
+        drawn = [images_of(folder / "drawn" / name, rows[target][name]) for name in table]
+        save_image(sheet([*drawn, truth(target)]), folder / "sheet.png")
+    print(f"\n{len(chosen)} pairs, {options.steps} steps\n")
+    print(f"| | {' | '.join(SCORES)} |\n" + "|---" * 5 + "|")
     for name, some in table.items():
         cells = []
         for key in SCORES:

@@ -10,6 +10,7 @@ run and trains both on both sets ("make"). The result is an ordinary LoRA.
 The paper averages over three auxiliary sets in every step; here a step takes one of them at random.
 """
 
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -93,6 +94,8 @@ class BreakForMake(Method):
                 _check_run(name, content, backbone)
             for name, content in runs:
                 self.lora.take(Path(name), content)
+            sources = {"content_run": Path(config.content_run).name, "style_run": Path(config.style_run).name}
+            self.lora.made_from = json.dumps({"how": "break_for_make", **sources})
         self.sets: list[list[tuple[dict[str, Tensor], str]]] = []  # auxiliary: latents and prompts
 
     @classmethod
@@ -105,10 +108,6 @@ class BreakForMake(Method):
             )
         if joint and method_config.auxiliary_list:
             raise UserError("--auxiliary_list is for --stage content and style; leave it out.")
-        if train_config.export_kohya:
-            raise UserError(
-                "--export_kohya is not for break_for_make; its file is an ordinary LoRA of diffusers."
-            )
         for name in (method_config.content_run, method_config.style_run):
             if joint:
                 open_run(Path(name))
