@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from customize.app.app import AppConfig, app, runs
 from customize.app.evaluate import KINDS, read_evaluation
 from customize.app.generate import GenerateConfig, generate
 from customize.app.merge import MergeConfig, merge
@@ -101,6 +102,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, list[type]]] = {
         " A B ... --output_dir RUN [--flag value ...]: join LoRAs (runs or files) into one, without training",
         [MergeConfig],
     ),
+    "app": (app, " [--flag value ...]: open the web page", [AppConfig]),
+    "runs": (runs, " [FOLDER]: list the runs of a folder and what they do", []),
     "methods": (methods, ": list the methods", []),
     "push": (push, " RUN REPO_ID [--flag value ...]: upload a run to the Hugging Face Hub", [PushConfig]),
 }

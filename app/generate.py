@@ -369,11 +369,18 @@ def check_subjects(run: str, config: GenerateConfig) -> None:
 
 
 def draw(
-    pipe: Any, prompt: str, seeds: Sequence[int], config: GenerateConfig, subjects: dict | None = None
+    pipe: Any,
+    prompt: str,
+    seeds: Sequence[int],
+    config: GenerateConfig,
+    subjects: dict | None = None,
+    **given: Any,
 ) -> list[Any]:
+    """An image for each seed; `given` are more arguments of the pipeline's call."""
     import torch
 
-    given = {"subject_images": subjects, "subject_scale": config.subject_scale} if subjects else {}
+    if subjects:
+        given |= {"subject_images": subjects, "subject_scale": config.subject_scale}
     if subjects and config.side_by_side:
         given["subject_masks"] = "side by side"
     if config.init_image:

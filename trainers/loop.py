@@ -13,6 +13,7 @@ from customize.data.training_data import TrainingData
 from customize.errors import Stopped, UserError
 from customize.trainers.interruption import Unfailing, interruption
 from customize.trainers.methods.base import Method
+from customize.trainers.progress import Progress
 from customize.trainers.scorers import Scorer
 from customize.trainers.session import Session, begin, not_finite
 from customize.trainers.settings import TrainConfig
@@ -45,7 +46,10 @@ def train(
         "file": Unfailing(sys.stderr),
     }
     done = False
-    with interruption() as interrupted, tqdm(**progress) as bar:
+    log = Progress(
+        session.output, session.info.get("method", ""), config.max_train_steps, accelerator.is_main_process
+    )
+    with interruption() as interrupted, tqdm(**progress) as bar, log:
         while session.step < config.max_train_steps:
             method.on_step(session.step, config.max_train_steps)
             losses = accumulate_gradients(session, batches)
@@ -56,11 +60,13 @@ def train(
             session.step += 1
             bar.update()
             bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
+            log.add(session.step, losses)
             accelerator.log(losses | {"lr": schedule.get_last_lr()[0]}, session.step)
             if done := session.step == config.max_train_steps:
                 session.write(session.output)  # before anything that the last validation may meet
             if session.step % config.validation_steps == 0 or done:
                 validate(session, bar)
+                log.show(session.output / "samples" / f"step-{session.step:06d}.png")
             stop = stops(accelerator, interrupted()) and not done
             if session.step % config.checkpointing_steps == 0 or stop:
                 session.write_checkpoint()

@@ -18,7 +18,7 @@ from customize.adapters.merging import FoldedLora
 from customize.errors import UserError, first_line
 from customize.files import atomic_folder
 from customize.runs import checkpoint
-from customize.runs.folder import LOG
+from customize.runs.folder import LOGS
 from customize.runs.privacy import without_places
 from customize.trainers.claim import drop_old_checkpoints, forget_later, resumed_folder
 from customize.trainers.methods.base import Method
@@ -146,7 +146,8 @@ def begin(
     session = Session(method, config, accelerator, info, held_out, scorer, trained, wrapped, parts, exports)
     session.step = resume(session)
     if session.step and accelerator.is_main_process:
-        forget_later(session.output / LOG, session.step)
+        for log in LOGS:
+            forget_later(session.output / log, session.step)
     if ema:
         ema.to(accelerator.device)
     if config.report_to:

@@ -8,6 +8,7 @@ unet/, transformer/, text_encoder/    only where a whole component was trained
 README.md                             the model card
 checkpoint-N/, best/                  the run at earlier steps
 samples/, validation.jsonl            images and losses of its validations
+progress.jsonl                        what it does now: step, losses, time
 """
 
 import json
@@ -26,7 +27,8 @@ from customize.runs.output import is_own_image, is_own_log, sha256
 FORMAT = 1
 
 
-INFO, CARD, LOG = "run.json", "README.md", "validation.jsonl"
+INFO, CARD, LOG, PROGRESS = "run.json", "README.md", "validation.jsonl", "progress.jsonl"
+LOGS = (LOG, PROGRESS)
 
 
 RESUME = "resume.safetensors"
@@ -180,7 +182,7 @@ def taken(folder: Path) -> list[Path]:
 def _is_run_name(path: Path) -> bool:
     if path.name == "samples":
         return not path.is_dir() or bool(samples(path))
-    named = path.name in (INFO, CARD, LOG, "best") or is_adapter_file(path)
+    named = path.name in (INFO, CARD, *LOGS, "best") or is_adapter_file(path)
     return named or checkpoint_step(path) is not None
 
 
@@ -198,7 +200,7 @@ def foreign(folder: Path) -> list[Path]:
 def _is_own(path: Path, info: Mapping[str, Any]) -> bool:
     if path.name == INFO:
         return "base_model" in info
-    if path.name == LOG:
+    if path.name in LOGS:
         return is_own_log(path)
     if path.name == "best" or checkpoint_step(path) is not None:
         return only_a_run(path) and (path.name == "best" or _is_resumable(path))
@@ -240,7 +242,7 @@ def check_free(folder: Path, overwrite: bool, resumed: bool, flag: str = "--outp
             "wrote (or which was "
             "changed since); move it away, or choose another folder."
         )
-    if taken(folder) and not (overwrite or resumed):
+    if [path for path in taken(folder) if path.name != PROGRESS] and not (overwrite or resumed):
         resumable = flag == "--output_dir" and latest_checkpoint(folder)
         resuming = ", go on with --resume_from_checkpoint latest," if resumable else ""
         raise UserError(
@@ -268,7 +270,7 @@ def clear(folder: Path) -> None:
     """Removes checkpoints, samples and logs of an earlier run; its result is replaced by the new run's
     result."""
     earlier = [
-        path for path in taken(folder) if path.name in ("best", LOG) or checkpoint_step(path) is not None
+        path for path in taken(folder) if path.name in ("best", *LOGS) or checkpoint_step(path) is not None
     ]
     remove([*earlier, *filter(is_own_image, samples(folder / "samples"))])
 
