@@ -172,7 +172,8 @@ def _subject(label: str) -> tuple[gr.Gallery, gr.Textbox]:
         type="filepath",
         file_types=["image"],
         columns=4,
-        height=150,
+        fit_columns=False,
+        height=170,
         object_fit="contain",
         interactive=True,
     )

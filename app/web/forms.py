@@ -1,6 +1,7 @@
 """Forms from configuration dataclasses: the same labels, help texts, ranges and choices as on the command
 line."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from types import NoneType
@@ -20,7 +21,8 @@ def label_of(name: str) -> str:
 def component(flag: Flag, default: Any = MISSING) -> Any:
     """The form's element of one setting."""
     value = flag.default if default is MISSING else default
-    shown: dict[str, Any] = {"label": label_of(flag.name), "info": flag.help}
+    info = re.sub(r"--(\w+)", lambda flag: f"'{label_of(flag[1])}'", flag.help)
+    shown: dict[str, Any] = {"label": label_of(flag.name), "info": info, "interactive": True}
     kinds = [kind for kind in members(flag.type) if kind is not NoneType]
     kind = kinds[0]
     if kind is bool:

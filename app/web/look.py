@@ -5,7 +5,8 @@ import gradio as gr
 HEAD = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.gradio-container, .gradio-container > main { width: 100% !important; }
+.gradio-container > main { max-width: 1280px !important; margin: 0 auto !important; }
 #top { padding-top: 0.4rem; }
 #top h1 { font-weight: 700; letter-spacing: -0.03em; margin: 0; }
 #top p { margin: 0.1rem 0 0.2rem; color: var(--body-text-color-subdued); }
@@ -13,7 +14,8 @@ CSS = """
 .bar > div { height: 100%; border-radius: 4px; background: var(--color-accent); transition: width 0.4s; }
 .note p, .note li { font-size: 0.92rem; color: var(--body-text-color-subdued); }
 .examples { gap: 0.4rem !important; flex-wrap: wrap; }
-.examples button { flex: 0 1 auto !important; min-width: 0 !important; border-radius: 999px; font-weight: 400; }
+.examples button { flex: 0 1 auto !important; min-width: 0 !important; border-radius: 999px;
+  font-weight: 400; }
 .wide { height: min(600px, 92vw) !important; }
 button:focus-visible, input:focus-visible, textarea:focus-visible, [role="tab"]:focus-visible {
   outline: 2px solid var(--color-accent); outline-offset: 2px; }
@@ -33,7 +35,7 @@ def theme() -> gr.Theme:
         for dark in ("", "_dark")
         for part in ("title", "label")
         for name, value in {
-            "background_fill": "transparent",
+            "background_fill": "*block_background_fill",
             "text_color": f"*neutral_{200 if dark else 700}",
             "border_width": "0px",
         }.items()

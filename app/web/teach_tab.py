@@ -18,6 +18,7 @@ from customize.app.web.forms import component, value_of
 from customize.app.web.page import Page, told
 from customize.app.web.teaching import (
     CASES,
+    PROPOSED,
     case_named,
     case_of,
     defaults_for,
@@ -87,7 +88,7 @@ def teach_tab(page: Page, blocks: gr.Blocks, tabs: gr.Tabs, model: gr.Dropdown) 
                 x="step",
                 y="loss",
                 color="term",
-                height=220,
+                height=250,
                 label="Loss, averaged",
                 visible=False,
             )
@@ -196,7 +197,8 @@ def _expert_form(case: gr.Radio, base: gr.Dropdown, expert: gr.Textbox) -> None:
             with gr.Accordion(title, open=essential):
                 for flag in expert_flags(method):
                     if flag.essential == essential:
-                        element = component(flag, values[flag.name])
+                        made = "; empty: made from your words above" if flag.name in PROPOSED else ""
+                        element = component(flag._replace(help=flag.help + made), values[flag.name])
                         element.change(
                             _setter(flag.name), [element, expert], expert, api_visibility="private"
                         )
@@ -283,7 +285,8 @@ def _expert(method: str, settings: str) -> dict[str, Any]:
     for name in given:
         if name not in known:
             raise UserError(f"'{str(name)[:60]}' is no setting of {method} that can be set here.")
-    return {name: value_of(known[name], value) for name, value in given.items()}
+    found = {name: value_of(known[name], value) for name, value in given.items()}
+    return {name: value for name, value in found.items() if value or name not in PROPOSED}
 
 
 def _runs(page: Page, visitor: Visitor) -> list[str]:
@@ -334,7 +337,9 @@ def _said(page: Page, run: str, job: Job | None, state: Any, lines: list[dict]) 
     steps = f"step {state.step} of {state.steps}"
     if state.state == "training":
         saving = job is not None and job.message == "saving"
-        return f"**{run}**: {steps}, " + ("saving ..." if saving else f"{_left(lines)} left")
+        if saving or state.step >= state.steps:
+            return f"**{run}**: {steps}, saving ..."
+        return f"**{run}**: {steps}, {_left(lines)} left"
     told = {"done": "done", "stopped": "paused", "failed": "failed", "damaged": "damaged"}[state.state]
     return f"**{run}**: {told}, {steps}."
 

@@ -28,7 +28,8 @@ CASES = (
     Case("a style", "dreambooth", "5 to 20 images in one style, of different things"),
 )
 # of text: those that name no file, folder or address
-TEXTS = {"instance_prompt", "class_prompt", "placeholder_token", "initializer_token", "lora_layers"}
+PROPOSED = {"instance_prompt", "class_prompt", "placeholder_token", "initializer_token"}
+TEXTS = PROPOSED | {"lora_layers"}
 SET_HERE = {
     "validation_prompt",
     "output_dir",
