@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from customize.app.app import AppConfig, app, runs
+from customize.app.compare import CompareConfig, compare
 from customize.app.evaluate import KINDS, read_evaluation
 from customize.app.generate import GenerateConfig, generate
 from customize.app.merge import MergeConfig, merge
@@ -101,6 +102,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, list[type]]] = {
         merge,
         " A B ... --output_dir RUN [--flag value ...]: join LoRAs (runs or files) into one, without training",
         [MergeConfig],
+    ),
+    "compare": (
+        compare,
+        " RUN ... --prompts FILE --output grid.png [--flag value ...]: draw runs side by side",
+        [CompareConfig],
     ),
     "app": (app, " [--flag value ...]: open the web page", [AppConfig]),
     "runs": (runs, " [FOLDER]: list the runs of a folder and what they do", []),

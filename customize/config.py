@@ -140,11 +140,12 @@ def is_of_type(value: Any, wanted: Any) -> bool:
 def check_ranges(config: Any) -> None:
     """UserError for the first number of a configuration that is not finite or outside its range."""
     for flag in flags_of(type(config)):
-        number = getattr(config, flag.name)
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            continue
-        if wanted := unmet(flag.range, number):
-            raise UserError(f"--{flag.name} must be {wanted}, not {shortened(str(number))}.")
+        value = getattr(config, flag.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if wanted := unmet(flag.range, number):
+                raise UserError(f"--{flag.name} must be {wanted}, not {shortened(str(number))}.")
 
 
 def unmet(limits: Range, number: float) -> str:

@@ -149,7 +149,9 @@ def test_runs_of_a_folder_are_listed_with_what_they_do(settings, tmp_path, capsy
     done = {"validation_prompt": ["a photo of sks dog"], "validation_steps": 2}
     customize.train("dreambooth", **settings, **done, output_dir=work / "group" / "done")
     (work / "failed").mkdir()
-    (work / "failed" / "progress.jsonl").write_text('{"step": 1, "steps": 9, "state": "training", "method": "m"}\n{"st')
+    (work / "failed" / "progress.jsonl").write_text(
+        '{"step": 1, "steps": 9, "state": "training", "method": "m"}\n{"st'
+    )
     (work / "no run").mkdir()
     found = {run.name: run for run in runs_in(work)}
     assert found.keys() == {"group/done", "failed"}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from page import served
 from PIL import Image
 
 from customize.app.generate import GenerateConfig
@@ -27,7 +28,6 @@ from customize.errors import UserError
 from customize.runs.listing import progress_of
 from customize.stickers import Drawing
 from customize.stickers.bench import write_references
-from page import served
 
 QUICK = {"number": 1, "steps": 2, "new_seed": False, "seed": 5}
 
@@ -104,9 +104,9 @@ def test_images_of_a_subject_are_used_without_a_switch(owner, tmp_path):
 
 
 MISTAKES = {
-    "too many": ({"number": 200}, "too many at once here: 8 at most"),
-    "too many steps": ({"steps": 5000}, "100 at most"),
-    "too large": ({"size": 100_000}, "1536 at most"),
+    "too many": ({"number": 200}, "maximum value 8"),
+    "too many steps": ({"steps": 5000}, "maximum value 100"),
+    "too large": ({"size": 100_000}, "maximum value 1536"),
     "no prompt": ({"prompt": "  "}, "PROMPT"),
     "a path as model": ({"model": "../../etc"}, "no finished run"),
     "an absolute path as model": ({"model": "/etc"}, "no finished run"),
@@ -202,7 +202,7 @@ TEACHING = {
     "no images": ({"images": []}, "Bring images first"),
     "no word": ({"words": ""}, "Name in one word"),
     "one thing for several": ({"case": CASES[2].name}, "with commas between"),
-    "a case": ({"case": "everything"}, "Choose what you have"),
+    "a case": ({"case": "everything"}, "not in the list of choices"),
     "a name": ({"name": "../up"}, "The name may have"),
     "the visitors' folder": ({"name": "visitors"}, "The name may have"),
     "settings": ({"settings": "[1]"}, "no JSON object"),
@@ -245,7 +245,14 @@ def test_the_settings_of_every_case_are_those_of_its_method(case):
 
 
 def test_a_comparison_is_one_image(owner):
-    request = {"runs": ["stickers"], "prompts": "a fox\na bus", "scales": "", "steps": "1, 2", "seeds": 1, "seed": 0}
+    request = {
+        "runs": ["stickers"],
+        "prompts": "a fox\na bus",
+        "scales": "",
+        "steps": "1, 2",
+        "seeds": 1,
+        "seed": 0,
+    }
     image, note = client(owner[0]).predict(**request, api_name="/compare")
     assert "4 images" in note
     with Image.open(image) as grid:
@@ -268,7 +275,7 @@ def test_a_comparison_is_one_image(owner):
 def test_a_second_visitor_neither_sees_nor_loses_the_first_ones_runs(public, tmp_path):
     address, page, work = public
     first, second = "a" * 32, "b" * 32
-    settings = json.dumps({"max_train_steps": 2, "rank": 2, "train_batch_size": 1})
+    settings = json.dumps({"max_train_steps": 2, "rank": 2})
     given = {"words": "fox", "case": CASES[0].name, "name": "secret", "settings": settings}
     client(address, first).predict(images=fox(tmp_path / "fox"), **given, api_name="/teach")
     wait_for(address, "secret", ("done",), visitor=first)
@@ -288,13 +295,26 @@ def test_a_second_visitor_neither_sees_nor_loses_the_first_ones_runs(public, tmp
 
 def test_limits_of_visitors(public, tmp_path):
     own = client(public[0], "c" * 32)
-    for changes, said in (({"number": 5}, "4 at most"), ({"steps": 51}, "50 at most"), ({"model": "a/b"}, "no finished")):
+    for changes, said in (
+        ({"number": 5}, "4 at most"),
+        ({"steps": 51}, "50 at most"),
+        ({"model": "a/b"}, "no finished"),
+    ):
         with pytest.raises(AppError, match=said):
             own.predict(**({"prompt": "a fox"} | QUICK | changes), api_name="/draw")
     settings = json.dumps({"max_train_steps": 100_000})
+    with pytest.raises(AppError, match="no setting"):  # of visitors: it takes more memory
+        own.predict(
+            images=fox(tmp_path / "fox"), words="fox", settings='{"train_batch_size": 9}', api_name="/teach"
+        )
     with pytest.raises(AppError, match="2000 at most"):
         own.predict(
-            images=fox(tmp_path / "fox"), words="fox", case=CASES[0].name, name="x", settings=settings, api_name="/teach"
+            images=fox(tmp_path / "fox"),
+            words="fox",
+            case=CASES[0].name,
+            name="x",
+            settings=settings,
+            api_name="/teach",
         )
 
 
@@ -317,7 +337,12 @@ class Request:
 
 def test_folders_of_visitors_are_never_named_by_what_they_send(tmp_path):
     all_visitors = Visitors(tmp_path, shared=True)
-    senders = [Request("e" * 32), Request(cookie="f" * 32), Request(username="../../eve"), Request("../" * 10)]
+    senders = [
+        Request("e" * 32),
+        Request(cookie="f" * 32),
+        Request(username="../../eve"),
+        Request("../" * 10),
+    ]
     found = [all_visitors.of(sender) for sender in senders]
     assert len({visitor.folder for visitor in found}) == 4
     for visitor, sender in zip(found, senders, strict=True):
@@ -380,7 +405,7 @@ def test_no_path_leads_out(path, prefix, public):
     except httpx.ReadTimeout:  # a stream without an event
         return
     assert "root:" not in answer.text
-    assert answer.status_code in (400, 403, 404, 405, 422, 500) or prefix == "/"
+    assert answer.status_code >= 400 or prefix == "/" or "session_hash" in path  # a link without content
 
 
 def join(address: str, data: list, number: int, session: str = "s1") -> str:
@@ -401,7 +426,8 @@ def join(address: str, data: list, number: int, session: str = "s1") -> str:
 
 
 @pytest.mark.parametrize(
-    "file", ["/etc/passwd", "/etc/hostname", "http://127.0.0.1:9/x.png", "file:///etc/passwd", "../../etc/passwd"]
+    "file",
+    ["/etc/passwd", "/etc/hostname", "http://127.0.0.1:9/x.png", "file:///etc/passwd", "../../etc/passwd"],
 )
 def test_a_file_that_was_not_uploaded_is_not_read(file, public):
     address, _, _ = public
@@ -422,7 +448,9 @@ def test_uploads_cannot_name_their_place(public, tmp_path):
         answer = httpx.post(f"{address}/gradio_api/upload", files=files)
         if answer.status_code == 200:
             [place] = answer.json()
-            assert Path(place).resolve().is_relative_to(Path(os.environ.get("GRADIO_TEMP_DIR", "/tmp/gradio")))
+            assert (
+                Path(place).resolve().is_relative_to(Path(os.environ.get("GRADIO_TEMP_DIR", "/tmp/gradio")))
+            )
     assert not Path("/tmp/evil-upload.png").exists()
     large = {"files": ("x.png", io.BytesIO(b"\0" * (visitors.MOST_BYTES + 2**20)), "image/png")}
     assert httpx.post(f"{address}/gradio_api/upload", files=large, timeout=60).status_code == 413

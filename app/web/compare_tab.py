@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from customize.app.compare import CompareConfig, check_size, columns_of, draw_columns, grid, scores_of
+from customize.app.compare import CompareConfig, check_columns, columns_of, draw_columns, grid, scores_of
 from customize.app.web.page import Page, told
 from customize.app.web.visitors import Visitor
 from customize.embedded import NAME
@@ -22,7 +22,9 @@ MOST_IMAGES = {True: 96, False: 24}  # of one comparison, of the owner and of ot
 def compare_tab(page: Page, blocks: gr.Blocks, tab: gr.Tab) -> None:
     with gr.Row():
         with gr.Column(scale=4, min_width=320):
-            runs = gr.Dropdown([NAME], value=[NAME], multiselect=True, label="Models to compare")
+            runs = gr.Dropdown(
+                [NAME], value=[NAME], multiselect=True, label="Models to compare", allow_custom_value=True
+            )
             prompts = gr.Textbox(
                 label="Prompts, one a line",
                 lines=4,
@@ -111,7 +113,7 @@ def _compare(
             f"{count} images are too many: {MOST_IMAGES[visitor.owner]} at most, and steps up to "
             f"{visitor.limits.steps}."
         )
-    check_size(columns, config.prompt, config)
+    check_columns(columns, config.prompt, config)
     page.drawer.forget()
     events: Queue = Queue()
 

@@ -86,7 +86,9 @@ def draw_tab(page: Page, blocks: gr.Blocks, tab: gr.Tab) -> gr.Dropdown:
                 negative = component(SETTINGS["negative_prompt"])
                 subject_scale = gr.Slider(0, 2, 1, step=0.05, label="Strength of the images")
                 lora_scale = gr.Slider(0, 2, 1, step=0.05, label="Strength of the taught subject")
-                loras = gr.Dropdown([], multiselect=True, label="More taught subjects to mix in")
+                loras = gr.Dropdown(
+                    [], multiselect=True, label="More taught subjects to mix in", allow_custom_value=True
+                )
                 weights = gr.Textbox("", label="Their weights", placeholder="1, 0.8")
                 size = gr.Slider(0, 1536, 0, step=64, label="Side in pixels", info="0: what suits the model")
             with gr.Accordion("Restore the settings of an image", open=False):
@@ -125,9 +127,31 @@ def draw_tab(page: Page, blocks: gr.Blocks, tab: gr.Tab) -> gr.Dropdown:
     }
 
     @told
-    def draw(request: gr.Request, **values: Any) -> Iterator[tuple]:
+    def draw(
+        request: gr.Request,
+        prompt: str,
+        images: list | None = None,
+        word: str = "",
+        images_2: list | None = None,
+        word_2: str = "",
+        placement: str = PLACES[0],
+        painting: Any = None,
+        model: str = NAME,
+        loras: list[str] | None = None,
+        weights: str = "",
+        number: int = 2,
+        seed: int = 0,
+        new_seed: bool = True,
+        steps: int = 25,
+        guidance: Any = "",
+        negative: str = "",
+        subject_scale: float = 1.0,
+        lora_scale: float = 1.0,
+        size: int = 0,
+    ) -> Iterator[tuple]:
         """Draws images of a prompt. `images` are of what the prompt calls `word`, and need no training;
         `model` is `stickers` or one of your runs. Returns the images, a note, and the seed of the first."""
+        values = {name: value for name, value in locals().items() if name in inputs}
         yield from _draw(page, page.visitor(request), **values)
 
     call: dict[str, Any] = {
@@ -177,7 +201,7 @@ def _subject(label: str) -> tuple[gr.Gallery, gr.Textbox]:
         object_fit="contain",
         interactive=True,
     )
-    word = gr.Textbox(label="Its word in the prompt", placeholder="fox", max_length=60)
+    word = gr.Textbox("", label="Its word in the prompt", placeholder="fox", max_length=60)
     return images, word
 
 

@@ -79,7 +79,7 @@ def _listed(page: Page, visitor: Visitor) -> list[RunState]:
 
 
 def _described(run: RunState, job: str, message: str) -> dict[str, Any]:
-    state = job if job in ("queued", "failed", "cancelled") else run.state
+    state = {"running": "training"}.get(job, job if job in ("queued", "failed", "cancelled") else run.state)
     about = {"name": run.name, "method": run.method, "state": state, "step": run.step, "steps": run.steps}
     return about | {"message": message}
 

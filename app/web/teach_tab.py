@@ -65,7 +65,7 @@ def teach_tab(page: Page, blocks: gr.Blocks, tabs: gr.Tabs, model: gr.Dropdown) 
                 label="2. What do they show?", placeholder="fox", info="one word", max_length=80
             )
             case = gr.Radio([case.name for case in CASES], value=CASES[0].name, label="3. What do you have?")
-            name = gr.Textbox(label="4. Name of the new model", placeholder="my fox", max_length=60)
+            name = gr.Textbox("", label="4. Name of the new model", placeholder="my fox", max_length=60)
             base = gr.Dropdown(
                 [NAME],
                 value=NAME,
@@ -75,10 +75,15 @@ def teach_tab(page: Page, blocks: gr.Blocks, tabs: gr.Tabs, model: gr.Dropdown) 
             )
             sentence = gr.Markdown(in_one_sentence(CASES[0], NAME), elem_classes="note")
             with gr.Accordion("Expert settings", open=False):
-                _expert_form(case, base, expert)
+                _expert_form(page, case, base, expert)
             go = gr.Button("Teach", variant="primary", size="lg")
         with gr.Column(scale=6, min_width=320):
-            watched = gr.Dropdown([], label="Watching", info="a run of yours, also one started in a terminal")
+            watched = gr.Dropdown(
+                [],
+                label="Watching",
+                info="a run of yours, also one started in a terminal",
+                allow_custom_value=True,
+            )
             status = gr.Markdown("Nothing is being taught.")
             bar = gr.HTML(_bar(0.0))
             with gr.Row():
@@ -117,7 +122,13 @@ def teach_tab(page: Page, blocks: gr.Blocks, tabs: gr.Tabs, model: gr.Dropdown) 
 
     @told
     def teach(
-        images: list | None, words: str, case: str, name: str, base: str, settings: str, request: gr.Request
+        request: gr.Request,
+        images: list | None = None,
+        words: str = "",
+        case: str = CASES[0].name,
+        name: str = "",
+        base: str = NAME,
+        settings: str = "{}",
     ) -> tuple:
         """Starts a run that teaches your images; `settings` is JSON of more of the method's settings. Returns
         the run's name."""
@@ -186,16 +197,17 @@ def teach_tab(page: Page, blocks: gr.Blocks, tabs: gr.Tabs, model: gr.Dropdown) 
     return watched
 
 
-def _expert_form(case: gr.Radio, base: gr.Dropdown, expert: gr.Textbox) -> None:
+def _expert_form(page: Page, case: gr.Radio, base: gr.Dropdown, expert: gr.Textbox) -> None:
     """Every setting of the chosen method; what is changed goes into `expert` as JSON."""
 
     @gr.render(inputs=[case, base])
-    def form(case_name: str, base_name: str) -> None:
+    def form(case_name: str, base_name: str, request: gr.Request) -> None:
+        owner = page.visitor(request).owner
         method = case_named(case_name).method
         values = defaults_for(method, base_name or NAME)
         for title, essential in ((ESSENTIAL, True), ("All others", False)):
             with gr.Accordion(title, open=essential):
-                for flag in expert_flags(method):
+                for flag in expert_flags(method, owner):
                     if flag.essential == essential:
                         made = "; empty: made from your words above" if flag.name in PROPOSED else ""
                         element = component(flag._replace(help=flag.help + made), values[flag.name])
@@ -261,7 +273,7 @@ def _teach(
         raise UserError(f"{len(waiting)} of your runs are at work or waiting: let one of them end first.")
     chosen = case_named(case)
     model = page.model(base, visitor)
-    expert = _expert(chosen.method, settings)
+    expert = _expert(chosen.method, settings, visitor.owner)
     steps = expert.get("max_train_steps", 0)
     if steps > visitor.limits.training_steps:
         raise UserError(f"{steps} steps are too many here: {visitor.limits.training_steps} at most.")
@@ -273,7 +285,7 @@ def _teach(
     return folder.name
 
 
-def _expert(method: str, settings: str) -> dict[str, Any]:
+def _expert(method: str, settings: str, owner: bool) -> dict[str, Any]:
     """The settings of the expert form, in their types."""
     try:
         given = json.loads(settings or "{}")
@@ -281,7 +293,7 @@ def _expert(method: str, settings: str) -> dict[str, Any]:
         given = None
     if not isinstance(given, dict):
         raise UserError('The settings are no JSON object, such as {"max_train_steps": 300}.')
-    known = {flag.name: flag for flag in expert_flags(method)}
+    known = {flag.name: flag for flag in expert_flags(method, owner)}
     for name in given:
         if name not in known:
             raise UserError(f"'{str(name)[:60]}' is no setting of {method} that can be set here.")

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_origin
 
 from PIL import Image
 
-from customize.config import Flag, build, flags_of
+from customize.config import Flag, build, flags_of, members
 from customize.embedded import RARE, is_embedded
 from customize.errors import UserError
 from customize.trainers.launch import configs
@@ -30,13 +31,10 @@ CASES = (
 # of text: those that name no file, folder or address
 PROPOSED = {"instance_prompt", "class_prompt", "placeholder_token", "initializer_token"}
 TEXTS = PROPOSED | {"lora_layers"}
-SET_HERE = {
-    "validation_prompt",
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "masked_loss",
-}
+OUTSIDE = {"push_to_hub", "hub_private_repo", "allow_outside_files", "dataloader_num_workers"}
+SET_HERE = OUTSIDE | {"overwrite_output_dir", "validation_steps", "checkpointing_steps"}
+# what visitors may set: nothing that takes more memory or time than the page's own settings
+GUESTS = PROPOSED | {"max_train_steps", "learning_rate", "lr_scheduler", "rank", "seed", "snr_gamma"}
 VALIDATIONS = 5  # of a run
 
 
@@ -115,16 +113,18 @@ def validation_prompts(prompt: str) -> list[str]:
     return [f"{prompt} on the beach", f"{prompt} in the snow"]
 
 
-def expert_flags(method: str) -> list[Flag]:
-    """The settings of a method that the page offers: all numbers, switches and choices, and texts that name
-    no file."""
+def expert_flags(method: str, owner: bool = True) -> list[Flag]:
+    """The settings of a method that the page offers its owner, or others: numbers, switches and choices, and
+    texts that name no file."""
     found = [flag for cls in configs(find_method(method)) for flag in flags_of(cls)]
-    return [flag for flag in found if flag.name not in SET_HERE and (flag.name in TEXTS or _is_safe(flag))]
+    safe = [flag for flag in found if flag.name not in SET_HERE and (flag.name in TEXTS or _is_safe(flag))]
+    return [flag for flag in safe if owner or flag.name in GUESTS]
 
 
 def _is_safe(flag: Flag) -> bool:
     """Whether a setting can hold no text of the user's own."""
-    return "str" not in repr(flag.type).replace("Literal", "") or repr(flag.type).startswith("typing.Literal")
+    kinds = [kind for kind in members(flag.type) if kind is not NoneType]
+    return all(kind in (bool, int, float) or get_origin(kind) is Literal for kind in kinds)
 
 
 def in_one_sentence(case: Case, base: str) -> str:
