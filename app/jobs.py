@@ -30,6 +30,7 @@ from customize.runs.listing import is_written, progress_of, writer_of
 FOLDER = ".jobs"
 ENDED = ("done", "paused", "failed", "cancelled")
 POLL = 0.2  # seconds
+SAVES = "saving"  # message of a running job that was asked to stop
 SAVING = 120.0  # seconds that a run may take to finish its step and save
 
 
@@ -114,11 +115,14 @@ class Jobs:
             if job.state == "queued":
                 self._end(job, "paused" if job.resumes else "cancelled")
             elif job.state == "running":
-                job.message = "saving"
+                job.message = SAVES
                 _interrupt(job, self.process)
 
     def resume(self, job: Job) -> None:
         """Puts an ended job back into the queue; it goes on from its last checkpoint, if it has one."""
+        end = time.time() + SAVING
+        while job.state == "running" and job.message == SAVES and time.time() < end:
+            time.sleep(POLL)  # until it has saved
         with self.lock:
             if job.state not in ("paused", "failed", "cancelled"):
                 raise UserError("This run is not paused: it is in the queue, at work or done.")

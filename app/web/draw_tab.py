@@ -42,10 +42,7 @@ def draw_tab(page: Page, blocks: gr.Blocks, tab: gr.Tab) -> gr.Dropdown:
                 again = gr.Button("Same seed again", scale=3, min_width=150)
                 stop = gr.Button("Stop", scale=1, min_width=70)
             with gr.Row(elem_classes="examples"):
-                for text in EXAMPLES:
-                    gr.Button(text, size="sm").click(
-                        lambda text=text: text, outputs=prompt, api_visibility="private"
-                    )
+                examples = [gr.Button(text, size="sm") for text in EXAMPLES]
                 shown = gr.Button("a fox shown in two images", size="sm")
             model = gr.Dropdown(
                 [NAME],
@@ -103,7 +100,6 @@ def draw_tab(page: Page, blocks: gr.Blocks, tab: gr.Tab) -> gr.Dropdown:
                 elem_classes="wide",
             )
             status = gr.Markdown("", elem_classes="note")
-    shown.click(_example_subject, outputs=[prompt, images, word], api_visibility="private")
     inputs = {
         "prompt": prompt,
         "images": images,
@@ -169,6 +165,13 @@ def draw_tab(page: Page, blocks: gr.Blocks, tab: gr.Tab) -> gr.Dropdown:
             draw, api_visibility="private", **call
         ),
     ]
+    for button, text in zip(examples, EXAMPLES, strict=True):
+        chosen = button.click(
+            lambda text=text: (text, [], ""), outputs=[prompt, images, word], api_visibility="private"
+        )
+        running.append(chosen.then(draw, api_visibility="private", **call))
+    chosen = shown.click(_example_subject, outputs=[prompt, images, word], api_visibility="private")
+    running.append(chosen.then(draw, api_visibility="private", **call))
     stop.click(None, cancels=running, api_visibility="private")
     placement.change(
         lambda place: gr.update(visible=place == PLACES[2]), placement, painting, api_visibility="private"

@@ -18,14 +18,15 @@ def runs_tab(
     gr.Markdown("Everything that was taught here, or in a terminal in the same folder.", elem_classes="note")
     gallery = gr.Gallery(
         label="Runs",
-        columns=5,
-        height=420,
+        columns=4,
+        fit_columns=False,
+        height=460,
         object_fit="cover",
         interactive=False,
         allow_preview=False,
         format="png",
     )
-    chosen = gr.Textbox("", label="Chosen", interactive=False)
+    chosen = gr.Textbox("", label="Chosen", placeholder="click a run", interactive=False)
     with gr.Row():
         watch = gr.Button("Watch or go on")
         draw = gr.Button("Draw with it", variant="primary")
@@ -89,7 +90,8 @@ def _image(run: RunState) -> Image.Image:
         return EMPTY
     try:
         with Image.open(run.thumbnail) as image:
-            return image.convert("RGB")
+            side = min(image.size)
+            return image.convert("RGB").crop((0, 0, side, side))  # the first of a sheet
     except OSError:
         return EMPTY
 

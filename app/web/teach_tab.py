@@ -12,7 +12,7 @@ import gradio as gr
 import pandas as pd
 from PIL import Image
 
-from customize.app.jobs import Job
+from customize.app.jobs import SAVES, Job
 from customize.app.web.cutout import cutout
 from customize.app.web.forms import component, value_of
 from customize.app.web.page import Page, told
@@ -93,7 +93,7 @@ def teach_tab(page: Page, blocks: gr.Blocks, tabs: gr.Tabs, model: gr.Dropdown) 
                 x="step",
                 y="loss",
                 color="term",
-                height=250,
+                height=300,
                 label="Loss, averaged",
                 visible=False,
             )
@@ -110,8 +110,9 @@ def teach_tab(page: Page, blocks: gr.Blocks, tabs: gr.Tabs, model: gr.Dropdown) 
     def check(found: list | None, request: gr.Request) -> tuple:
         return _check(page.visitor(request), found)
 
-    images.change(check, images, [advice, case], api_visibility="private")
-    example.click(_example, outputs=[images, words, name], api_visibility="private")
+    shown_example = example.click(_example, outputs=[images, words, name], api_visibility="private")
+    for event in (images.upload, images.change, images.delete, shown_example.then):
+        event(check, images, [advice, case], api_visibility="private")
     for part in (case, base):
         part.change(
             told(lambda case, base: in_one_sentence(case_named(case), base or NAME)),
@@ -347,8 +348,8 @@ def _said(page: Page, run: str, job: Job | None, state: Any, lines: list[dict]) 
     if state is None:
         return f"**{run}**: nothing yet."
     steps = f"step {state.step} of {state.steps}"
-    if state.state == "training":
-        saving = job is not None and job.message == "saving"
+    if state.state == "training" or (job and job.state == "running"):
+        saving = job is not None and job.message == SAVES
         if saving or state.step >= state.steps:
             return f"**{run}**: {steps}, saving ..."
         return f"**{run}**: {steps}, {_left(lines)} left"
