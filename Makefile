@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint quick-demo docs
+.PHONY: demo test test-page lint quick-demo docs
 
 demo: .venv/ready
 	$(BIN)/customize demo --overwrite_output_dir
@@ -12,6 +12,11 @@ quick-demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# the web page in a real browser: apt-get install chromium, or set BROWSER to the path of a Chrome or Chromium
+test-page: .venv/ready
+	$(INSTALL) playwright
+	$(BIN)/python -m pytest tests/test_browser.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -18,7 +18,8 @@ from customize.quiet import quiet_libraries
 from customize.trainers.registry import find_entry, general_usage, methods_listed
 
 DRAWING_MEMORY = (
-    "Out of memory: try --num_images_per_prompt 1, --dtype bfloat16, or a smaller --height and --width."
+    "Out of memory: try --dtype bfloat16, and for generate --num_images_per_prompt 1 or a smaller --height "
+    "and --width."
 )
 
 
@@ -142,7 +143,7 @@ def _is_text(word: str) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command of the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    advice = DRAWING_MEMORY if words[:1] == ["generate"] else OUT_OF_MEMORY
+    advice = DRAWING_MEMORY if words[:1] in (["generate"], ["compare"]) else OUT_OF_MEMORY
     return run_safely(run_command, words, advice)
 
 

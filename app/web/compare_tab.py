@@ -100,11 +100,7 @@ def _compare(
         num_seeds=int(seeds),
         seed=int(seed),
     )
-    names = {page.model(name, visitor): name for name in runs or []}
-    columns = [
-        own._replace(label=own.label.replace(own.run, names[own.run]))
-        for own in columns_of(list(names), config)
-    ]
+    columns = columns_of([page.model(name, visitor) for name in runs or []], config)
     count = len(columns) * len(config.prompt) * config.num_seeds
     if not count:
         raise UserError("Choose models and write prompts to compare them on.")
@@ -126,7 +122,7 @@ def _compare(
                 scores = [
                     scores_of(own, config.prompt, images) for own, images in zip(columns, drawn, strict=True)
                 ]
-                events.put(grid(columns, config.prompt, drawn, scores))
+                events.put(grid(columns, config.prompt, drawn, scores, config.seed))
         except BaseException as error:  # raised again where it is awaited
             events.put(error)
 

@@ -30,6 +30,7 @@ class Drawer:
 
     def __init__(self) -> None:
         self.lock, self.key, self.pipe = threading.Lock(), None, None  # type: Any, Any, Any
+        self.closed = threading.Event()
 
     def pipe_for(self, run: str, config: GenerateConfig) -> Any:
         """The pipeline of a run under settings that change it; loaded unless it is the last one's."""
@@ -52,6 +53,12 @@ class Drawer:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Ends what is being drawn, and waits for it."""
+        self.closed.set()
+        with self.lock:
+            self.forget()
 
     def draw(
         self,
@@ -102,11 +109,11 @@ class Drawer:
                     config.guidance_scale = GUIDANCE
                 given = {"subject_masks": masks} if masks else {}
                 for i, seed in enumerate(seeds):
-                    on_step = _previews(events, stop, config.num_inference_steps, seed, i, len(seeds))
+                    on_step = self._previews(events, stop, config.num_inference_steps, seed, i, len(seeds))
                     images = generate.draw(
                         pipe, prompt, [seed], config, subjects, callback_on_step_end=on_step, **given
                     )
-                    if stop.is_set():
+                    if stop.is_set() or self.closed.is_set():
                         break
                     events.put(Drawn(images[0], False, seed, (i + 1) / len(seeds)))
         except BaseException as error:  # raised again where the images are awaited
@@ -114,28 +121,27 @@ class Drawer:
         finally:
             events.put(None)
 
+    def _previews(
+        self, events: Queue, stop: threading.Event, steps: int, seed: int, index: int, count: int
+    ) -> Callable[[Any, int, Any, dict], dict]:
+        """A callback of the pipeline that sends previews, and ends it when the request was cancelled."""
+        every = max(steps // PREVIEWS, 1)
+
+        def on_step(pipe: Any, step: int, t: Any, values: dict) -> dict:
+            pipe._interrupt = stop.is_set() or self.closed.is_set()
+            if step % every == every - 1 and step < steps - 1 and not stop.is_set():
+                image = preview(pipe, values["latents"])
+                if image is not None:
+                    events.put(Drawn(image, True, seed, (index + (step + 1) / steps) / count))
+            return values
+
+        return on_step
+
 
 def _version(run: str) -> float:
     """Changes when a run is trained anew."""
     info = Path(run) / "run.json"
     return info.stat().st_mtime if info.exists() else 0.0
-
-
-def _previews(
-    events: Queue, stop: threading.Event, steps: int, seed: int, index: int, count: int
-) -> Callable[[Any, int, Any, dict], dict]:
-    """A callback of the pipeline that sends previews, and ends it when the request was cancelled."""
-    every = max(steps // PREVIEWS, 1)
-
-    def on_step(pipe: Any, step: int, t: Any, values: dict) -> dict:
-        pipe._interrupt = stop.is_set()
-        if step % every == every - 1 and step < steps - 1 and not stop.is_set():
-            image = preview(pipe, values["latents"])
-            if image is not None:
-                events.put(Drawn(image, True, seed, (index + (step + 1) / steps) / count))
-        return values
-
-    return on_step
 
 
 def preview(pipe: Any, latents: Any) -> Image.Image | None:

@@ -136,6 +136,7 @@ def start(
         signal.signal(number, lambda *_: stopped.set())
     stopped.wait()
     print("ending: a run at work is saved first")
+    page.drawer.close()
     jobs.close()
     blocks.close(verbose=False)
 
