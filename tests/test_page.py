@@ -3,7 +3,11 @@
 import io
 import json
 import os
+import shutil
+import signal
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -191,6 +195,10 @@ def test_a_subject_is_taught_paused_taken_up_and_drawn(owner, tmp_path):
     assert progress_of(work / "my-fox")[-1]["state"] == "done"
     gallery = own.predict("a sks fox in the snow", model="my-fox", **QUICK, api_name="/draw")[0]
     assert json.loads(image_of(gallery[0]).info["parameters"])["run"] == "my-fox"
+    shutil.copy(work / "my-fox" / "pytorch_lora_weights.safetensors", work / "theirs.safetensors")
+    mixed = {"loras": ["theirs.safetensors"], "weights": "0.5"}
+    gallery = own.predict("a sks fox in the snow", **mixed, **QUICK, api_name="/draw")[0]
+    assert json.loads(image_of(gallery[0]).info["parameters"])["lora"] == ["theirs.safetensors:0.5"]
     step = f"my-fox/checkpoint-{paused['step']}"
     own.predict("a sks fox in the snow", model=step, **QUICK, api_name="/draw")
     config = json.loads((work / "my-fox" / "run.json").read_text())["config"]
@@ -262,7 +270,7 @@ def test_a_comparison_is_one_image(owner):
         ({"steps": "x"}, "no numbers"),
         ({"runs": []}, "Choose models"),
         ({"prompts": ""}, "Choose models|write prompts"),
-        ({"seeds": 1000}, "too many"),
+        ({"seeds": 1000}, "maximum value 4"),
         ({"runs": ["/etc"]}, "no finished run"),
     ):
         with pytest.raises(AppError, match=said):
@@ -477,6 +485,53 @@ def test_a_password_is_asked_for(tmp_path):
         assert wrong.status_code == 400
         own = Client(address, auth=("ann", "secret"), verbose=False)
         assert own.predict(api_name="/jobs") == []
+
+
+# the command
+
+
+def test_the_command_says_what_is_missing(tmp_path, capsys, monkeypatch):
+    from customize.app.cli import main
+
+    assert main(["app", "--auth", "ann", "--work_folder", str(tmp_path)]) == 2
+    assert "NAME:PASSWORD" in capsys.readouterr().err
+    assert main(["app", "--port", "0", "--work_folder", str(tmp_path)]) == 2
+    assert "port" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["app", "--work_folder", str(tmp_path / "file" / "runs")]) == 2
+    assert "--work_folder" in capsys.readouterr().err
+    monkeypatch.setattr("customize.app.app.find_spec", lambda name: None)
+    assert main(["app"]) == 2
+    assert "pip install 'customize[app]'" in capsys.readouterr().err
+
+
+def test_the_page_ends_with_the_signal_and_saves_what_is_at_work(tmp_path):
+    """As a user starts it: in a process of its own."""
+    words = [
+        sys.executable,
+        "-m",
+        "customize.app.cli",
+        "app",
+        "--work_folder",
+        str(tmp_path),
+        "--port",
+        "7951",
+    ]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert "the page is at http" in next(line for line in process.stdout if "the page" in line)
+        own = Client("http://127.0.0.1:7951", verbose=False)
+        images = fox(tmp_path / "fox")
+        settings = json.dumps({"max_train_steps": 100_000, "rank": 2, "train_batch_size": 1})
+        own.predict(images=images, words="fox", name="long", settings=settings, api_name="/teach")
+        end = time.time() + 90
+        while not progress_of(tmp_path / "long") and time.time() < end:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=90)[0]
+    assert process.returncode == 0, said
+    assert "a run at work is saved first" in said
+    assert "Traceback" not in said
+    assert progress_of(tmp_path / "long")[-1]["state"] == "stopped"
 
 
 # pieces

@@ -84,7 +84,7 @@ def draw_tab(page: Page, blocks: gr.Blocks, tab: gr.Tab) -> gr.Dropdown:
                 subject_scale = gr.Slider(0, 2, 1, step=0.05, label="Strength of the images")
                 lora_scale = gr.Slider(0, 2, 1, step=0.05, label="Strength of the taught subject")
                 loras = gr.Dropdown(
-                    [], multiselect=True, label="More taught subjects to mix in", allow_custom_value=True
+                    [], multiselect=True, label="More runs or LoRA files to mix in", allow_custom_value=True
                 )
                 weights = gr.Textbox("", label="Their weights", placeholder="1, 0.8")
                 size = gr.Slider(0, 1536, 0, step=64, label="Side in pixels", info="0: what suits the model")
@@ -185,8 +185,9 @@ def draw_tab(page: Page, blocks: gr.Blocks, tab: gr.Tab) -> gr.Dropdown:
     )
 
     def choices(request: gr.Request) -> tuple:
-        found = page.choices(page.visitor(request))
-        return gr.update(choices=found), gr.update(choices=found[1:])
+        visitor = page.visitor(request)
+        found = page.choices(visitor)
+        return gr.update(choices=found), gr.update(choices=[*found[1:], *visitor.files()])
 
     for event in (blocks.load, tab.select):
         event(choices, outputs=[model, loras], api_visibility="private", show_progress="hidden")
@@ -295,8 +296,9 @@ def _loras(page: Page, visitor: Visitor, names: list[str] | None, weights: str) 
     names = names or []
     if numbers and len(numbers) != len(names):
         raise UserError(f"Give {len(names)} weights, one for each taught subject, such as 1, 0.8.")
+    files = visitor.files()
     return [
-        f"{page.model(name, visitor)}:{weight}"
+        f"{files.get(name) or page.model(name, visitor)}:{weight}"
         for name, weight in zip(names, numbers or ["1"] * len(names), strict=True)
     ]
 

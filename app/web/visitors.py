@@ -63,6 +63,12 @@ class Visitor:
     def runs(self) -> list[RunState]:
         return [run for run in runs_in(self.folder) if not run.name.startswith("visitors/")]
 
+    def files(self) -> dict[str, Path]:
+        """LoRA files that lie in the visitor's folder, by name."""
+        return {
+            path.name: path for path in sorted(self.folder.glob("*.safetensors")) if not path.is_symlink()
+        }
+
     def run(self, name: str) -> Path:
         """The folder of one of the visitor's runs, or of a step of it (RUN/checkpoint-N); UserError for every
         other name: it is looked up in the list, never joined to a path unseen."""

@@ -39,6 +39,7 @@ LORA = {
     "train_batch_size": 4,
 }
 MERGES = ("cat", "svd", "linear", "ties", "dare", "orthogonal", "k_lora")
+ABLATIONS = ("Break-for-Make without", "Break-for-Make, pre")
 SCORES = ("class kept", "studio", "correlation", "background")
 
 
@@ -122,6 +123,10 @@ def images_of(folder: Path, make: Callable) -> list[Image.Image]:
         for i, image in enumerate(images):
             save_image(image, folder / f"{i}.png")
         print(folder, flush=True)
+    return read(folder)
+
+
+def read(folder: Path) -> list[Image.Image]:
     return [Image.open(path) for path in sorted(folder.glob("*.png"))]
 
 
@@ -155,16 +160,15 @@ def main() -> None:
     rows = {target: rows_of(folders[target], content, target, options.steps) for content, target in chosen}
     table: dict[str, list[dict[str, float]]] = {}
     for name in next(iter(rows.values())):
-        for target, own in rows.items():
+        for target, own in list(rows.items())[: options.ablations if name.startswith(ABLATIONS) else None]:
             images = images_of(folders[target] / "drawn" / name, own[name])
             table.setdefault(name, []).append(scores(images, target))
     for target, folder in folders.items():
-        drawn = [images_of(folder / "drawn" / name, rows[target][name]) for name in table]
+        drawn = [read(folder / "drawn" / name) for name in table if (folder / "drawn" / name).exists()]
         save_image(sheet([*drawn, truth(target)]), folder / "sheet.png")
-    print(f"\n{len(chosen)} pairs, {options.steps} steps\n")
-    print(f"| | {' | '.join(SCORES)} |\n" + "|---" * 5 + "|")
+    print(f"\n{options.steps} steps\n\n| | pairs | {' | '.join(SCORES)} |\n" + "|---" * 6 + "|")
     for name, some in table.items():
-        cells = []
+        cells = [str(len(some))]
         for key in SCORES:
             values = [own[key] for own in some]
             low, high = confidence_interval(values)
