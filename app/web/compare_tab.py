@@ -1,16 +1,15 @@
 """The part of the page that draws runs side by side."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from queue import Queue
-from tempfile import mkdtemp
 from threading import Thread
 from typing import Any
+from uuid import uuid4
 
 import gradio as gr
 
 from customize.app.compare import CompareConfig, check_columns, columns_of, draw_columns, grid, scores_of
-from customize.app.web.page import Page, told
+from customize.app.web.page import Page, scratch, told
 from customize.app.web.visitors import Visitor
 from customize.embedded import NAME
 from customize.errors import UserError
@@ -132,6 +131,6 @@ def _compare(
         yield gr.skip(), f"{event[0]} of {event[1]} images"
     if isinstance(event, BaseException):
         raise event
-    path = Path(mkdtemp()) / "compare.png"
+    path = scratch() / f"compare-{uuid4().hex}.png"
     save_image(event, path)
     yield str(path), f"{count} images. The button at the image's corner saves it."

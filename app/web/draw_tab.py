@@ -3,6 +3,8 @@
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,162 +29,58 @@ from customize.stickers.bench import write_references
 SETTINGS = {flag.name: flag for flag in flags(GenerateConfig)}
 PLACES = ["anywhere", "first left, second right", "painted below"]
 FIRST, SECOND = "#e4572e", "#1f77b4"  # brushes of the first and the second subject
+EXAMPLE_SUBJECT = "a fox shown in two images"
 EXAMPLES = ["a flat fox on the beach", "a cartoon snail under a night sky", "a red bus and an apple on grass"]
+
+
+@dataclass
+class DrawRequest:
+    """What a visitor asks for, by the names of the API. `images` and `images_2` are galleries: lists of
+    (file, caption)."""
+
+    prompt: str
+    images: list | None
+    word: str
+    images_2: list | None
+    word_2: str
+    placement: str
+    painting: Any
+    model: str
+    loras: list[str] | None
+    weights: str
+    number: int
+    seed: int
+    new_seed: bool
+    steps: int
+    guidance: Any
+    negative: str
+    subject_scale: float
+    lora_scale: float
+    size: int
+
+
+Form = dict[str, Any]  # the elements of the form, by the names of `DrawRequest`
 
 
 def draw_tab(page: Page, blocks: gr.Blocks, tab: gr.Tab) -> gr.Dropdown:
     """Builds the part; returns the picker of the model, which other parts set."""
+    form: Form = {}
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            prompt = gr.Textbox(
-                EXAMPLES[0], label="Prompt", lines=2, max_length=1000, placeholder="a fox on the beach"
-            )
-            with gr.Row():
-                go = gr.Button("Draw", variant="primary", scale=3, min_width=100)
-                again = gr.Button("Same seed again", scale=3, min_width=150)
-                stop = gr.Button("Stop", scale=1, min_width=70)
-            with gr.Row(elem_classes="examples"):
-                examples = [gr.Button(text, size="sm") for text in EXAMPLES]
-                shown = gr.Button("a fox shown in two images", size="sm")
-            model = gr.Dropdown(
-                [NAME],
-                value=NAME,
-                label="Draw with",
-                info="the embedded model of drawn stickers, or a subject that you taught",
-                allow_custom_value=True,
-            )
-            images, word = _subject("1 to 4 images of a subject, drawn without training")
-            with gr.Accordion("A second subject, and where they are", open=False):
-                images_2, word_2 = _subject("1 to 4 images of the second subject")
-                placement = gr.Radio(PLACES, value=PLACES[0], label="Where they are")
-                painting = gr.ImageEditor(
-                    label="Paint where the first (red) and the second (blue) may be",
-                    type="pil",
-                    image_mode="RGBA",
-                    sources=[],
-                    transforms=[],
-                    layers=False,
-                    brush=gr.Brush(
-                        colors=[FIRST, SECOND], default_color=FIRST, default_size=40, color_mode="fixed"
-                    ),
-                    canvas_size=(384, 384),
-                    fixed_canvas=True,
-                    visible=False,
-                )
+            buttons = _prompt(form)
+            form["images"], form["word"] = _subject("1 to 4 images of a subject, drawn without training")
+            _second_subject(form)
             with gr.Accordion("Cut a subject out of its background", open=False):
-                cutout(page, images)
-            with gr.Accordion("Settings", open=False):
-                number = gr.Slider(1, 8, 2, step=1, label="Images")
-                with gr.Row():
-                    seed = component(SETTINGS["seed"])
-                    new_seed = gr.Checkbox(True, label="New seed each time")
-                steps = gr.Slider(
-                    1, 100, 25, step=1, label="Steps", info=SETTINGS["num_inference_steps"].help
-                )
-                guidance = component(SETTINGS["guidance_scale"])
-                negative = component(SETTINGS["negative_prompt"])
-                subject_scale = gr.Slider(0, 2, 1, step=0.05, label="Strength of the images")
-                lora_scale = gr.Slider(0, 2, 1, step=0.05, label="Strength of the taught subject")
-                loras = gr.Dropdown(
-                    [], multiselect=True, label="More runs or LoRA files to mix in", allow_custom_value=True
-                )
-                weights = gr.Textbox("", label="Their weights", placeholder="1, 0.8")
-                size = gr.Slider(0, 1536, 0, step=64, label="Side in pixels", info="0: what suits the model")
+                cutout(page, form["images"])
+            _settings(form)
             with gr.Accordion("Restore the settings of an image", open=False):
-                restored = gr.File(label="A PNG that was drawn here", file_types=[".png"], height=120)
+                dropped = gr.File(label="A PNG that was drawn here", file_types=[".png"], height=120)
         with gr.Column(scale=6, min_width=320):
-            gallery = gr.Gallery(
-                label="Images",
-                columns=2,
-                object_fit="contain",
-                format="png",
-                interactive=False,
-                elem_classes="wide",
-            )
+            look: dict[str, Any] = {"columns": 2, "object_fit": "contain", "elem_classes": "wide"}
+            gallery = gr.Gallery(label="Images", format="png", interactive=False, **look)
             status = gr.Markdown("", elem_classes="note")
-    inputs = {
-        "prompt": prompt,
-        "images": images,
-        "word": word,
-        "images_2": images_2,
-        "word_2": word_2,
-        "placement": placement,
-        "painting": painting,
-        "model": model,
-        "loras": loras,
-        "weights": weights,
-        "number": number,
-        "seed": seed,
-        "new_seed": new_seed,
-        "steps": steps,
-        "guidance": guidance,
-        "negative": negative,
-        "subject_scale": subject_scale,
-        "lora_scale": lora_scale,
-        "size": size,
-    }
-
-    @told
-    def draw(
-        request: gr.Request,
-        prompt: str,
-        images: list | None = None,
-        word: str = "",
-        images_2: list | None = None,
-        word_2: str = "",
-        placement: str = PLACES[0],
-        painting: Any = None,
-        model: str = NAME,
-        loras: list[str] | None = None,
-        weights: str = "",
-        number: int = 2,
-        seed: int = 0,
-        new_seed: bool = True,
-        steps: int = 25,
-        guidance: Any = "",
-        negative: str = "",
-        subject_scale: float = 1.0,
-        lora_scale: float = 1.0,
-        size: int = 0,
-    ) -> Iterator[tuple]:
-        """Draws images of a prompt. `images` are of what the prompt calls `word`, and need no training;
-        `model` is `stickers` or one of your runs. Returns the images, a note, and the seed of the first."""
-        values = {name: value for name, value in locals().items() if name in inputs}
-        yield from _draw(page, page.visitor(request), **values)
-
-    call: dict[str, Any] = {
-        "inputs_kwargs": inputs,
-        "outputs": [gallery, status, seed],
-        "concurrency_id": "device",
-        "concurrency_limit": 1,
-        "show_progress": "minimal",
-        "show_progress_on": gallery,
-    }
-    running = [
-        go.click(draw, api_name="draw", **call),
-        prompt.submit(draw, api_visibility="private", **call),
-        again.click(lambda: False, outputs=new_seed, api_visibility="private").then(
-            draw, api_visibility="private", **call
-        ),
-    ]
-    for button, text in zip(examples, EXAMPLES, strict=True):
-        chosen = button.click(
-            lambda text=text: (text, [], ""), outputs=[prompt, images, word], api_visibility="private"
-        )
-        running.append(chosen.then(draw, api_visibility="private", **call))
-    chosen = shown.click(_example_subject, outputs=[prompt, images, word], api_visibility="private")
-    running.append(chosen.then(draw, api_visibility="private", **call))
-    stop.click(None, cancels=running, api_visibility="private")
-    placement.change(
-        lambda place: gr.update(visible=place == PLACES[2]), placement, painting, api_visibility="private"
-    )
-    fields = [prompt, negative, model, seed, steps, guidance, lora_scale, subject_scale]
-    restored.upload(
-        _restorer(page),
-        restored,
-        [*fields, number, new_seed, status],
-        api_visibility="private",
-    )
+    _draws(page, form, buttons, gallery, status)
+    _restores(page, form, dropped, status)
 
     def choices(request: gr.Request) -> tuple:
         visitor = page.visitor(request)
@@ -190,86 +88,175 @@ def draw_tab(page: Page, blocks: gr.Blocks, tab: gr.Tab) -> gr.Dropdown:
         return gr.update(choices=found), gr.update(choices=[*found[1:], *visitor.files()])
 
     for event in (blocks.load, tab.select):
-        event(choices, outputs=[model, loras], api_visibility="private", show_progress="hidden")
-    return model
+        event(
+            choices, outputs=[form["model"], form["loras"]], api_visibility="private", show_progress="hidden"
+        )
+    return form["model"]
+
+
+def _prompt(form: Form) -> dict[str, gr.Button]:
+    """The prompt, the model, and the buttons by their labels."""
+    form["prompt"] = gr.Textbox(
+        EXAMPLES[0], label="Prompt", lines=2, max_length=1000, placeholder="a fox on the beach"
+    )
+    with gr.Row():
+        buttons = {
+            "Draw": gr.Button("Draw", variant="primary", scale=3, min_width=100),
+            "again": gr.Button("Same seed again", scale=3, min_width=150),
+            "Stop": gr.Button("Stop", scale=1, min_width=70),
+        }
+    with gr.Row(elem_classes="examples"):
+        buttons |= {text: gr.Button(text, size="sm") for text in (*EXAMPLES, EXAMPLE_SUBJECT)}
+    form["model"] = gr.Dropdown(
+        [NAME],
+        value=NAME,
+        label="Draw with",
+        info="the embedded model of drawn stickers, or a subject that you taught",
+        allow_custom_value=True,
+    )
+    return buttons
 
 
 def _subject(label: str) -> tuple[gr.Gallery, gr.Textbox]:
-    images = gr.Gallery(
-        label=label,
-        type="filepath",
-        file_types=["image"],
-        columns=4,
-        fit_columns=False,
-        height=170,
-        object_fit="contain",
-        interactive=True,
-    )
+    """A subject's images and its word."""
+    look: dict[str, Any] = {"columns": 4, "fit_columns": False, "height": 170, "object_fit": "contain"}
+    images = gr.Gallery([], label=label, type="filepath", file_types=["image"], interactive=True, **look)
     word = gr.Textbox("", label="Its word in the prompt", placeholder="fox", max_length=60)
     return images, word
 
 
-def _draw(
-    page: Page,
-    visitor: Visitor,
-    prompt: str,
-    images: list | None,
-    word: str,
-    images_2: list | None,
-    word_2: str,
-    placement: str,
-    painting: Any,
-    model: str,
-    loras: list[str],
-    weights: str,
-    number: int,
-    seed: int,
-    new_seed: bool,
-    steps: int,
-    guidance: Any,
-    negative: str,
-    subject_scale: float,
-    lora_scale: float,
-    size: int,
-) -> Iterator[tuple]:
+def _second_subject(form: Form) -> None:
+    with gr.Accordion("A second subject, and where they are", open=False):
+        form["images_2"], form["word_2"] = _subject("1 to 4 images of the second subject")
+        form["placement"] = gr.Radio(PLACES, value=PLACES[0], label="Where they are")
+        brush = gr.Brush(colors=[FIRST, SECOND], default_color=FIRST, default_size=40, color_mode="fixed")
+        form["painting"] = gr.ImageEditor(
+            {"background": None, "layers": [], "composite": None},
+            label="Paint where they may be: first red, second blue",
+            type="pil",
+            image_mode="RGBA",
+            sources=[],
+            transforms=[],
+            layers=False,
+            brush=brush,
+            canvas_size=(384, 384),
+            fixed_canvas=True,
+            visible=False,
+        )
+    form["placement"].change(
+        lambda place: gr.update(visible=place == PLACES[2]),
+        form["placement"],
+        form["painting"],
+        api_visibility="private",
+    )
+
+
+def _settings(form: Form) -> None:
+    with gr.Accordion("Settings", open=False):
+        form["number"] = gr.Slider(1, 8, 2, step=1, label="Images")
+        with gr.Row():
+            form["seed"] = component(SETTINGS["seed"])
+            form["new_seed"] = gr.Checkbox(True, label="New seed each time")
+        steps = SETTINGS["num_inference_steps"]
+        form["steps"] = gr.Slider(1, 100, steps.default, step=1, label="Steps", info=steps.help)
+        form["guidance"] = component(SETTINGS["guidance_scale"])
+        form["negative"] = component(SETTINGS["negative_prompt"])
+        form["subject_scale"] = gr.Slider(0, 2, 1, step=0.05, label="Strength of the images")
+        form["lora_scale"] = gr.Slider(0, 2, 1, step=0.05, label="Strength of the taught subject")
+        form["loras"] = gr.Dropdown(
+            [], value=[], multiselect=True, label="More runs or LoRA files to mix in", allow_custom_value=True
+        )
+        form["weights"] = gr.Textbox("", label="Their weights", placeholder="1, 0.8")
+        form["size"] = gr.Slider(0, 1536, 0, step=64, label="Side in pixels", info="0: what suits the model")
+
+
+def _draws(
+    page: Page, form: Form, buttons: dict[str, gr.Button], gallery: gr.Gallery, status: gr.Markdown
+) -> None:
+    """What the buttons do."""
+
+    @told
+    def draw(request: gr.Request, **values: Any) -> Iterator[tuple]:
+        """Draws images of a prompt. `images` are of what the prompt calls `word`, and need no training;
+        `model` is `stickers` or one of your runs. Returns the images, a note, and the seed of the first."""
+        yield from _draw(page, page.visitor(request), DrawRequest(**values))
+
+    call: dict[str, Any] = {
+        "inputs_kwargs": form,
+        "outputs": [gallery, status, form["seed"]],
+        "concurrency_id": "device",
+        "concurrency_limit": 1,
+        "show_progress": "minimal",
+        "show_progress_on": gallery,
+    }
+    hidden: dict[str, Any] = {"api_visibility": "private"}
+    running = [
+        buttons["Draw"].click(draw, api_name="draw", **call),
+        form["prompt"].submit(draw, **hidden, **call),
+        buttons["again"]
+        .click(lambda: False, outputs=form["new_seed"], **hidden)
+        .then(draw, **hidden, **call),
+    ]
+    parts = [form["prompt"], form["images"], form["word"]]
+    makers: dict[str, Any] = {text: partial(lambda text: (text, [], ""), text) for text in EXAMPLES}
+    for text, make in {**makers, EXAMPLE_SUBJECT: _example_subject}.items():
+        running.append(buttons[text].click(make, outputs=parts, **hidden).then(draw, **hidden, **call))
+    buttons["Stop"].click(None, cancels=running, **hidden)
+
+
+def _restores(page: Page, form: Form, dropped: gr.File, status: gr.Markdown) -> None:
+    """A dropped image restores its settings."""
+
+    @told
+    def restore(file: str | None, request: gr.Request) -> tuple:
+        return _restore(page, page.visitor(request), file)
+
+    names = ("prompt", "negative", "model", "seed", "steps", "guidance", "lora_scale", "subject_scale")
+    fields = [form[name] for name in (*names, "number", "new_seed")]
+    dropped.upload(restore, dropped, [*fields, status], api_visibility="private")
+
+
+def _draw(page: Page, visitor: Visitor, asked: DrawRequest) -> Iterator[tuple]:
     """The gallery, a note and the seed, as they grow."""
-    most = visitor.limits
-    for name, value, limit in (
-        ("images", number, most.images),
-        ("steps", steps, most.steps),
-        ("pixels", size, most.side),
-    ):
-        if value > limit:
-            raise UserError(f"{int(value)} {name} are too many at once here: {limit} at most.")
-    run = page.model(model, visitor)
-    first = random.randrange(2**31) if new_seed else value_of(SETTINGS["seed"], seed)
+    _check_limits(visitor, asked)
+    run = page.model(asked.model, visitor)
+    first = random.randrange(2**31) if asked.new_seed else value_of(SETTINGS["seed"], asked.seed)
     with TemporaryDirectory() as place:
         config = GenerateConfig(
-            num_images_per_prompt=int(number),
+            num_images_per_prompt=int(asked.number),
             seed=first,
-            num_inference_steps=int(steps),
-            guidance_scale=value_of(SETTINGS["guidance_scale"], guidance),
-            negative_prompt=negative or "",
-            lora_scale=lora_scale,
-            lora=_loras(page, visitor, loras, weights),
-            height=int(size) or None,
-            width=int(size) or None,
+            num_inference_steps=int(asked.steps),
+            guidance_scale=value_of(SETTINGS["guidance_scale"], asked.guidance),
+            negative_prompt=asked.negative or "",
+            lora_scale=asked.lora_scale,
+            lora=_loras(page, visitor, asked.loras, asked.weights),
+            height=int(asked.size) or None,
+            width=int(asked.size) or None,
         )
-        prompt, masks = _subjects(
-            visitor, Path(place), config, prompt, [(images, word), (images_2, word_2)], placement, painting
-        )
+        prompt, masks = _subjects(visitor, Path(place), config, asked)
         if config.subject_images:
-            config.subject_scale = subject_scale
-        seeds = range(first, first + int(number))
+            config.subject_scale = asked.subject_scale
+        seeds = range(first, first + int(asked.number))
         finished: list[Image.Image] = []
         yield [], "Loading the model ...", first
         for drawn in page.drawer.draw(run, prompt, seeds, config, masks):
             if drawn.is_preview:
                 yield [*finished, drawn.image], f"{drawn.done:.0%}", first
                 continue
-            finished.append(_kept(visitor, drawn.image, model or NAME, prompt, drawn.seed, config))
+            finished.append(_kept(visitor, drawn.image, asked.model or NAME, prompt, drawn.seed, config))
             yield finished, f"{drawn.done:.0%}", first
         yield finished, _note(page, run, prompt, seeds), first
+
+
+def _check_limits(visitor: Visitor, asked: DrawRequest) -> None:
+    most = visitor.limits
+    for name, value, limit in (
+        ("images", asked.number, most.images),
+        ("steps", asked.steps, most.steps),
+        ("pixels", asked.size, most.side),
+    ):
+        if value > limit:
+            raise UserError(f"{int(value)} {name} are too many at once here: {limit} at most.")
 
 
 def _kept(
@@ -304,17 +291,12 @@ def _loras(page: Page, visitor: Visitor, names: list[str] | None, weights: str) 
 
 
 def _subjects(
-    visitor: Visitor,
-    place: Path,
-    config: GenerateConfig,
-    prompt: str,
-    given: Sequence[tuple[list | None, str]],
-    placement: str,
-    painting: Any,
+    visitor: Visitor, place: Path, config: GenerateConfig, asked: DrawRequest
 ) -> tuple[str, dict[str, Image.Image] | None]:
     """The prompt with the subjects' words, and their masks; sets the images in `config`."""
-    names = []
-    for mark, (images, word) in zip(("<s>", "<s2>"), given, strict=True):
+    names, prompt = [], asked.prompt
+    given = {"<s>": (asked.images, asked.word), "<s2>": (asked.images_2, asked.word_2)}
+    for mark, (images, word) in given.items():
         paths = [entry[0] if isinstance(entry, tuple | list) else entry for entry in images or []]
         if not paths:
             continue
@@ -324,14 +306,14 @@ def _subjects(
         config.subject_images += [f"{mark}={path}" for path in kept]
         prompt = with_word(prompt, mark, word)
         names.append(mark)
-    if not names or placement == PLACES[0]:
+    if not names or asked.placement == PLACES[0]:
         return prompt, None
-    if placement == PLACES[1]:
+    if asked.placement == PLACES[1]:
         if len(names) < 2:
             raise UserError("'first left, second right' needs images of two subjects.")
         config.side_by_side = True
         return prompt, None
-    return prompt, _masks(painting, names)
+    return prompt, _masks(asked.painting, names)
 
 
 def _masks(painting: Any, names: Sequence[str]) -> dict[str, Image.Image]:
@@ -353,14 +335,6 @@ def _example_subject() -> tuple[str, list, str]:
     with TemporaryDirectory() as place:
         images = write_references(Path(place), Drawing("fox", "flat"), "fox")[:2]
         return "a fox on the beach", [(image, None) for image in images], "fox"
-
-
-def _restorer(page: Page) -> Any:
-    @told
-    def restore(file: str | None, request: gr.Request) -> tuple:
-        return _restore(page, page.visitor(request), file)
-
-    return restore
 
 
 def _restore(page: Page, visitor: Visitor, file: str | None) -> tuple:

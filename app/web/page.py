@@ -1,14 +1,16 @@
 """`customize app`: the web page."""
 
 import atexit
+import shutil
 import signal
 import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from inspect import isgeneratorfunction
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import gradio as gr
@@ -52,6 +54,14 @@ class Page:
     def choices(self, visitor: Visitor) -> list[str]:
         """The names that `model` knows."""
         return [NAME, *(run.name for run in visitor.runs() if (run.folder / "run.json").exists())]
+
+
+@cache
+def scratch() -> Path:
+    """A folder for what is handed out, deleted when the program ends."""
+    folder = Path(mkdtemp(prefix="customize-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def told(function: Callable) -> Callable:

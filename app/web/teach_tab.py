@@ -1,18 +1,14 @@
-"""The part of the page that teaches a subject, and watches runs."""
+"""The part of the page that teaches a subject."""
 
 import json
 import shutil
-import time
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
-from zipfile import ZipFile
 
 import gradio as gr
-import pandas as pd
 from PIL import Image
 
-from customize.app.jobs import SAVES, Job
 from customize.app.web.cutout import cutout
 from customize.app.web.forms import component, value_of
 from customize.app.web.page import Page, told
@@ -27,175 +23,96 @@ from customize.app.web.teaching import (
     settings_of,
 )
 from customize.app.web.visitors import Visitor
+from customize.app.web.watch import Watch, runs_of, watch_panel
 from customize.data.advice import advise
 from customize.embedded import NAME
 from customize.errors import UserError
-from customize.runs.folder import INFO, samples
-from customize.runs.listing import progress_of, run_state
 from customize.stickers import Drawing
 from customize.stickers.bench import write_references
 
-POINTS = 300  # of the loss curve
 RESOLUTION = 128  # of the embedded model
 ESSENTIAL = "The settings that matter most"
+BRING = "Bring 3 to 20 images of one thing, in different places, from different sides."
+
+Form = dict[str, Any]  # the elements of the form, by the names of the API
 
 
 def teach_tab(page: Page, blocks: gr.Blocks, tabs: gr.Tabs, model: gr.Dropdown) -> gr.Dropdown:
     """Builds the part; returns the picker of the run that is watched, which other parts set."""
-    expert = gr.Textbox("{}", label="settings", visible=False)  # JSON; also the API's way to set them
+    form: Form = {}
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            images = gr.Gallery(
-                label="1. Your images",
-                type="filepath",
-                file_types=["image"],
-                columns=4,
-                height=260,
-                object_fit="contain",
-                interactive=True,
-            )
-            advice = gr.Markdown(
-                "Bring 3 to 20 images of one thing, in different places, from different sides.",
-                elem_classes="note",
-            )
-            example = gr.Button("Try it with four images of a fox", size="sm")
-            with gr.Accordion("Crop, or cut out of the background", open=False):
-                cutout(page, images)
-            words = gr.Textbox(
-                label="2. What do they show?", placeholder="fox", info="one word", max_length=80
-            )
-            case = gr.Radio([case.name for case in CASES], value=CASES[0].name, label="3. What do you have?")
-            name = gr.Textbox("", label="4. Name of the new model", placeholder="my fox", max_length=60)
-            base = gr.Dropdown(
-                [NAME],
-                value=NAME,
-                label="Base model",
-                info="the embedded model, or a model's name on the Hugging Face Hub",
-                allow_custom_value=True,
-            )
-            sentence = gr.Markdown(in_one_sentence(CASES[0], NAME), elem_classes="note")
-            with gr.Accordion("Expert settings", open=False):
-                _expert_form(page, case, base, expert)
+            _images(page, form)
+            _words(page, form)
             go = gr.Button("Teach", variant="primary", size="lg")
         with gr.Column(scale=6, min_width=320):
-            watched = gr.Dropdown(
-                [],
-                label="Watching",
-                info="a run of yours, also one started in a terminal",
-                allow_custom_value=True,
-            )
-            status = gr.Markdown("Nothing is being taught.")
-            bar = gr.HTML(_bar(0.0))
-            with gr.Row():
-                pause, resume = gr.Button("Pause and save", size="sm"), gr.Button("Go on", size="sm")
-            plot = gr.LinePlot(
-                pd.DataFrame({"step": [], "loss": [], "term": []}),
-                x="step",
-                y="loss",
-                color="term",
-                height=300,
-                label="Loss, averaged",
-                visible=False,
-            )
-            sheet = gr.Image(
-                label="Drawn on the way", height=280, interactive=False, format="png", visible=False
-            )
-            slider = gr.Slider(1, 2, 1, step=1, label="Which of them", interactive=True, visible=False)
-            with gr.Row():
-                use = gr.Button("Draw with this step", size="sm", interactive=False)
-                files = gr.File(label="The finished model's files", visible=False, height=80)
-    seen = gr.State("")
+            watch = watch_panel(page, blocks, tabs, model)
+    _teaches(page, form, go, watch)
+    return watch.run
+
+
+def _images(page: Page, form: Form) -> None:
+    """The images, what is to be said of them, and a tool to cut them out."""
+    look: dict[str, Any] = {"columns": 4, "fit_columns": False, "height": 260, "object_fit": "contain"}
+    form["images"] = gr.Gallery(
+        [], label="1. Your images", type="filepath", file_types=["image"], interactive=True, **look
+    )
+    form["advice"] = gr.Markdown(BRING, elem_classes="note")
+    form["example"] = gr.Button("Try it with four images of a fox", size="sm")
+    with gr.Accordion("Crop, or cut out of the background", open=False):
+        cutout(page, form["images"])
+
+
+def _words(page: Page, form: Form) -> None:
+    """What the images show, and how it is learned."""
+    form["words"] = gr.Textbox(
+        "", label="2. What do they show?", placeholder="fox", info="one word", max_length=80
+    )
+    names = [case.name for case in CASES]
+    form["case"] = gr.Radio(names, value=names[0], label="3. What do you have?")
+    form["name"] = gr.Textbox("", label="4. Name of the new model", placeholder="my fox", max_length=60)
+    form["base"] = gr.Dropdown(
+        [NAME],
+        value=NAME,
+        label="Base model",
+        info="the embedded model, or a model's name on the Hugging Face Hub",
+        allow_custom_value=True,
+    )
+    form["sentence"] = gr.Markdown(in_one_sentence(CASES[0], NAME), elem_classes="note")
+    # JSON of what was changed in the expert form; also the API's way to set it
+    form["settings"] = gr.Textbox("{}", label="settings", visible=False)
+    with gr.Accordion("Expert settings", open=False):
+        _expert_form(page, form["case"], form["base"], form["settings"])
+
+
+def _teaches(page: Page, form: Form, go: gr.Button, watch: Watch) -> None:
+    """What happens when images come, a case is chosen, or the button is clicked."""
+    hidden: dict[str, Any] = {"api_visibility": "private"}
 
     @told
     def check(found: list | None, request: gr.Request) -> tuple:
         return _check(page.visitor(request), found)
 
-    shown_example = example.click(_example, outputs=[images, words, name], api_visibility="private")
-    for event in (images.upload, images.change, images.delete, shown_example.then):
-        event(check, images, [advice, case], api_visibility="private")
-    for part in (case, base):
-        part.change(
-            told(lambda case, base: in_one_sentence(case_named(case), base or NAME)),
-            [case, base],
-            sentence,
-            api_visibility="private",
-        )
+    @told
+    def sentence(case: str, base: str) -> str:
+        return in_one_sentence(case_named(case), base or NAME)
 
     @told
-    def teach(
-        request: gr.Request,
-        images: list | None = None,
-        words: str = "",
-        case: str = CASES[0].name,
-        name: str = "",
-        base: str = NAME,
-        settings: str = "{}",
-    ) -> tuple:
+    def teach(request: gr.Request, **asked: Any) -> tuple:
         """Starts a run that teaches your images; `settings` is JSON of more of the method's settings. Returns
         the run's name."""
         visitor = page.visitor(request)
-        started = _teach(page, visitor, images, words, case, name, base, settings)
-        return gr.update(choices=_runs(page, visitor), value=started), f"'{started}' is in the queue."
+        started = _teach(page, visitor, **asked)
+        return gr.update(choices=runs_of(page, visitor), value=started), f"'{started}' is in the queue."
 
-    go.click(
-        teach,
-        inputs_kwargs={
-            "images": images,
-            "words": words,
-            "case": case,
-            "name": name,
-            "base": base,
-            "settings": expert,
-        },
-        outputs=[watched, status],
-        api_name="teach",
-    )
-
-    @told
-    def watch(run: str | None, seen: str, request: gr.Request) -> tuple:
-        return _watch(page, page.visitor(request), run, seen)
-
-    shown = [status, bar, plot, slider, use, files, seen]
-    timer = gr.Timer(1.0)
-    for event in (timer.tick, watched.change):
-        event(watch, [watched, seen], shown, show_progress="hidden", api_visibility="private", queue=True)
-
-    @told
-    def show(run: str | None, number: int, request: gr.Request) -> tuple:
-        return _shown(page.visitor(request), run, number)
-
-    slider.change(show, [watched, slider], [sheet, slider], show_progress="hidden", api_visibility="private")
-    watched.change(show, [watched, slider], [sheet, slider], show_progress="hidden", api_visibility="private")
-
-    @told
-    def draw_with(run: str | None, number: int, request: gr.Request) -> tuple:
-        visitor = page.visitor(request)
-        value = _step_of(visitor, run, number)
-        return gr.update(choices=[*page.choices(visitor), value], value=value), gr.Tabs(selected="draw")
-
-    use.click(draw_with, [watched, slider], [model, tabs], api_visibility="private")
-
-    @told
-    def pause_run(run: str, request: gr.Request) -> str:
-        """Lets a run save and end, or takes it out of the queue."""
-        return _pause(page, page.visitor(request), run)
-
-    @told
-    def resume_run(run: str, request: gr.Request) -> str:
-        """Puts a paused run into the queue again; it goes on from its last checkpoint."""
-        return _resume(page, page.visitor(request), run)
-
-    pause.click(pause_run, watched, status, api_name="pause")
-    resume.click(resume_run, watched, status, api_name="resume")
-
-    def latest(request: gr.Request) -> dict:
-        visitor = page.visitor(request)
-        names = _runs(page, visitor)
-        busy = [job.run.name for job in page.jobs.of(visitor.id) if job.state in ("running", "queued")]
-        return gr.update(choices=names, value=(busy[-1:] or names[:1] or [None])[0])
-
-    blocks.load(latest, outputs=watched, api_visibility="private", show_progress="hidden")
-    return watched
+    shown = form["example"].click(_example, outputs=[form[k] for k in ("images", "words", "name")], **hidden)
+    images = form["images"]
+    for event in (images.upload, images.change, images.delete, shown.then):
+        event(check, images, [form["advice"], form["case"]], **hidden)
+    for part in (form["case"], form["base"]):
+        part.change(sentence, [form["case"], form["base"]], form["sentence"], **hidden)
+    asked = {name: form[name] for name in ("images", "words", "case", "name", "base", "settings")}
+    go.click(teach, inputs_kwargs=asked, outputs=[watch.run, watch.status], api_name="teach")
 
 
 def _expert_form(page: Page, case: gr.Radio, base: gr.Dropdown, expert: gr.Textbox) -> None:
@@ -230,7 +147,7 @@ def _check(visitor: Visitor, found: list | None) -> tuple:
     """What to do about the images, as a list, and the case that they speak for."""
     paths = [entry[0] for entry in found or []]
     if not paths:
-        return "Bring 3 to 20 images of one thing, in different places, from different sides.", gr.skip()
+        return BRING, gr.skip()
     if len(paths) > visitor.limits.uploads:
         raise UserError(f"{len(paths)} images are too many: {visitor.limits.uploads} at most.")
     pictures = [Image.open(path) for path in paths]
@@ -300,150 +217,3 @@ def _expert(method: str, settings: str, owner: bool) -> dict[str, Any]:
             raise UserError(f"'{str(name)[:60]}' is no setting of {method} that can be set here.")
     found = {name: value_of(known[name], value) for name, value in given.items()}
     return {name: value for name, value in found.items() if value or name not in PROPOSED}
-
-
-def _runs(page: Page, visitor: Visitor) -> list[str]:
-    """The names of runs and jobs, the latest first."""
-    jobs = [job.run.name for job in page.jobs.of(visitor.id)]
-    runs = sorted(visitor.runs(), key=lambda run: run.folder.stat().st_mtime, reverse=True)
-    return list(dict.fromkeys([*jobs, *(run.name for run in runs)]))
-
-
-def _job(page: Page, visitor: Visitor, run: str) -> Job | None:
-    return next((job for job in page.jobs.of(visitor.id) if job.run.name == run), None)
-
-
-def _watch(page: Page, visitor: Visitor, run: str | None, seen: str) -> tuple:
-    """What a run does now: text, bar, curve, slider, buttons and files; nothing where nothing has changed."""
-    if not run or run not in _runs(page, visitor):
-        return ("Nothing is being taught.", *[gr.skip()] * 5, "")
-    job, folder = _job(page, visitor, run), _folder(visitor, run)
-    state, lines = run_state(folder) if folder else None, progress_of(folder) if folder else []
-    drawn = len(samples(folder / "samples")) if folder else 0
-    said = _said(page, run, job, state, lines)
-    now = f"{run} {said} {drawn}"
-    if now == seen:
-        return (*[gr.skip()] * 6, seen)
-    done = lines[-1]["step"] / max(lines[-1].get("steps", 1), 1) if lines else 0.0
-    slider = gr.update(visible=drawn > 1, maximum=max(drawn, 2), value=max(drawn, 1))
-    finished = bool(folder and (folder / INFO).exists() and state and state.state == "done")
-    files = gr.update(visible=finished, value=_zipped(folder) if finished and folder else None)
-    return said, _bar(done), _plot(lines), slider, gr.update(interactive=drawn > 0), files, now
-
-
-def _folder(visitor: Visitor, run: str) -> Path | None:
-    """The folder of a run of the visitor's list, finished or not."""
-    return next((own.folder for own in visitor.runs() if own.name == run), None)
-
-
-def _said(page: Page, run: str, job: Job | None, state: Any, lines: list[dict]) -> str:
-    """The state in one sentence."""
-    if job and job.state == "queued":
-        before = page.jobs.position(job)
-        return f"**{run}** waits; {before} before it." if before else f"**{run}** starts."
-    if job and job.state == "running" and not lines:
-        return f"**{run}** starts: the model is loaded."
-    if job and job.state in ("failed", "cancelled"):
-        return f"**{run}**: {job.state}. {job.message}"
-    if state is None:
-        return f"**{run}**: nothing yet."
-    steps = f"step {state.step} of {state.steps}"
-    if state.state == "training" or (job and job.state == "running"):
-        saving = job is not None and job.message == SAVES
-        if saving or state.step >= state.steps:
-            return f"**{run}**: {steps}, saving ..."
-        return f"**{run}**: {steps}, {_left(lines)} left"
-    told = {"done": "done", "stopped": "paused", "failed": "failed", "damaged": "damaged"}[state.state]
-    return f"**{run}**: {told}, {steps}."
-
-
-def _left(lines: list[dict]) -> str:
-    """The time left, by the pace of the last lines."""
-    recent = [line for line in lines if line["state"] == "training"][-40:]
-    if len(recent) < 2 or recent[-1]["step"] <= recent[0]["step"]:
-        return "some time"
-    pace = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
-    seconds = max(pace * (recent[-1]["steps"] - recent[-1]["step"]) - (time.time() - recent[-1]["time"]), 1)
-    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
-
-
-def _plot(lines: list[dict]) -> dict:
-    curve = _curve(lines)
-    return gr.update(value=curve, visible=len(curve) > 1)
-
-
-def _curve(lines: list[dict]) -> pd.DataFrame:
-    """The losses by step, averaged over neighbouring lines."""
-    rows = [(line["step"], name, value) for line in lines for name, value in line.get("losses", {}).items()]
-    frame = pd.DataFrame(rows, columns=["step", "term", "loss"]).drop_duplicates(
-        ["step", "term"], keep="last"
-    )
-    if frame.empty:
-        return frame
-    width = max(len(frame) // POINTS, 1)
-    smooth = frame.groupby("term")["loss"].transform(lambda own: own.rolling(9, min_periods=1).mean())
-    return frame.assign(loss=smooth)[::width]
-
-
-def _shown(visitor: Visitor, run: str | None, number: int) -> tuple:
-    """The images of one of a run's validations, and what the slider says of it."""
-    folder = _folder(visitor, run or "")
-    found = samples(folder / "samples") if folder else []
-    if not found:
-        return gr.update(visible=False), gr.update(label="Which of them")
-    path = sorted(found)[min(int(number), len(found)) - 1]
-    with Image.open(path) as image:
-        image.load()
-        return gr.update(value=image, visible=True), gr.update(
-            label=f"Drawn at step {int(path.stem.rpartition('-')[2])}"
-        )
-
-
-def _step_of(visitor: Visitor, run: str | None, number: int) -> str:
-    """The name by which a step of a run is drawn with."""
-    folder = _folder(visitor, run or "")
-    found = sorted(samples(folder / "samples")) if folder else []
-    if folder is None or not found:
-        raise UserError("This run has drawn nothing yet.")
-    step = int(found[min(int(number), len(found)) - 1].stem.rpartition("-")[2])
-    if (folder / INFO).exists() and step == (run_state(folder) or [0] * 7)[5]:
-        return str(run)
-    if not (folder / f"checkpoint-{step}" / INFO).exists():
-        raise UserError(f"The run keeps no checkpoint of step {step}.")
-    return f"{run}/checkpoint-{step}"
-
-
-def _zipped(folder: Path) -> str:
-    """The files of a finished run in one archive, made once."""
-    info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-    archive = Path(mkdtemp()) / f"{folder.name}.zip"
-    with ZipFile(archive, "w") as file:
-        for name in [INFO, *info.get("files", {})]:
-            if (folder / name).is_file():
-                file.write(folder / name, f"{folder.name}/{name}")
-    return str(archive)
-
-
-def _bar(share: float) -> str:
-    filled = f'<div style="width:{share * 100:.1f}%"></div>'
-    return f'<div class="bar" role="progressbar" aria-valuenow="{share * 100:.0f}">{filled}</div>'
-
-
-def _pause(page: Page, visitor: Visitor, run: str | None) -> str:
-    job = _job(page, visitor, run or "")
-    if job is None or job.state not in ("queued", "running"):
-        raise UserError("This run is not at work: there is nothing to pause.")
-    page.jobs.pause(job)
-    return f"**{run}**: saving ..." if job.state == "running" else f"**{run}** is out of the queue."
-
-
-def _resume(page: Page, visitor: Visitor, run: str | None) -> str:
-    job, folder = _job(page, visitor, run or ""), _folder(visitor, run or "")
-    if job is not None:
-        page.jobs.resume(job)
-    else:
-        state = run_state(folder) if folder else None
-        if folder is None or state is None or state.state != "stopped":
-            raise UserError("This run cannot go on: choose one that is paused.")
-        page.jobs.submit(visitor.id, state.method, folder, {}, resumes=True)
-    return f"**{run}** is in the queue."
