@@ -141,7 +141,7 @@ def test_teaching_from_images_to_drawing_with_a_step(page, chromium, address):
     expect(another.get_by_text("done, step 30 of 30")).to_be_visible(timeout=SLOW)
     another.context.close()
     expect(page.get_by_text("done, step 30 of 30")).to_be_visible(timeout=SLOW)
-    expect(page.get_by_text("my-fox.zip")).to_be_visible()
+    expect(page.get_by_role("row", name=re.compile("my-fox.zip"))).to_be_visible()
     slider = page.get_by_role("spinbutton", name="number input for Drawn at step 30")
     slider.fill("2")
     slider.press("Enter")

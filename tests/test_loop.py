@@ -559,7 +559,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(module, error, images, tmp_path
     monkeypatch.setattr(module, "save_file", save_file)
     with pytest.raises(UserError, match="disk is full"):
         go(images, tmp_path, "textual_inversion", checkpointing_steps=1)
-    assert {path.name for path in tmp_path.iterdir()} - {"images"} == {"checkpoint-1"}
+    assert {path.name for path in tmp_path.iterdir()} - {"images", "progress.jsonl"} == {"checkpoint-1"}
     monkeypatch.undo()
     _, step = go(images, tmp_path, "textual_inversion", resume_from_checkpoint="latest")
     assert step == 5

@@ -31,6 +31,8 @@ from customize.trainers.claim import drop_old_checkpoints
 from customize.trainers.launch import run
 from tiny import tiny
 
+LINES = "progress.jsonl"
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -159,7 +161,13 @@ def test_overwriting_replaces_what_the_earlier_run_left(train, tmp_path):
         tmp_path / "out"
     )
     train("textual_inversion", overwrite_output_dir=True, **words)
-    assert names(tmp_path / "out") == {"README.md", "run.json", "learned_embeds.safetensors", "samples"}
+    assert names(tmp_path / "out") == {
+        "README.md",
+        "run.json",
+        "learned_embeds.safetensors",
+        "samples",
+        LINES,
+    }
     assert names(tmp_path / "out" / "samples") == set()
 
 
@@ -412,7 +420,7 @@ def test_a_lock_that_was_left_behind_keeps_nobody_out(holder, train, tmp_path):
     holder.wait()
     assert names(tmp_path / "out") == {output.LOCK}
     train()
-    assert names(tmp_path / "out") == {"README.md", "run.json", LORA}
+    assert names(tmp_path / "out") == {"README.md", "run.json", LORA, LINES}
 
 
 def test_many_may_try_a_folder_at_once(tmp_path):
@@ -584,7 +592,7 @@ def test_a_kill_on_the_way_into_place_is_made_good(moment, train, tmp_path, monk
     train(
         train_text_encoder=True, full_finetune=True, rank=None, overwrite_output_dir=True, max_train_steps=3
     )
-    assert names(folder) == {"README.md", "run.json", "unet", "text_encoder"}
+    assert names(folder) == {"README.md", "run.json", "unet", "text_encoder", LINES}
     assert read_info(folder)["step"] == 3
 
 
@@ -615,7 +623,7 @@ def test_a_kill_while_something_is_removed_leaves_nothing_half(train, tmp_path, 
     monkeypatch.undo()
     assert foreign(folder) == []
     files.recover(folder)
-    assert names(folder) == {"README.md", "run.json", LORA, "validation.jsonl"}
+    assert names(folder) == {"README.md", "run.json", LORA, "validation.jsonl", LINES}
 
 
 # resuming keeps what is there
@@ -672,7 +680,7 @@ def test_resuming_from_another_run_over_this_one_leaves_nothing_of_it(train, tmp
         "max_train_steps": 2,
     }
     train(output_dir=second, overwrite_output_dir=True, **changes)
-    assert names(second) == {"README.md", "run.json", LORA}
+    assert names(second) == {"README.md", "run.json", LORA, LINES}
 
 
 def test_resuming_into_another_finished_run(train, tmp_path):

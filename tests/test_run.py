@@ -121,7 +121,7 @@ def test_the_folder_and_its_description(start, bases, images):
         info["libraries"]["torch"] == torch.__version__.split("+")[0]
         or info["libraries"]["torch"] == torch.__version__
     )
-    assert {path.name for path in folder.iterdir()} == {"run.json", LORA, "README.md"}
+    assert {path.name for path in folder.iterdir()} == {"run.json", LORA, "README.md", "progress.jsonl"}
 
 
 def test_two_concepts(start, tmp_path, steps):

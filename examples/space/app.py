@@ -4,4 +4,5 @@ from pathlib import Path
 
 from customize.app.web.page import start
 
-start(Path("work"), host="0.0.0.0", port=7860, auth=[], hours=24.0, share=False)
+if __name__ == "__main__":
+    start(Path("work"), host="0.0.0.0", port=7860, auth=[], hours=24.0, share=False)
