@@ -153,7 +153,7 @@ def test_teaching_from_images_to_drawing_with_a_step(page, chromium, address):
     page.get_by_role("button", name="Draw", exact=True).click()
     drawn(page)
     tab(page, "Runs")
-    page.get_by_text("my-fox · dreambooth · done · 30 of 30").click()
+    page.get_by_text("my-fox · done").click()
     expect(page.get_by_label("Chosen")).to_have_value("my-fox")
     tab(page, "Compare")
     page.get_by_label("Numbers of steps").fill("1, 2")

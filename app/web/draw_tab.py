@@ -69,16 +69,16 @@ def draw_tab(page: Page, blocks: gr.Blocks, tab: gr.Tab) -> gr.Dropdown:
         with gr.Column(scale=5, min_width=320):
             buttons = _prompt(form)
             form["images"], form["word"] = _subject("1 to 4 images of a subject, drawn without training")
-            _second_subject(form)
-            with gr.Accordion("Cut a subject out of its background", open=False):
-                cutout(page, form["images"])
-            _settings(form)
-            with gr.Accordion("Restore the settings of an image", open=False):
-                dropped = gr.File(label="A PNG that was drawn here", file_types=[".png"], height=120)
         with gr.Column(scale=6, min_width=320):
-            look: dict[str, Any] = {"columns": 2, "object_fit": "contain", "elem_classes": "wide"}
+            look: dict[str, Any] = {"columns": 2, "height": 600, "object_fit": "contain"}
             gallery = gr.Gallery(label="Images", format="png", interactive=False, **look)
             status = gr.Markdown("", elem_classes="note")
+    _second_subject(form)
+    with gr.Accordion("Cut a subject out of its background", open=False):
+        cutout(page, form["images"])
+    _settings(form)
+    with gr.Accordion("Restore the settings of an image", open=False):
+        dropped = gr.File(label="A PNG that was drawn here", file_types=[".png"], height=120)
     _draws(page, form, buttons, gallery, status)
     _restores(page, form, dropped, status)
 

@@ -16,7 +16,6 @@ CSS = """
 .examples { gap: 0.4rem !important; flex-wrap: wrap; }
 .examples button { flex: 0 1 auto !important; min-width: 0 !important; border-radius: 999px;
   font-weight: 400; }
-.wide { height: min(600px, 92vw) !important; }
 button:focus-visible, input:focus-visible, textarea:focus-visible, [role="tab"]:focus-visible {
   outline: 2px solid var(--color-accent); outline-offset: 2px; }
 footer .divider { display: none !important; }

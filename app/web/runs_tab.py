@@ -97,5 +97,5 @@ def _image(run: RunState) -> Image.Image:
 
 
 def _caption(run: RunState) -> str:
-    told = {"stopped": "paused"}.get(run.state, run.state)
-    return f"{run.name} · {run.method} · {told}" + (f" · {run.step} of {run.steps}" if run.steps else "")
+    told = {"stopped": "paused", "training": f"{run.step} of {run.steps}"}.get(run.state, run.state)
+    return f"{run.name} · {told}"
