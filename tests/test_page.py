@@ -182,6 +182,9 @@ def test_a_subject_is_taught_paused_taken_up_and_drawn(owner, tmp_path):
     teach = {"words": "fox", "case": CASES[0].name, "name": "my fox", "settings": settings}
     run, said = own.predict(images=fox(tmp_path / "fox", 4), **teach, api_name="/teach")
     assert "my-fox" in str(run) + said
+    [listed] = own.predict(api_name="/jobs")  # at once, before anything is written
+    assert listed["name"] == "my-fox"
+    assert listed["state"] in ("queued", "training")
     end = time.time() + 90
     while not progress_of(work / "my-fox") and time.time() < end:
         time.sleep(0.1)

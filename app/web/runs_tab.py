@@ -72,8 +72,13 @@ def runs_tab(
 def _listed(page: Page, visitor: Visitor) -> list[RunState]:
     """The runs of a visitor, those first that are at work or wait."""
     found = {run.name: run for run in visitor.runs()}
-    waiting = [job for job in page.jobs.of(visitor.id) if job.state == "queued" and job.run.name not in found]
-    queued = [RunState(job.run.name, job.run, job.method, "", "queued", 0, 0) for job in waiting]
+    # what has not begun to write yet
+    waiting = [job for job in page.jobs.of(visitor.id) if job.state in ("queued", "running")]
+    queued = [
+        RunState(job.run.name, job.run, job.method, "", "queued", 0, 0)
+        for job in waiting
+        if job.run.name not in found
+    ]
     return queued + sorted(
         found.values(), key=lambda run: (run.state != "training", -run.folder.stat().st_mtime)
     )
