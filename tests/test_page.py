@@ -57,9 +57,9 @@ def client(address: str, visitor: str = "") -> Client:
     return Client(address, verbose=False, headers=headers)
 
 
-def fox(folder: Path, count: int = 2) -> list:
+def fox(folder: Path, count: int = 2, word: str = "fox") -> list:
     folder.mkdir(exist_ok=True)
-    write_references(folder, Drawing("fox", "flat"), "fox")
+    write_references(folder, Drawing(word, "flat"), word)
     return [{"image": handle_file(path), "caption": None} for path in sorted(folder.glob("*.png"))[:count]]
 
 
@@ -105,6 +105,38 @@ def test_images_of_a_subject_are_used_without_a_switch(owner, tmp_path):
     saved = json.loads(image_of(gallery[0]).info["parameters"])
     assert saved["prompt"] == "a <s> fox and a <s2> snail on grass"
     assert saved["side_by_side"] is True
+
+
+def test_painted_places_hold_the_subjects(owner, tmp_path):
+    """Red is the first subject's place, blue the second's; other places give another image."""
+    address, page, _ = owner
+    seen, draw = [], page.drawer.draw
+
+    def watched(run, prompt, seeds, config, masks=None):
+        seen.append(masks)
+        return draw(run, prompt, seeds, config, masks)
+
+    page.drawer.draw = watched
+    found = []
+    for left, right in (((255, 60, 40, 255), (30, 120, 180, 255)), ((30, 120, 180, 255), (255, 60, 40, 255))):
+        layer = Image.new("RGBA", (96, 96), (0, 0, 0, 0))
+        layer.paste(left, (0, 0, 40, 96))
+        layer.paste(right, (56, 0, 96, 96))
+        layer.save(tmp_path / "layer.png")
+        painting = {"background": None, "layers": [handle_file(tmp_path / "layer.png")], "composite": None}
+        two = {"images": fox(tmp_path / "fox"), "word": "fox", "painting": painting}
+        two |= {"images_2": fox(tmp_path / "snail", word="snail"), "word_2": "snail"}
+        gallery = client(address).predict(
+            "a fox and a snail on grass", **two, placement="painted below", **QUICK, api_name="/draw"
+        )[0]
+        found.append(np.asarray(image_of(gallery[0]), int))
+    page.drawer.draw = draw
+    for masks, first_left in zip(seen, (True, False), strict=True):
+        first, second = (np.asarray(masks[name]) for name in ("<s>", "<s2>"))
+        assert (first[:, :40] == 255).all() == first_left
+        assert (first[:, 56:] == 255).all() != first_left
+        assert not (first & second).any()
+    assert np.abs(found[0] - found[1]).max() > 10
 
 
 MISTAKES = {
