@@ -28,7 +28,6 @@ from customize.runs.folder import latest_checkpoint
 from customize.runs.listing import is_written, progress_of, writer_of
 
 FOLDER = ".jobs"
-ENDED = ("done", "paused", "failed", "cancelled")
 POLL = 0.2  # seconds
 SAVES = "saving"  # message of a running job that was asked to stop
 SAVING = 120.0  # seconds that a run may take to finish its step and save
@@ -36,7 +35,8 @@ SAVING = 120.0  # seconds that a run may take to finish its step and save
 
 @dataclass
 class Job:
-    """A training run that was asked for; its state is queued, running, or one of `ENDED`."""
+    """A training run that was asked for; its state is queued, running, done, paused, failed or
+    cancelled."""
 
     id: str
     visitor: str

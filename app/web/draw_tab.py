@@ -19,7 +19,7 @@ from customize.app.web.cutout import cutout
 from customize.app.web.drawing import with_word
 from customize.app.web.forms import component, flags, value_of
 from customize.app.web.page import Page, told
-from customize.app.web.visitors import Visitor
+from customize.app.web.visitors import Visitor, files_in
 from customize.embedded import NAME
 from customize.errors import UserError
 from customize.runs.output import own_text
@@ -297,7 +297,7 @@ def _subjects(
     names, prompt = [], asked.prompt
     given = {"<s>": (asked.images, asked.word), "<s2>": (asked.images_2, asked.word_2)}
     for mark, (images, word) in given.items():
-        paths = [entry[0] if isinstance(entry, tuple | list) else entry for entry in images or []]
+        paths = files_in(images)
         if not paths:
             continue
         if len(paths) > 4:

@@ -2,7 +2,7 @@
 line."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -60,15 +60,6 @@ def value_of(flag: Flag, given: Any) -> Any:
     if isinstance(value, int | float) and (wanted := unmet(flag.range, value)):
         raise UserError(f"{label} must be {wanted}, not {value}.")
     return value
-
-
-def changed(flags: Sequence[Flag], values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that differ from what is used without them."""
-    return {
-        flag.name: values[flag.name]
-        for flag in flags
-        if flag.name in values and values[flag.name] != defaults.get(flag.name, flag.default)
-    }
 
 
 def flags(cls: type, leave_out: Sequence[str] = ()) -> list[Flag]:

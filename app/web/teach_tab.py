@@ -22,7 +22,7 @@ from customize.app.web.teaching import (
     in_one_sentence,
     settings_of,
 )
-from customize.app.web.visitors import Visitor
+from customize.app.web.visitors import Visitor, files_in
 from customize.app.web.watch import Watch, runs_of, watch_panel
 from customize.data.advice import advise
 from customize.embedded import NAME
@@ -145,7 +145,7 @@ def _setter(name: str) -> Any:
 
 def _check(visitor: Visitor, found: list | None) -> tuple:
     """What to do about the images, as a list, and the case that they speak for."""
-    paths = [entry[0] for entry in found or []]
+    paths = files_in(found)
     if not paths:
         return BRING, gr.skip()
     if len(paths) > visitor.limits.uploads:
@@ -183,7 +183,7 @@ def _teach(
     settings: str,
 ) -> str:
     """Queues a run; returns its name."""
-    paths = [entry[0] if isinstance(entry, tuple | list) else entry for entry in images or []]
+    paths = files_in(images)
     if not paths:
         raise UserError("Bring images first: drop them on the page.")
     waiting = [job for job in page.jobs.of(visitor.id) if job.state in ("queued", "running")]

@@ -104,6 +104,11 @@ class Visitor:
         return kept
 
 
+def files_in(gallery: Sequence | None) -> list[str]:
+    """The files of a gallery's value, whose entries are files or (file, caption)."""
+    return [entry[0] if isinstance(entry, tuple | list) else entry for entry in gallery or []]
+
+
 def opened(path: str) -> Image.Image:
     """An uploaded image, upright; UserError for a file that is none, or too large."""
     file = Path(path)
