@@ -13,7 +13,11 @@ import pytest
 
 pytest.importorskip("playwright", reason="make test-page installs playwright")
 from page import served
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
+
+from customize.stickers import Drawing
+from customize.stickers.bench import write_references
 
 BROWSER = os.environ.get("BROWSER") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -103,6 +107,44 @@ def test_images_of_a_subject_and_restoring_from_a_drawn_image(page, work):
     page.locator("button.label-wrap", has_text=re.compile("^Settings")).click()
     expect(page.get_by_label("Seed", exact=True)).to_have_value(str(seed))
     expect(page.get_by_label("New seed each time")).not_to_be_checked()
+
+
+def test_two_subjects_painted_where_they_may_be(page, work, tmp_path):
+    for i, subject in enumerate((Drawing("fox", "flat"), Drawing("snail", "cartoon"))):
+        if i:
+            page.locator("button.label-wrap", has_text="A second subject").click()
+        write_references(tmp_path / subject.word, subject, subject.word)
+        page.locator("input[type=file]").nth(i).set_input_files(
+            sorted((tmp_path / subject.word).glob("*.png"))[:2]
+        )
+        page.get_by_label("Its word in the prompt").nth(i).fill(subject.word)
+        expect(page.locator("[aria-label^='Thumbnail']")).to_have_count(2 * i + 2)
+    page.get_by_label("Prompt", exact=True).fill("a fox and a snail on the beach")
+    page.get_by_label("painted below").check()
+    page.get_by_label("Brush", exact=True).click()
+    settings(page)
+    _stroke(page, -70)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.get_by_text("Paint where the second subject may be")).to_be_visible()
+    page.get_by_label("Color", exact=True).click()
+    page.locator("button.color:visible").nth(1).click()
+    _stroke(page, 70)
+    draw(page)
+    [path] = (work / "generated").glob("a-s-fox-and-a-s2-snail-*.png")
+    assert len(json.loads(Image.open(path).text["parameters"])["subject_images"]) == 4
+
+
+def _stroke(page, right: int) -> None:
+    """A vertical stroke of the brush, so many pixels right of the middle."""
+    canvas = page.locator("canvas:visible").last
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2 + right, box["y"] + box["height"] / 2
+    page.mouse.move(x, y - 80)
+    page.mouse.down()
+    page.mouse.move(x, y + 80, steps=8)
+    page.mouse.up()
+    page.wait_for_timeout(1000)
 
 
 def test_a_mistake_is_told_and_the_page_goes_on(page):

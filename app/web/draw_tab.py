@@ -68,7 +68,8 @@ def draw_tab(page: Page, blocks: gr.Blocks, tab: gr.Tab) -> gr.Dropdown:
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             buttons = _prompt(form)
-            form["images"], form["word"] = _subject("1 to 4 images of a subject, drawn without training")
+            form["images"] = _images("1 to 4 images of a subject, drawn without training")
+            form["word"] = _word()
         with gr.Column(scale=6, min_width=320):
             look: dict[str, Any] = {"columns": 2, "height": 600, "object_fit": "contain"}
             gallery = gr.Gallery(label="Images", format="png", interactive=False, **look)
@@ -117,18 +118,24 @@ def _prompt(form: Form) -> dict[str, gr.Button]:
     return buttons
 
 
-def _subject(label: str) -> tuple[gr.Gallery, gr.Textbox]:
-    """A subject's images and its word."""
+def _images(label: str) -> gr.Gallery:
+    """A subject's images."""
     look: dict[str, Any] = {"columns": 4, "fit_columns": False, "height": 170, "object_fit": "contain"}
-    images = gr.Gallery([], label=label, type="filepath", file_types=["image"], interactive=True, **look)
-    word = gr.Textbox("", label="Its word in the prompt", placeholder="fox", max_length=60)
-    return images, word
+    return gr.Gallery([], label=label, type="filepath", file_types=["image"], interactive=True, **look)
+
+
+def _word() -> gr.Textbox:
+    return gr.Textbox("", label="Its word in the prompt", placeholder="fox", max_length=60)
 
 
 def _second_subject(form: Form) -> None:
     with gr.Accordion("A second subject, and where they are", open=False):
-        form["images_2"], form["word_2"] = _subject("1 to 4 images of the second subject")
-        form["placement"] = gr.Radio(PLACES, value=PLACES[0], label="Where they are")
+        with gr.Row():
+            with gr.Column(scale=5, min_width=320):
+                form["images_2"] = _images("1 to 4 images of the second subject")
+            with gr.Column(scale=6, min_width=320):
+                form["word_2"] = _word()
+                form["placement"] = gr.Radio(PLACES, value=PLACES[0], label="Where they are")
         brush = gr.Brush(colors=[FIRST, SECOND], default_color=FIRST, default_size=40, color_mode="fixed")
         form["painting"] = gr.ImageEditor(
             {"background": None, "layers": [], "composite": None},

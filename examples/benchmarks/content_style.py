@@ -39,7 +39,6 @@ LORA = {
     "train_batch_size": 4,
 }
 MERGES = ("cat", "svd", "linear", "ties", "dare", "orthogonal", "k_lora")
-ABLATIONS = ("Break-for-Make without", "Break-for-Make, pre")
 SCORES = ("class kept", "studio", "correlation", "background")
 
 
@@ -148,6 +147,7 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--steps", type=int, default=150, help="of each stage and LoRA")
+    parser.add_argument("--rows", default="", help="only rows whose names begin so")
     parser.add_argument("--output", type=Path, default=Path("runs/content_style"))
     parser.add_argument(
         "--part", type=int, nargs=2, default=(0, 1), help="this part of the pairs, of so many"
@@ -160,7 +160,9 @@ def main() -> None:
     rows = {target: rows_of(folders[target], content, target, options.steps) for content, target in chosen}
     table: dict[str, list[dict[str, float]]] = {}
     for name in next(iter(rows.values())):
-        for target, own in list(rows.items())[: options.ablations if name.startswith(ABLATIONS) else None]:
+        if not name.startswith(options.rows):
+            continue
+        for target, own in rows.items():
             images = images_of(folders[target] / "drawn" / name, own[name])
             table.setdefault(name, []).append(scores(images, target))
     for target, folder in folders.items():
