@@ -186,12 +186,17 @@ def woken(module, std: float = 0.4):
 def tiny(base: str):
     """The pipeline `base` with the same random weights at every call, quiet and in evaluation mode."""
     torch.manual_seed(0)
-    pipe = BASES[base]()
+    return woken_at_zero(BASES[base]())
+
+
+def woken_at_zero(pipe):
+    """A new pipeline made quiet, in evaluation mode, and with no layer that is all zeros: diffusers starts
+    some output layers so."""
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
-            for p in part.parameters():  # diffusers starts some output layers at zero: wake them
+            for p in part.parameters():
                 if not p.any():
                     torch.nn.init.normal_(p, std=0.05)
     return pipe
