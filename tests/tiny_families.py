@@ -95,19 +95,17 @@ def flow(**settings) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(**settings)
 
 
-def vae(shift: float = 0.1) -> AutoencoderKL:
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (8, 8),
-    }
+def vae(depth: int = 2) -> AutoencoderKL:
+    """An autoencoder of factor 2 ** (depth - 1)."""
     return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        block_out_channels=(8,) * depth,
         latent_channels=4,
         norm_num_groups=2,
         layers_per_block=1,
-        shift_factor=shift,
+        shift_factor=0.1,
         scaling_factor=0.7,
-        **blocks,
     )
 
 
@@ -322,7 +320,7 @@ def sana() -> SanaPipeline:
 def lumina2() -> Lumina2Pipeline:
     return Lumina2Pipeline(
         scheduler=flow(shift=6.0),
-        vae=vae(),
+        vae=vae(4),
         text_encoder=gemma(3),
         tokenizer=chat_tokenizer(ends=True),
         transformer=Lumina2Transformer2DModel(

@@ -95,7 +95,8 @@ def class_images(
     for numbers in tqdm(batches, desc=f"class images of '{concept.class_prompt}'"):
         generators = [torch.Generator().manual_seed(seed + i) for i in numbers]
         options = {"height": config.resolution, "width": config.resolution, "generator": generators}
-        images = pipe([concept.class_prompt] * len(numbers), **options).images
+        arguments = {"prompt": [concept.class_prompt] * len(numbers), **options}
+        images = pipe(**arguments, **backbone.call_options(arguments)).images
         for i, image in zip(numbers, images, strict=True):
             save_image(image, folder / f"class-{i:05d}.png", texts={RECIPE: recipe})
     return (have if len(have) >= count else read())[:count]

@@ -5,7 +5,7 @@ pipeline of the model and calls the pipeline's own encoding code, so that traini
 drift apart.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from customize.backbones.layers import PRESETS, without_lora
 from customize.backbones.text import ENCODER_NAMES, SUFFIXES, text_parts
@@ -57,6 +58,18 @@ def unsupported(why: str) -> UserError:
     )
 
 
+def joined(entries: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The text arguments of several prompts, batch first, as those of one batch. Prompts of different
+    length are padded at the end with zeros, their masks too."""
+    found = {}
+    for name in entries[0]:
+        values = [entry[name] for entry in entries]
+        if values[0].ndim > 1 and len({value.shape[1] for value in values}) > 1:
+            values = [*pad_sequence([value.squeeze(0) for value in values], batch_first=True).split(1)]
+        found[name] = torch.cat(values)
+    return found
+
+
 class Backbone(nn.Module):
     """The frozen components of a diffusers pipeline as one module.
 
@@ -70,7 +83,10 @@ class Backbone(nn.Module):
         dict[str, str]
     ]  # the denoiser's text arguments, as the pipeline's call names them
     takes_negative_prompt = True
-    text_length = 0  # tokens of a prompt given to T5, of models that have one
+    guidance_name = "guidance_scale"  # of classifier-free guidance, in the pipeline's call
+    text_length = 0  # tokens of a prompt given to T5 or a language model, of models that have one
+    packing = 0  # sides of the patches that latents are packed into; 0: as the denoiser's patch_size says
+    samples_posterior = True  # latents are drawn from the autoencoder's posterior, or its mean is taken
     lora_presets = PRESETS  # ends of the names of layers, by what --lora_layers calls them
     kohya_prefixes: ClassVar[
         dict[str, str]
@@ -108,6 +124,16 @@ class Backbone(nn.Module):
         }
         return {self.denoiser_name: self.denoiser, **encoders}
 
+    def enable_gradient_checkpointing(self, checkpoint: Callable | None = None) -> None:
+        """Makes the denoiser recompute activations in the backward pass instead of keeping them, by
+        `checkpoint(function, *args)` if it is given."""
+        self.denoiser.enable_gradient_checkpointing(*([checkpoint] if checkpoint else []))
+
+    @property
+    def unused_layers(self) -> set[str]:
+        """Layers of the denoiser whose output is thrown away: LoRA of them would get no gradient."""
+        return set()
+
     @property
     def takes_guidance(self) -> bool:
         """Whether the denoiser is given a guidance scale."""
@@ -137,13 +163,14 @@ class Backbone(nn.Module):
     @property
     def factor(self) -> int:
         """Sides of an image must be multiples of this many pixels."""
-        return self.pipe.vae_scale_factor * getattr(self.denoiser.config, "patch_size", 1)
+        packing = self.packing or getattr(self.denoiser.config, "patch_size", 1)
+        return self.pipe.vae_scale_factor * packing
 
     @property
     def native_resolution(self) -> int:
         """The side, in pixels, of the images that the model was trained on."""
-        latents = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
-        return latents * self.pipe.vae_scale_factor
+        latents = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.get("sample_size")
+        return latents * self.pipe.vae_scale_factor if latents else 1024
 
     # images
 
@@ -171,15 +198,22 @@ class Backbone(nn.Module):
         """Mean and standard deviation of the latent posterior, for pixels (batch, 3, height, width) in
         [-1, 1]."""
         with torch.autocast(self.device.type, enabled=False):  # XL's autoencoder overflows in float16
-            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        return {"mean": posterior.mean.float(), "std": posterior.std.float()}
+            mean, std = self._posterior(pixels.to(self.vae.dtype))
+        return {"mean": mean.float(), "std": std.float() * self.samples_posterior}
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, at the height and width of the denoiser's latents."""
+        posterior = self.vae.encode(pixels).latent_dist
+        return posterior.mean, posterior.std
 
     def sample_latents(self, mean: Tensor, std: Tensor) -> Tensor:
-        """Scaled latents from the posterior's moments."""
-        latents = mean + std * torch.randn_like(mean)
-        return (
-            latents - (getattr(self.vae.config, "shift_factor", None) or 0.0)
-        ) * self.vae.config.scaling_factor
+        """Normalised latents from the posterior's moments."""
+        return self._normalised(mean + std * torch.randn_like(mean))
+
+    def _normalised(self, latents: Tensor) -> Tensor:
+        """The autoencoder's latents as the denoiser knows them."""
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * self.vae.config.scaling_factor
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1] to scaled latents."""
@@ -191,14 +225,18 @@ class Backbone(nn.Module):
         """The denoiser's text arguments, batch first. Gradients flow, so that learned words and encoders
         can be trained; prompts that `cache_prompts` has seen are read from memory."""
         if prompts and all(prompt in self.prompts for prompt in prompts):
-            found = [self.prompts[prompt] for prompt in prompts]
-            return {name: torch.cat([entry[name] for entry in found]).to(self.device) for name in found[0]}
+            found = joined([self.prompts[prompt] for prompt in prompts])
+            return {name: value.to(self.device) for name, value in found.items()}
         if not len(self.text_encoders):
             raise RuntimeError(f"the text encoders were released before this prompt was cached: {prompts}")
-        return self._encode_prompt(prompts)
+        return self._encode_prompt(list(prompts))  # a copy: some pipelines write into it
 
     def _encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    def _encode_negative(self) -> dict[str, Tensor]:
+        """The text arguments of an image that is drawn without a negative prompt, under guidance."""
+        return self._encode_prompt([""])
 
     def text_lengths(self) -> list[int]:
         """How many tokens of a prompt each text encoder reads."""
@@ -226,9 +264,13 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def cache_prompts(self, prompts: Iterable[str], cache: TensorCache) -> None:
         """Encodes every prompt once; only for encoders that no longer change."""
-        model = key_of("text", self.name, *(fingerprint(encoder) for encoder in self.text_encoders))
+        recipe = type(self).__name__, str(self.text_length)
+        encoders = (fingerprint(encoder) for encoder in self.text_encoders)
+        model = key_of("text", self.name, *recipe, *encoders)
         for prompt in dict.fromkeys(prompts):
             self.prompts[prompt] = cache.get(key_of(model, prompt), partial(self._encode_prompt, [prompt]))
+        if self.takes_negative_prompt:
+            self.negative = cache.get(key_of(model, "negative", ""), self._encode_negative)
 
     def prompt_arguments(self, prompt: str) -> dict[str, str | Tensor]:
         """The prompt as arguments of the pipeline's call: the text, or cached embeddings once the text
@@ -238,12 +280,17 @@ class Backbone(nn.Module):
         arguments = self._embedded(self.prompts[prompt], "")
         if self.takes_negative_prompt:
             kept = not self.zeroes_empty_prompt
-            empty = {name: value * kept for name, value in self.prompts[""].items()}
+            empty = {name: value * kept for name, value in self.negative.items()}
             arguments |= self._embedded(empty, "negative_")
         return arguments
 
-    def _embedded(self, text: dict[str, Tensor], prefix: str) -> dict[str, str | Tensor]:
+    def _embedded(self, text: dict[str, Tensor], prefix: str) -> dict[str, Any]:
         return {f"{prefix}{self.call_arguments[name]}": value.to(self.device) for name, value in text.items()}
+
+    @classmethod
+    def call_options(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """More arguments of the pipeline's call, without which it would not draw what `arguments` ask for."""
+        return {}
 
     def release_text_encoders(self) -> None:
         """Frees the memory of encoders whose prompts are all cached."""

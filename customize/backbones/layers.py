@@ -1,6 +1,6 @@
 """Layers that LoRA is added to, by the ends of their names in diffusers' models, and LoRA switched off."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,11 +22,20 @@ CONVOLUTIONS = [
     "time_emb_proj",
     "proj_in",
 ]  # of a UNet's residual and transformer blocks
-PRESETS = {
-    "attention": ATTENTION,
-    "attention+ff": ATTENTION + FEED_FORWARD,
-    "all": ATTENTION + FEED_FORWARD + CONVOLUTIONS,
-}
+
+
+def presets(
+    attention: Sequence[str], feed_forward: Sequence[str], others: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """What --lora_layers calls the layers of a family, by the ends of their names."""
+    return {
+        "attention": [*attention],
+        "attention+ff": [*attention, *feed_forward],
+        "all": [*attention, *feed_forward, *others],
+    }
+
+
+PRESETS = presets(ATTENTION, FEED_FORWARD, CONVOLUTIONS)
 
 
 @contextmanager

@@ -11,6 +11,13 @@ from customize.backbones.flow import Flow
 
 
 class SD3(Flow):
+    timestep_sampling = "logit_normal"
+
+    @property
+    def unused_layers(self) -> set[str]:
+        last = f"transformer_blocks.{len(self.denoiser.transformer_blocks) - 1}"
+        return {f"{last}.attn.add_q_proj"}
+
     def __init__(self, pipe, name=""):
         super().__init__(
             pipe if isinstance(pipe, WordsSD3Pipeline) else WordsSD3Pipeline(**pipe.components), name

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel, T5EncoderModel
 
-SUFFIXES = ("", "_2", "_3")  # of a pipeline's tokenizers and text encoders
+SUFFIXES = ("", "_2", "_3", "_4")  # of a pipeline's tokenizers and text encoders
 COMPONENTS = ("unet", "transformer", *(f"text_encoder{suffix}" for suffix in SUFFIXES))  # that may be trained
 
 
@@ -25,10 +25,16 @@ def embedding_table(encoder: PreTrainedModel) -> nn.Embedding:
     return (encoder.encoder if isinstance(encoder, T5EncoderModel) else encoder).get_input_embeddings()
 
 
+def _tokenizer(part: Any) -> Any:
+    """The tokenizer of a processor of images and text, which Flux.2 dev has, or `part` itself."""
+    return getattr(part, "tokenizer", part) if hasattr(part, "image_processor") else part
+
+
 def text_parts(pipe: DiffusionPipeline) -> tuple[list, list]:
     """The tokenizers and text encoders that a pipeline has."""
     parts = [
-        (getattr(pipe, f"tokenizer{s}", None), getattr(pipe, f"text_encoder{s}", None)) for s in SUFFIXES
+        (_tokenizer(getattr(pipe, f"tokenizer{s}", None)), getattr(pipe, f"text_encoder{s}", None))
+        for s in SUFFIXES
     ]
     found = [(tokenizer, encoder) for tokenizer, encoder in parts if encoder is not None]
     return [tokenizer for tokenizer, _ in found], [encoder for _, encoder in found]

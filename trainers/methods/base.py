@@ -180,12 +180,13 @@ class Method(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes activations in the backward pass instead of keeping them."""
-        self.backbone.denoiser.enable_gradient_checkpointing()
+        self.backbone.enable_gradient_checkpointing()
 
     def draw(self, prompt: str, **options) -> Image.Image:
         """One image, drawn by the modules that are being trained; `options` are those of the pipeline's
         call."""
-        return self.backbone.pipe(**self.backbone.prompt_arguments(prompt), **options).images[0]
+        arguments = self.backbone.prompt_arguments(prompt) | options
+        return self.backbone.pipe(**arguments, **self.backbone.call_options(arguments)).images[0]
 
     def diagnose(self, batches: list[dict], folder: Path, step: int) -> dict[str, float]:
         """Numbers to log beside the validation loss, from held-out batches; images may go into

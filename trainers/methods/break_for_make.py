@@ -138,7 +138,7 @@ class BreakForMake(Method):
         return super().forward(batch)
 
     def enable_gradient_checkpointing(self) -> None:
-        self.backbone.denoiser.enable_gradient_checkpointing(self._checkpointed)
+        self.backbone.enable_gradient_checkpointing(self._checkpointed)
 
     def _checkpointed(self, module: Any, *args: Any) -> Any:
         """A layer that is run again in the backward pass, with the halves trained that are trained now."""
