@@ -317,7 +317,10 @@ def set_up(pipe: Any, config: GenerateConfig) -> Any:
     if config.init_image and not config.subject_images:
         from diffusers import AutoPipelineForImage2Image
 
+        from customize.backbones.text import expand_words
+
         pipe = AutoPipelineForImage2Image.from_pipe(pipe)
+        expand_words(pipe)
     return pipe
 
 
@@ -379,6 +382,8 @@ def draw(
     """An image for each seed; `given` are more arguments of the pipeline's call."""
     import torch
 
+    from customize.backbones.families import as_called
+
     if subjects:
         given |= {"subject_images": subjects, "subject_scale": config.subject_scale}
     if subjects and config.side_by_side:
@@ -398,16 +403,17 @@ def draw(
         kind: Any = config.attention_guidance
         guidance = AttentionGuidance(pipe, prompt, config.attention_groups, kind, config.attention_strength)
         given |= guidance.arguments
-    return pipe(
-        prompt,
-        num_images_per_prompt=len(seeds),
-        num_inference_steps=config.num_inference_steps,
+    arguments = {
+        "prompt": prompt,
+        "num_images_per_prompt": len(seeds),
+        "num_inference_steps": config.num_inference_steps,
         # on the CPU, so that a seed gives the same noise on every device, and one for each image, so that
         # each can be drawn again alone
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         **{name: value for name, value in optional.items() if value not in (None, "")},
         **given,
-    ).images
+    }
+    return pipe(**as_called(pipe, arguments)).images
 
 
 def class_words(run: str) -> dict[str, str]:

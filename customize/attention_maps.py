@@ -21,7 +21,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from customize.adapters.attention import CrossAttention, text_layers
-from customize.backbones.text import text_parts
+from customize.backbones.text import expanded, text_parts
 from customize.errors import UserError, shortened
 
 
@@ -217,8 +217,7 @@ def word_positions(pipe: DiffusionPipeline, prompt: str, word: str) -> list[int]
     tokenizers = text_parts(pipe)[0]
     found: list[int] = []
     for offset, tokenizer in _text_layout(pipe, tokenizers):
-        expand = getattr(pipe, "maybe_convert_prompt", None)
-        texts = [expand(text, tokenizer) if expand else text for text in (prompt, word)]
+        texts = [expanded(text, tokenizer) for text in (prompt, word)]
         ids = tokenizer(texts[0], truncation=True, max_length=tokenizer.model_max_length).input_ids
         own = tokenizer(texts[1], add_special_tokens=False).input_ids
         starts = [i for i in range(len(ids) - len(own) + 1) if own and ids[i : i + len(own)] == own]
@@ -242,8 +241,7 @@ def context_pairs(
     layout = _text_layout(pipe, text_parts(pipe)[0])
     ends = [*(offset for offset, _ in layout[1:]), length]
     for (start, tokenizer), end in zip(layout, ends, strict=True):
-        expand = getattr(pipe, "maybe_convert_prompt", None)
-        texts = [expand(prompt, tokenizer) if expand else prompt for prompt in prompts]
+        texts = [expanded(prompt, tokenizer) for prompt in prompts]
         size = {"padding": "max_length", "truncation": True, "max_length": end - start}
         first, second = (tokenizer(text, **size).input_ids for text in texts)
         ids = [-1 if start + i in taken else token for i, token in enumerate(first)]

@@ -87,8 +87,7 @@ def _tune(
 ) -> None:
     parameters = [parameter for own in vectors for parameter in own]
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
-    side = backbone.native_resolution // backbone.pipe.vae_scale_factor
-    shape = 1, backbone.latent_channels, side, side
+    shape = backbone.latent_shape(backbone.native_resolution)
     for step in range(steps):
         word = list(words)[step % len(words)]
         pair = ContextPair(prompt.replace(word, "{}"), word, words[word])

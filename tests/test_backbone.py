@@ -1,6 +1,7 @@
 """The six verbs on every tiny base model, against the pipelines and by hand."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -17,7 +18,6 @@ from customize.adapters.lora import TEXT_ATTENTION, LoraFields, add_lora
 from customize.backbones.base import Condition
 from customize.backbones.families import wrap
 from customize.backbones.load import load_base
-from customize.backbones.sd3 import WordsSD3Pipeline
 from customize.cache import TensorCache
 from customize.errors import UserError
 from customize.trainers.methods.base import Method, MethodConfig
@@ -121,16 +121,56 @@ def test_ddpm_times_are_uniform(base):
     assert torch.allclose(torch.histc(t, 10, 0, 1) / 20000, torch.full((10,), 0.1), atol=0.01)
 
 
-@pytest.mark.parametrize(("base", "shift"), [("sd3", 1.0), ("sd3", 3.0), ("flux", 1.0)])
-def test_flow_times_are_logit_normal_and_shifted(base, shift):
+def drawn_times(base: str, settings: dict, **scheduler):
     pipe = tiny(base)
-    pipe.scheduler.register_to_config(shift=shift)
+    pipe.scheduler.register_to_config(**scheduler)
+    backbone = wrap(pipe)
+    backbone.resolution = 64
+    backbone.configure(**settings)
     torch.manual_seed(0)
-    t = wrap(pipe).draw_times(20000)
-    unshifted = t / (shift - (shift - 1) * t)  # of s t / (1 + (s - 1) t)
-    logits = torch.logit(unshifted.double())
+    return backbone.draw_times(20000).double()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("base", "sampling"), [("sd3", "auto"), ("sd3", "logit_normal"), ("flux", "logit_normal")]
+)
+def test_flow_times_are_logit_normal_and_shifted(base, sampling, shift):
+    t = drawn_times(base, {"timestep_sampling": sampling}, shift=shift)
+    logits = torch.logit(t / (shift - (shift - 1) * t))  # of s t / (1 + (s - 1) t)
     assert abs(logits.mean()) < 0.03
     assert abs(logits.std() - 1) < 0.03
+
+
+DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.4, "max_shift": 1.0, "base_image_seq_len": 64}
+DYNAMIC |= {"max_image_seq_len": 1024}
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "scheduler", "shift"),
+    [
+        ("flux", {}, {"shift": 3.0}, 3.0),  # as the official script, which reads the scheduler's times
+        ("flux", {}, DYNAMIC, 1.0),  # which know no dynamic shift
+        ("sd3", {"timestep_sampling": "uniform"}, {"shift": 2.0}, 2.0),
+        ("flux", {"timestep_sampling": "shifted"}, {"shift": 3.0}, 3.0),
+        # 64 pixels are 16 x 16 tokens
+        ("flux", {"timestep_sampling": "shifted"}, DYNAMIC, math.exp(0.4 + 0.6 * (256 - 64) / 960)),
+        ("flux", {"timestep_sampling": "shifted", "timestep_shift": 2.5}, DYNAMIC, 2.5),
+        ("sd3", {"timestep_sampling": "uniform", "timestep_shift": 1.5}, {"shift": 2.0}, 1.5),
+    ],
+)
+def test_uniform_flow_times_under_each_shift(base, settings, scheduler, shift):
+    t = drawn_times(base, settings, **scheduler)
+    unshifted = t / (shift - (shift - 1) * t)
+    assert torch.allclose(
+        torch.histc(unshifted, 10, 0, 1) / 20000, torch.full((10,), 0.1).double(), atol=0.01
+    )
+
+
+@pytest.mark.parametrize("settings", [{"timestep_sampling": "shifted"}, {"timestep_shift": 3.0}])
+def test_times_of_ddpm_models_are_not_chosen(settings):
+    with pytest.raises(UserError, match="for flow models"):
+        wrap(tiny("sd15")).configure(**settings)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -510,8 +550,3 @@ def test_an_inpainting_denoiser_is_refused():
     pipe.unet.register_to_config(in_channels=9)
     with pytest.raises(UserError, match="takes 9 channels, the autoencoder gives 4"):
         wrap(pipe)
-
-
-def test_sd3_is_loaded_with_words(tmp_path):
-    tiny("sd3").save_pretrained(tmp_path / "sd3")
-    assert isinstance(load_base(str(tmp_path / "sd3")), WordsSD3Pipeline)

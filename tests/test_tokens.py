@@ -11,7 +11,7 @@ from customize.adapters.embedding_hooks import replaced_words
 from customize.adapters.subject import add_subject_words
 from customize.adapters.words import LearnedWords, add_words, load_words, pieces
 from customize.backbones.families import wrap
-from customize.backbones.text import embedding_table
+from customize.backbones.text import embedding_table, expanded
 from customize.errors import UserError
 from tiny import BASES, tiny, tokenizer
 
@@ -74,7 +74,7 @@ def test_several_words_of_several_vectors(base, index):
     """The pipeline's own expansion: <toy> stands for <toy> <toy>_1, and each word keeps its own vectors in
     order."""
     backbone, tokens = learned(base, {"<toy>": "dog", "<cat>": "cat"}, 2)
-    prompt = backbone.pipe.maybe_convert_prompt("a <cat> in <toy>", backbone.tokenizers[index])
+    prompt = expanded("a <cat> in <toy>", backbone.tokenizers[index])
     assert prompt == "a <cat> <cat>_1 in <toy> <toy>_1"
     found = backbone.text_encoders[index](torch.tensor([backbone.tokenizers[index](prompt).input_ids]))[0]
     toy, toy_1, cat, cat_1 = vectors = tokens.vectors[index].detach()

@@ -46,10 +46,31 @@ from transformers import (
 from tiny import WORDS, flux, woken_at_zero
 
 SIGNS = [".", ",", ":", "\n", "'s", "'", "(", ")", "/", "-", ">", "<"]
-TEMPLATE_WORDS = (
-    "system user assistant Describe the image by detailing color shape size texture quantity text spatial "
-    "relationships of objects and background You are an"
-).split()
+TEMPLATE_WORDS = [
+    "system",
+    "user",
+    "assistant",
+    "Describe",
+    "the",
+    "image",
+    "by",
+    "detailing",
+    "color",
+    "shape",
+    "size",
+    "texture",
+    "quantity",
+    "text",
+    "spatial",
+    "relationships",
+    "of",
+    "objects",
+    "and",
+    "background",
+    "You",
+    "are",
+    "an",
+]
 MARKS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 THINKING = ["<think>", "</think>"]
 CHAT = (
@@ -298,7 +319,9 @@ def sana() -> SanaPipeline:
         scheduler=DPMSolverMultistepScheduler(
             use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
         ),
-        vae=AutoencoderDC(in_channels=3, latent_channels=4, attention_head_dim=8, scaling_factor=0.7, **blocks),
+        vae=AutoencoderDC(
+            in_channels=3, latent_channels=4, attention_head_dim=8, scaling_factor=0.7, **blocks
+        ),
         text_encoder=gemma(),
         tokenizer=chat_tokenizer(ends=True),
         transformer=SanaTransformer2DModel(

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from customize.backbones.base import Backbone
-from customize.backbones.families import wrap
+from customize.backbones.families import as_called, wrap
 from customize.backbones.load import load_base
 from customize.data.concepts import Concept, DataConfig
 from customize.data.crops import check_resolution
@@ -32,7 +32,8 @@ def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Acce
     options = {k: v for k in ("revision", "variant") if (v := getattr(model_config, k))}
     vae = model_config.pretrained_vae_model_name_or_path
     backbone = wrap(load_base(name, dtype, vae_name=vae, **options), name)
-    backbone.configure(model_config.guidance_scale, model_config.max_sequence_length)
+    names = ("guidance_scale", "max_sequence_length", "timestep_sampling", "timestep_shift")
+    backbone.configure(**{name: getattr(model_config, name) for name in names})
     data_config.resolution = data_config.resolution or backbone.native_resolution
     check_resolution(data_config.resolution, backbone.factor)
     backbone.resolution = data_config.resolution
@@ -96,7 +97,7 @@ def class_images(
         generators = [torch.Generator().manual_seed(seed + i) for i in numbers]
         options = {"height": config.resolution, "width": config.resolution, "generator": generators}
         arguments = {"prompt": [concept.class_prompt] * len(numbers), **options}
-        images = pipe(**arguments, **backbone.call_options(arguments)).images
+        images = pipe(**as_called(pipe, arguments)).images
         for i, image in zip(numbers, images, strict=True):
             save_image(image, folder / f"class-{i:05d}.png", texts={RECIPE: recipe})
     return (have if len(have) >= count else read())[:count]

@@ -30,10 +30,26 @@ class ModelConfig:
     revision: str = option("", "revision of the base model on the hub")
     variant: str = option("", "variant of the base model's weight files, such as fp16")
     guidance_scale: float = option(
-        1.0, "guidance that a guidance-distilled model (Flux.1 dev) is given in training", least=0
+        1.0, "guidance that a guidance-distilled model (Flux.1 dev, Flux.2 dev) is given in training", least=0
     )
     max_sequence_length: int = option(
-        0, "tokens of a prompt that T5 reads (SD 3, Flux); 0: 256 for SD 3, 512 for Flux", least=0, most=512
+        0,
+        "tokens of a prompt that T5 or a language model reads (SD 3, Flux and later); 0: as the model's "
+        "pipeline",
+        least=0,
+        most=512,
+    )
+    timestep_sampling: Literal["auto", "uniform", "logit_normal", "shifted"] = option(
+        "auto",
+        "how flow models (SD 3, Flux and later) draw times: uniform; logit_normal, more in the middle; "
+        "shifted, uniform under the shift that the model draws images with; auto: as the official script of "
+        "the model does",
+    )
+    timestep_shift: float = option(
+        0.0,
+        "shift s of the times of flow models, t -> s t / (1 + (s - 1) t); above 1 it means more noise; 0: as "
+        "the model's scheduler says",
+        least=0,
     )
     cache_latents: bool = option(True, "encode images and prompts once, then free the encoders")
     cache_dir: str = option("", "folder that keeps encoded images and prompts for later runs; empty: none")

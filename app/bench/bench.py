@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from customize.app.bench.drawing import ImageRequest, Sampling, cost_of, draw_missing, same_protocol, trained
+from customize.backbones.families import as_called
 from customize.backbones.load import load_base
 from customize.data.images import MASK_SUFFIX
 from customize.pipelines import load_pipeline
@@ -135,7 +136,8 @@ class Bench:
         prompt = self.subjects[0].prompts[0].format(self.subjects[0].word)
         begin = time.perf_counter()
         pipe = self.pipeline("base", self.subjects[0])
-        pipe(prompt, generator=torch.Generator().manual_seed(0), **self.sampling.options)
+        generator = torch.Generator().manual_seed(0)
+        pipe(**as_called(pipe, {"prompt": prompt, "generator": generator, **self.sampling.options}))
         minutes = images * (time.perf_counter() - begin) / 60
         taught = f"{trainings} trainings and " if trainings else ""
         about = f"about {max(round(minutes), 1)} min to draw"

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from customize.adapters.kohya import KOHYA
+from customize.backbones.families import as_called
 from customize.backbones.text import COMPONENTS
 from customize.errors import Stopped, UserError
 from customize.files import remove, write_text
@@ -77,7 +78,8 @@ def draw_missing(
     for group, paths in missing:
         generators = [torch.Generator().manual_seed(shot.seed) for shot in group]
         begin = time.perf_counter()
-        images = pipe([shot.prompt for shot in group], generator=generators, **sampling.options).images
+        arguments = {"prompt": [shot.prompt for shot in group], "generator": generators, **sampling.options}
+        images = pipe(**as_called(pipe, arguments)).images
         took = (time.perf_counter() - begin) / len(group)
         for image, path in zip(images, paths, strict=True):
             save_image(image, path)

@@ -59,6 +59,7 @@ def _replace(table, args, embedded):
     for own in table.substitutions:
         found = table.asked.unsqueeze(-1) == own.ids.to(table.asked.device)  # (rows, length, words)
         vectors = found.to(embedded.dtype) @ own.vectors().to(embedded.dtype)
+        vectors = vectors * getattr(table, "embed_scale", 1.0)  # Gemma's tables scale what they look up
         embedded = torch.where(found.any(-1, keepdim=True), vectors, embedded)
     return embedded
 

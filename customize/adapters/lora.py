@@ -3,7 +3,7 @@ through peft."""
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,14 @@ def add_lora(
     settings: LoraFields,
     targets: list[str] | None = None,
     presets: Mapping[str, list[str]] = PRESETS,
+    without: Collection[str] = (),
 ) -> None:
-    """Adds trainable float32 LoRA to the layers that `lora_layers` (or `targets`) names; it is zero at
-    the start."""
+    """Adds trainable float32 LoRA to the layers that `lora_layers` (or `targets`) names, but those
+    `without`; it is zero at the start."""
     preset = targets or presets.get(settings.lora_layers)
     wanted = preset or [name.strip() for name in settings.lora_layers.split(",")]
-    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    kinds = nn.Linear | nn.Conv2d
+    layers = [n for n, layer in module.named_modules() if isinstance(layer, kinds) and n not in without]
     # a preset's `proj_out` is that of a block, never the model's own last layer
     found = {t: [n for n in layers if n.endswith("." + t) or (n == t and not preset)] for t in wanted}
     missing = [t for t, names in found.items() if not names]
@@ -57,6 +59,11 @@ def add_lora(
             f"--lora_layers: no layer is named {', '.join(missing)}; use one of {', '.join(presets)}."
         )
     names = sorted({n for names in found.values() for n in names})
+    if preset and not targets and set(missing) == {*wanted} - {*presets["attention"]} != set():
+        raise UserError(
+            f"--lora_layers {settings.lora_layers}: this model has no layers beyond those of 'attention'; "
+            "use attention, or name modules."
+        )
     check_ranges(settings)
     check_rank(settings.rank, [module.get_submodule(name).weight for name in names])
     module.add_adapter(
@@ -91,7 +98,7 @@ class Lora(Adapter):
 
     def __init__(self, backbone: Backbone, settings: LoraFields, text_encoders: Sequence[ModelMixin] = ()):
         self.backbone = backbone
-        add_lora(backbone.denoiser, settings, presets=backbone.lora_presets)
+        add_lora(backbone.denoiser, settings, presets=backbone.lora_presets, without=backbone.unused_layers)
         for encoder in text_encoders:
             add_lora(encoder, settings, TEXT_ATTENTION)
 

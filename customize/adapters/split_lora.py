@@ -56,7 +56,7 @@ class SplitLora(FoldedLora):
         if settings.rank % 2:
             raise UserError(f"--rank {settings.rank} must be even: each frozen half uses one half of it.")
         self.backbone, self.is_unet = backbone, backbone.denoiser_name == "unet"
-        add_lora(backbone.denoiser, settings, presets=backbone.lora_presets)
+        add_lora(backbone.denoiser, settings, presets=backbone.lora_presets, without=backbone.unused_layers)
         self.layers: dict[str, Any] = {
             name: layer for name, layer in backbone.denoiser.named_modules() if isinstance(layer, LoraLayer)
         }

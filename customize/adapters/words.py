@@ -14,7 +14,7 @@ from transformers import T5EncoderModel
 
 from customize.adapters.base import Adapter
 from customize.adapters.embedding_hooks import substitute
-from customize.backbones.text import ENCODER_NAMES, embedding_table, text_parts
+from customize.backbones.text import ENCODER_NAMES, embedding_table, expand_words, expanded, text_parts
 from customize.errors import UserError
 from customize.files import tensors_of
 from customize.tensor_checks import check_finite
@@ -51,6 +51,7 @@ class LearnedWords(nn.Module, Adapter):
 
     def __init__(self, backbone, words: dict[str, str], num_vectors: int = 1):
         super().__init__()
+        expand_words(backbone.pipe)
         self.words, self.num_vectors = list(words), num_vectors
         self.names = backbone.embedding_names[: len(backbone.text_encoders)]
         self.vectors = nn.ParameterList()
@@ -60,7 +61,7 @@ class LearnedWords(nn.Module, Adapter):
                 num_vectors
             )
             add_words(tokenizer, tokens)
-            _check_found(backbone.pipe, tokenizer, self.words, num_vectors)
+            _check_found(tokenizer, self.words, num_vectors)
             table = embedding_table(encoder)
             self.vectors.append(
                 nn.Parameter(table.weight[start.to(table.weight.device)].detach().float().clone())
@@ -119,7 +120,7 @@ class LearnedWords(nn.Module, Adapter):
             save_file(
                 {k: v.detach().float().cpu().contiguous() for k, v in state.items()},
                 folder / files[word],
-                {"word": word},
+                {"word": word, "encoders": ",".join(vectors)},
             )
         return {"words": files}
 
@@ -139,14 +140,11 @@ class LearnedWords(nn.Module, Adapter):
         }
 
 
-def _check_found(pipe: DiffusionPipeline, tokenizer: Any, words: list[str], num_vectors: int) -> None:
-    """UserError unless diffusers puts all vectors of each word into a prompt. A tokenizer that
-    lower-cases finds only the first vector of a word with capitals."""
-    expand = getattr(pipe, "maybe_convert_prompt", None)
-    if expand is None:
-        return
+def _check_found(tokenizer: Any, words: list[str], num_vectors: int) -> None:
+    """UserError unless all vectors of each word are found in a prompt. A tokenizer that lower-cases
+    finds only the first vector of a word with capitals."""
     for word in words:
-        found = tokenizer(expand(word, tokenizer), add_special_tokens=False).input_ids
+        found = tokenizer(expanded(word, tokenizer), add_special_tokens=False).input_ids
         if found != tokenizer.convert_tokens_to_ids(pieces(word, num_vectors)):
             raise UserError(
                 f"--placeholder_token: the tokenizer does not find all {num_vectors} vectors of '{word}' in "
@@ -187,8 +185,14 @@ def load_words(pipe: DiffusionPipeline, word: str, vectors: dict[str, Tensor]) -
             f"the pipeline knows the word '{word}' already; load the base model anew for this one."
         )
     ordered = [vectors[name] for name in _names(encoders)] if len(encoders) > 1 else vectors.values()
+    expand_words(pipe)
     for tokenizer, encoder, matrix in zip(tokenizers, encoders, ordered, strict=True):
-        pipe.load_textual_inversion({word: matrix}, token=word, text_encoder=encoder, tokenizer=tokenizer)
+        tokenizer.add_tokens(names)
+        ids = tokenizer.convert_tokens_to_ids(names)
+        if max(ids) >= embedding_table(encoder).num_embeddings:
+            encoder.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+        rows = embedding_table(encoder).weight.data
+        rows[ids] = matrix.to(rows)
 
 
 def _names(encoders: list) -> list[str]:

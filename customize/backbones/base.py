@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from customize.backbones.layers import PRESETS, without_lora
-from customize.backbones.text import ENCODER_NAMES, SUFFIXES, text_parts
+from customize.backbones.text import ENCODER_NAMES, SUFFIXES, expanded, text_parts
 from customize.cache import TensorCache, fingerprint, key_of
 from customize.errors import UserError, shortened
 
@@ -139,16 +139,32 @@ class Backbone(nn.Module):
         """Whether the denoiser is given a guidance scale."""
         return False
 
-    def configure(self, guidance_scale: float, max_sequence_length: int) -> None:
+    def configure(
+        self,
+        guidance_scale: float = 1.0,
+        max_sequence_length: int = 0,
+        timestep_sampling: str = "auto",
+        timestep_shift: float = 0.0,
+    ) -> None:
         """Settings of some families; UserError for those that this model does not have."""
         if guidance_scale != 1.0 and not self.takes_guidance:
             raise UserError(
                 "--guidance_scale is for guidance-distilled models (Flux.1 dev); leave it out here."
             )
         if max_sequence_length and not self.text_length:
-            raise UserError("--max_sequence_length is for models with T5 (SD 3, Flux); leave it out here.")
+            raise UserError(
+                "--max_sequence_length is for models with T5 or a language model; leave it out here."
+            )
+        self._configure_times(timestep_sampling, timestep_shift)
         self.guidance_scale = guidance_scale
         self.text_length = max_sequence_length or self.text_length
+
+    def _configure_times(self, sampling: str, shift: float) -> None:
+        if sampling != "auto" or shift:
+            raise UserError(
+                "--timestep_sampling and --timestep_shift are for flow models (SD 3, Flux and later); leave "
+                "them out here."
+            )
 
     def fingerprint(self) -> str:
         """sha256 hex of the denoiser's configuration and weights; before adapters are added."""
@@ -187,6 +203,11 @@ class Backbone(nn.Module):
             raise unsupported(
                 f"the denoiser takes {channels} channels, the autoencoder gives {config.latent_channels}"
             )
+
+    def latent_shape(self, side: int) -> tuple[int, int, int, int]:
+        """Batch of 1, channels, height and width of the latents of a square image of `side` pixels."""
+        cells = side // self.pipe.vae_scale_factor
+        return 1, self.latent_channels, cells, cells
 
     @property
     def latent_channels(self) -> int:
@@ -245,9 +266,7 @@ class Backbone(nn.Module):
     def check_length(self, name: str, prompt: str) -> None:
         """UserError for a prompt that every text encoder would cut; `name` is what the message calls the
         prompt."""
-        lengths = [
-            len(tokenizer(self._expanded(prompt, tokenizer)).input_ids) for tokenizer in self.tokenizers
-        ]
+        lengths = [len(tokenizer(expanded(prompt, tokenizer)).input_ids) for tokenizer in self.tokenizers]
         limits = self.text_lengths()
         if all(length > limit for length, limit in zip(lengths, limits, strict=True)):
             most = limits.index(max(limits))
@@ -255,11 +274,6 @@ class Backbone(nn.Module):
                 f"the {name} has {lengths[most]} tokens, more than {limits[most]}: shorten "
                 f"'{shortened(prompt)}'."
             )
-
-    def _expanded(self, prompt: str, tokenizer: Any) -> str:
-        """The prompt with all tokens of each learned word of several vectors."""
-        expand = getattr(self.pipe, "maybe_convert_prompt", None)
-        return expand(prompt, tokenizer) if expand else prompt
 
     @torch.no_grad()
     def cache_prompts(self, prompts: Iterable[str], cache: TensorCache) -> None:

@@ -1,5 +1,7 @@
 """The families of base models, by the name of their diffusers pipeline."""
 
+from collections.abc import Mapping
+from inspect import Parameter, signature
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -32,11 +34,26 @@ BACKBONES: dict[str, type[Backbone]] = {
 
 
 def family_of(pipe: Any) -> type[Backbone]:
-    """The class of a pipeline's backbone."""
+    """The class of the backbone of a pipeline, also of one that draws from images."""
     for kind in type(pipe).__mro__:
-        if kind.__name__ in BACKBONES:
-            return BACKBONES[kind.__name__]
+        name = kind.__name__.replace("Img2Img", "")
+        if name in BACKBONES:
+            return BACKBONES[name]
     raise UserError(f"no backbone wraps a {type(pipe).__name__}; supported are {', '.join(BACKBONES)}.")
+
+
+def as_called(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a text-to-image pipeline as this one names them, with what it needs beside them.
+
+    UserError for an argument that it does not take, such as a negative prompt.
+    """
+    family = family_of(pipe)
+    given = {family.guidance_name if k == "guidance_scale" else k: v for k, v in arguments.items()}
+    known = signature(pipe.__call__).parameters
+    takes_all = any(own.kind is Parameter.VAR_KEYWORD for own in known.values())
+    if unknown := [name for name in given if name not in known and not takes_all]:
+        raise UserError(f"--{unknown[0]}: a {type(pipe).__name__} takes none; leave it out.")
+    return given | family.call_options(given)
 
 
 def wrap(pipe: DiffusionPipeline, name: str = "") -> Backbone:

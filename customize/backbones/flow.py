@@ -35,7 +35,7 @@ class Flow(Backbone):
     def text_lengths(self) -> list[int]:
         return [*super().text_lengths()[:-1], self.text_length]
 
-    def configure_times(self, sampling: str, shift: float) -> None:
+    def _configure_times(self, sampling: str, shift: float) -> None:
         if sampling != "auto":
             self.timestep_sampling = sampling  # type: ignore[assignment]
         self.timestep_shift = shift

@@ -15,7 +15,7 @@ class Flux(Flow):
     guidance_scale = 1.0  # that the guidance-distilled model is given in training
     takes_negative_prompt = False
     text_length = 512
-    embedding_names = ("clip_l", "t5")
+    embedding_names: tuple[str, ...] = ("clip_l", "t5")
     packing = 2
 
     @property
@@ -44,7 +44,7 @@ class Flux(Flow):
     def _arguments(self, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> dict[str, Any]:
         """The denoiser's arguments beside latents and times."""
         b, _, h, w = noisy.shape
-        place = {"device": noisy.device, "dtype": noisy.dtype}
+        place: dict[str, Any] = {"device": noisy.device, "dtype": noisy.dtype}
         ids = {
             "img_ids": self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, **place),
             "txt_ids": torch.zeros(text["encoder_hidden_states"].shape[1], 3, **place),

@@ -12,13 +12,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import nn
 from transformers import PreTrainedModel
 
 from customize import embedded
 from customize.backbones.families import BACKBONES
-from customize.backbones.sd3 import WordsSD3Pipeline
 from customize.backbones.text import SUFFIXES, clip_skip_works, text_parts
 from customize.errors import UserError, first_line, nearest, shortened
 from customize.tensor_checks import load_whole
@@ -67,8 +66,6 @@ def load_base(
     except Exception as error:  # the libraries' loaders raise all kinds
         raise _failed(str(name), error) from error
     pipe.register_to_config(_name_or_path=str(name))
-    if isinstance(pipe, StableDiffusion3Pipeline):
-        pipe = WordsSD3Pipeline(**pipe.components)
     _check_parts(str(name), pipe)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -252,7 +249,7 @@ def _odd_setting(part: Any) -> str:
         return "" if _is_alike(length, 1.0) else f"model_max_length {length!r}"
     for name, parameter in inspect.signature(type(part).__init__).parameters.items():
         value = part.config.get(name, parameter.default)
-        if not _is_alike(value, parameter.default):
+        if value != parameter.default and not _is_alike(value, parameter.default):
             return f"{name} {value!r}"
     return ""
 
@@ -265,4 +262,6 @@ def _is_alike(value: Any, default: Any) -> bool:
             value, bool
         )
         return number and math.isfinite(value)
+    if isinstance(default, str) and isinstance(value, list | tuple):  # one for each block
+        return all(isinstance(own, str) for own in value)
     return not isinstance(default, str) or value is None or isinstance(value, str)

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
 from transformers import PreTrainedModel, T5EncoderModel
 
@@ -40,6 +43,31 @@ def text_parts(pipe: DiffusionPipeline) -> tuple[list, list]:
     return [tokenizer for tokenizer, _ in found], [encoder for _, encoder in found]
 
 
+def expanded(prompt: Any, tokenizer: Any) -> Any:
+    """A prompt or several with all tokens of each learned word of several vectors, named as diffusers names
+    them: <dog> becomes <dog> <dog>_1."""
+    return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
+
+
+def expand_words(pipe: Any) -> None:
+    """Makes a pipeline put all vectors of learned words into its prompts, if its class does not do so."""
+    if isinstance(pipe, TextualInversionLoaderMixin) or hasattr(pipe.encode_prompt, "expands"):
+        return
+    stock = pipe.encode_prompt
+    parameters = signature(stock)
+
+    @wraps(stock)
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        given = parameters.bind(*args, **kwargs)
+        for name, text in given.arguments.items():
+            if name.removeprefix("negative_").rstrip("_234") == "prompt" and text is not None:
+                given.arguments[name] = expanded(text, text_parts(pipe)[0][0])  # all know the same words
+        return stock(*given.args, **given.kwargs)
+
+    encode_prompt.expands = True  # type: ignore[attr-defined]
+    pipe.encode_prompt = encode_prompt
+
+
 @contextmanager
 def clip_skip_works(encoder: Any) -> Iterator[None]:
     """Context in which diffusers finds text_model.final_layer_norm, which it reads for clip_skip and
@@ -59,8 +87,7 @@ def lost_words(pipe: DiffusionPipeline, prompt: str) -> str:
     """The end of a prompt that none of a pipeline's text encoders reads; empty if one reads all of it."""
     lost = []
     for tokenizer in text_parts(pipe)[0]:
-        expand = getattr(pipe, "maybe_convert_prompt", None)
-        ids = tokenizer(expand(prompt, tokenizer) if expand else prompt).input_ids
+        ids = tokenizer(expanded(prompt, tokenizer)).input_ids
         most = min(tokenizer.model_max_length, 512)
         lost.append(tokenizer.decode(ids[most - 1 : -1]).strip() if len(ids) > most else "")
     return min(lost, key=len, default="")

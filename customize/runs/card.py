@@ -11,7 +11,7 @@ from customize.adapters import holds
 from customize.adapters.lora_files import LORA
 from customize.data.concepts import Concept
 from customize.embedded import is_embedded
-from customize.files import tensors_of
+from customize.files import header, tensors_of
 from customize.runs.folder import CARD, read_info, samples, staged
 from customize.runs.output import is_own_image
 from customize.runs.privacy import without_places
@@ -30,6 +30,9 @@ from customize.pipelines import load_subject_pipeline
 pipe = load_subject_pipeline("{folder}")  # the folder of these files
 pipe("{prompt}", subject_images=["1.png", "2.png"]).images[0].save("image.png")
 ```"""
+
+
+STOCK_WORDS = ("clip_l", "t5")  # text encoders of models whose stock pipelines load learned words
 
 
 STOCK = """The files are diffusers' own{where}:
@@ -124,7 +127,8 @@ def _stock(folder: Path, info: dict[str, Any]) -> str:
     if holds(folder, "lora"):
         loads.append(f'pipe.load_lora_weights("{name}", weight_name="{LORA}")')
     for word, file in info["words"].items():
-        if "clip_l" not in tensors_of(folder / file):
+        known = header(folder / file).get("encoders", "clip_l")
+        if known in STOCK_WORDS and "clip_l" not in tensors_of(folder / file):
             loads.append(f'pipe.load_textual_inversion("{name}", weight_name="{file}", token="{word}")')
     imports = "\nfrom customize.stickers import MODEL  # a folder\n" if is_embedded(base) else ""
     shown = "MODEL" if is_embedded(base) else f'"{without_places(base)}"'

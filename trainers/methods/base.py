@@ -13,6 +13,7 @@ from customize import embedded
 from customize.adapters.base import Adapter
 from customize.adapters.words import LearnedWords
 from customize.backbones.base import Backbone, Condition, Step
+from customize.backbones.families import as_called
 from customize.config import option
 from customize.data.concepts import Concept
 from customize.data.images import ImageFile
@@ -185,8 +186,8 @@ class Method(nn.Module):
     def draw(self, prompt: str, **options) -> Image.Image:
         """One image, drawn by the modules that are being trained; `options` are those of the pipeline's
         call."""
-        arguments = self.backbone.prompt_arguments(prompt) | options
-        return self.backbone.pipe(**arguments, **self.backbone.call_options(arguments)).images[0]
+        pipe = self.backbone.pipe
+        return pipe(**as_called(pipe, self.backbone.prompt_arguments(prompt) | options)).images[0]
 
     def diagnose(self, batches: list[dict], folder: Path, step: int) -> dict[str, float]:
         """Numbers to log beside the validation loss, from held-out batches; images may go into

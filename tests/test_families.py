@@ -1,0 +1,271 @@
+"""Every family of base models against its own pipeline: training and drawing agree, and what is saved is read
+by stock diffusers."""
+
+import inspect
+
+import pytest
+import torch
+from tiny_families import FAMILIES, tiny_family
+
+from customize.adapters.lora import Lora, LoraFields
+from customize.adapters.words import LearnedWords, load_words
+from customize.backbones.base import Condition
+from customize.backbones.families import as_called, wrap
+from customize.backbones.load import load_base
+from customize.cache import TensorCache
+from customize.errors import UserError
+from customize.trainers.methods.base import Method, MethodConfig
+from customize.trainers.validation import sample
+from tiny import random
+
+PROMPTS = ["a photo of sks dog", "the cat on grass in red style"]
+SIDES = {"height": 32, "width": 64}
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def backbone_of(family: str):
+    backbone = wrap(tiny_family(family), family)
+    if family == "kontext":
+        backbone.configure(1.0, 16)  # its tokenizers are CLIP's
+    return backbone
+
+
+def latents_of(backbone, seed: int = 0, count: int = 1):
+    """Noise at the denoiser's size."""
+    pixels = torch.zeros(1, 3, *SIDES.values())
+    return random(count, *backbone.moments(pixels)["mean"].shape[1:], seed=seed)
+
+
+def unguided(family: str) -> dict:
+    """Guidance switched off, or at 1 where it is an input of the model."""
+    return {"guidance_scale": 0.0 if family in ("z_image", "krea2") else 1.0}
+
+
+def draw(backbone, steps: int = 2, **arguments):
+    arguments = {**SIDES, "num_inference_steps": steps, "output_type": "np", **arguments}
+    if "kontext" in backbone.name:
+        arguments["max_sequence_length"] = 16
+    arguments["generator"] = torch.Generator().manual_seed(1)
+    return backbone.pipe(**as_called(backbone.pipe, arguments)).images
+
+
+def as_latents(backbone, packed):
+    """The pipeline's latents as (batch, channels, height, width)."""
+    if packed.ndim == 4:
+        return packed
+    height, width = latents_of(backbone).shape[2:]
+    if "Flux2" in type(backbone).__name__:
+        return packed.mT.unflatten(2, (height, width))
+    scale = backbone.pipe.vae_scale_factor
+    sides = height * scale, width * scale
+    takes_scale = len(inspect.signature(backbone.pipe._unpack_latents).parameters) > 3
+    found = backbone.pipe._unpack_latents(packed, *sides, *([scale] if takes_scale else []))
+    return found.squeeze(2) if found.ndim == 5 else found
+
+
+@families
+def test_the_velocity_equals_the_pipelines(family):
+    """The pipeline's own prediction, as its sampler gets it, and ours for the same latents and time."""
+    backbone, steps = backbone_of(family), []
+    stock = backbone.pipe.scheduler.step
+
+    def step(output, t, latents, **options):
+        steps.append((output, t, latents))
+        return stock(output, t, latents, **options)
+
+    backbone.pipe.scheduler.step = step
+    draw(backbone, 3, prompt=PROMPTS[0], **unguided(family))
+    for output, t, latents in steps:
+        noisy, wanted = as_latents(backbone, latents), as_latents(backbone, output)
+        with torch.no_grad():
+            text = Condition(backbone.encode_prompt(PROMPTS[:1]))
+            ours = backbone.denoise(noisy, t.view(1) / 1000, text)
+        assert torch.allclose(ours, wanted, atol=1e-5)
+        assert wanted.std() > 1e-3
+    assert len(steps) == 3
+
+
+@families
+def test_the_latents_are_those_that_the_pipeline_decodes(family):
+    """Encoding an image and decoding it as the pipeline does gives what the autoencoder alone gives."""
+    backbone, pixels = backbone_of(family), random(1, 3, *SIDES.values()).clamp(-1, 1)
+    moments = backbone.moments(pixels)
+    latents = backbone.sample_latents(moments["mean"], torch.zeros_like(moments["std"]))
+    decoded, decode = [], backbone.vae.decode
+    backbone.vae.decode = lambda z, **options: decoded.append(z) or decode(z, **options)
+    stop = backbone.pipe.scheduler
+    stock = stop.step
+
+    def step(output, t, packed, **options):
+        known = as_packed(backbone, latents, packed)
+        return (known, *stock(output, t, packed, **options)[1:])
+
+    stop.step = step
+    draw(backbone, prompt=PROMPTS[0], **unguided(family))
+    encoded = backbone.vae.encode(pixels.unsqueeze(2) if decoded[0].ndim == 5 else pixels)
+    wanted = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mean
+    assert torch.allclose(decoded[0], wanted, atol=1e-5)
+    assert moments["mean"].shape == latents.shape
+    assert (moments["std"].max() > 0) == backbone.samples_posterior or family == "sana"
+
+
+def as_packed(backbone, latents, packed):
+    if packed.ndim == 4:
+        return latents
+    if "Flux2" in type(backbone).__name__:
+        return backbone.pipe._pack_latents(latents)
+    return backbone.pipe._pack_latents(latents, *latents.shape)
+
+
+@families
+def test_a_batch_equals_its_samples(family):
+    backbone, t = backbone_of(family), torch.tensor([0.2, 0.7])
+    noisy = latents_of(backbone, count=2)
+    with torch.no_grad():
+        both = backbone.denoise(noisy, t, Condition(backbone.encode_prompt(PROMPTS)))
+        for i in range(2):
+            text = Condition(backbone.encode_prompt(PROMPTS[i : i + 1]))
+            alone = backbone.denoise(noisy[i : i + 1], t[i : i + 1], text)
+            assert torch.allclose(both[i], alone[0], atol=1e-5)
+        swapped = backbone.denoise(noisy, t, Condition(backbone.encode_prompt(PROMPTS[::-1])))
+    assert not torch.allclose(both, swapped, atol=1e-4)
+
+
+@families
+def test_encoding_prompts_leaves_the_list_as_it_was(family):
+    backbone, prompts = backbone_of(family), list(PROMPTS)
+    with torch.no_grad():
+        first, second = backbone.encode_prompt(prompts), backbone.encode_prompt(prompts)
+    assert prompts == PROMPTS
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@families
+def test_cached_prompts_equal_fresh_ones(family):
+    backbone = backbone_of(family)
+    with torch.no_grad():
+        live = backbone.encode_prompt([*PROMPTS, PROMPTS[0]])
+    backbone.cache_prompts(PROMPTS, TensorCache())
+    cached = backbone.encode_prompt([*PROMPTS, PROMPTS[0]])
+    assert cached.keys() == live.keys()
+    for name, value in live.items():
+        assert torch.allclose(cached[name].float(), value.float(), atol=1e-5), name
+
+
+@families
+def test_drawing_with_the_encoders_freed(family):
+    """As validation draws, with the pipeline's own guidance and negative prompt."""
+    backbone = backbone_of(family)
+    expected = draw(backbone, prompt=PROMPTS[0])[0]
+    backbone.cache_prompts([*PROMPTS, ""], TensorCache())
+    backbone.release_text_encoders()
+    found = draw(backbone, **backbone.prompt_arguments(PROMPTS[0]))[0]
+    assert abs(found - expected).max() < 1e-4
+    method = Method(backbone, MethodConfig(), [])
+    [(_, image)] = sample(method, PROMPTS[:1], 1, 32, steps=1)
+    assert image.size == (32, 32)
+
+
+def gradients(backbone, noisy, t):
+    text = Condition(backbone.encode_prompt(PROMPTS))
+    backbone.denoise(noisy, t, text).square().mean().backward()
+    found = {n: p.grad.clone() for n, p in backbone.named_parameters() if p.grad is not None}
+    backbone.zero_grad()
+    return found
+
+
+def awake(backbone):
+    """Makes LoRA's second matrices random, so that it counts."""
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in backbone.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+
+
+@families
+def test_checkpointed_gradients_equal_plain_ones(family):
+    backbone, t = backbone_of(family), torch.tensor([0.2, 0.7])
+    noisy = latents_of(backbone, count=2)
+    Lora(backbone, LoraFields(rank=2, lora_layers="all"))
+    awake(backbone)
+    method = Method(backbone, MethodConfig(), [])
+    method.train()
+    plain = gradients(backbone, noisy, t)
+    method.enable_gradient_checkpointing()
+    checkpointed = gradients(backbone, noisy, t)
+    assert plain.keys() == checkpointed.keys()
+    lora = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert plain.keys() == lora  # every LoRA matrix gets a gradient
+    for name, value in plain.items():
+        assert torch.allclose(checkpointed[name], value, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("preset", ["attention", "attention+ff", "all"])
+@families
+def test_lora_of_every_preset_reloads_in_stock_diffusers(family, preset, tmp_path):
+    backbone = backbone_of(family)
+    plain = draw(backbone, prompt=PROMPTS[0])
+    adapter = Lora(backbone, LoraFields(rank=2, lora_layers=preset))
+    awake(backbone)
+    drawn = draw(backbone, prompt=PROMPTS[0])
+    adapter.save(tmp_path)
+    stock = wrap(tiny_family(family), family)
+    stock.pipe.load_lora_weights(str(tmp_path), weight_name="pytorch_lora_weights.safetensors")
+    assert abs(draw(stock, prompt=PROMPTS[0]) - drawn).max() == 0
+    assert abs(plain - drawn).max() > 1e-3
+
+
+@families
+def test_presets_grow(family):
+    counts = []
+    for preset in ("attention", "attention+ff", "all"):
+        backbone = backbone_of(family)
+        Lora(backbone, LoraFields(rank=2, lora_layers=preset))
+        counts.append(sum(p.requires_grad for p in backbone.parameters()))
+    assert 0 < counts[0] < counts[1] <= counts[2]
+
+
+@families
+def test_a_learned_word_starts_as_its_initializer(family):
+    backbone = backbone_of(family)
+    prompts = ["a photo of dog on grass", "a photo of <thing> on grass"]
+    words = LearnedWords(backbone, {"<thing>": "dog"})
+    with torch.no_grad():
+        known, learned = (backbone.encode_prompt([prompt]) for prompt in prompts)
+    for name in known.keys() - {"pooled_projections"}:  # CLIP may pool at an added word
+        assert torch.equal(known[name], learned[name])
+    noisy = latents_of(backbone)
+    text = Condition(backbone.encode_prompt(prompts[1:]))
+    backbone.denoise(noisy, torch.tensor([0.5]), text).square().mean().backward()
+    assert all(vector.grad.abs().max() > 0 for vector in words.vectors)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@families
+def test_learned_words_reload(family, count, tmp_path):
+    backbone = backbone_of(family)
+    words = LearnedWords(backbone, {"<thing>": "dog"}, count)
+    for i, vector in enumerate(words.vectors):
+        vector.data += vector.std() * random(*vector.shape, seed=i)
+    drawn = draw(backbone, prompt="a photo of <thing> on grass")
+    other = backbone_of(family)
+    plain = draw(other, prompt="a photo of <thing> on grass")
+    load_words(other.pipe, "<thing>", words.by_word()["<thing>"])
+    again = draw(other, prompt="a photo of <thing> on grass")
+    assert abs(again - drawn).max() == 0
+    assert abs(again - plain).max() > 1e-4
+
+
+@families
+def test_a_saved_pipeline_loads(family, tmp_path):
+    tiny_family(family).save_pretrained(tmp_path / "base")
+    backbone = wrap(load_base(tmp_path / "base"), family)
+    if family == "kontext":
+        backbone.configure(1.0, 16)
+    found, wanted = (draw(own, prompt=PROMPTS[0]) for own in (backbone, backbone_of(family)))
+    assert abs(found - wanted).max() < 1e-5
+
+
+def test_flux2_refuses_another_length_of_its_prompts():
+    with pytest.raises(UserError, match="leave it out"):
+        backbone_of("klein").configure(1.0, 256)
