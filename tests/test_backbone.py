@@ -167,6 +167,13 @@ def test_uniform_flow_times_under_each_shift(base, settings, scheduler, shift):
     )
 
 
+@pytest.mark.parametrize("base", ["sd15", "sd3"])
+def test_cubic_times_are_mostly_noisy(base):
+    """t = 1 - u^3: three quarters lie above 1 - (3/4)^3."""
+    t = drawn_times(base, {"timestep_sampling": "cubic"})
+    assert (t > 1 - 0.75**3).double().mean() == pytest.approx(0.75, abs=0.01)
+
+
 @pytest.mark.parametrize("settings", [{"timestep_sampling": "shifted"}, {"timestep_shift": 3.0}])
 def test_times_of_ddpm_models_are_not_chosen(settings):
     with pytest.raises(UserError, match="for flow models"):

@@ -39,11 +39,11 @@ class ModelConfig:
         least=0,
         most=512,
     )
-    timestep_sampling: Literal["auto", "uniform", "logit_normal", "shifted"] = option(
+    timestep_sampling: Literal["auto", "uniform", "cubic", "logit_normal", "shifted"] = option(
         "auto",
-        "how flow models (SD 3, Flux and later) draw times: uniform; logit_normal, more in the middle; "
-        "shifted, uniform under the shift that the model draws images with; auto: as the official script of "
-        "the model does",
+        "how times are drawn: uniform; cubic, mostly noisy, where an image's content is decided; "
+        "logit_normal, more in the middle; shifted, uniform under the shift that a flow model (SD 3, Flux "
+        "and later) draws images with; auto: as the official script of the model does",
     )
     timestep_shift: float = option(
         0.0,

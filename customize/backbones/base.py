@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -49,6 +49,9 @@ class Step:
     condition: Condition
     prediction: Tensor
     batch: dict = field(repr=False)
+
+
+TimestepSampling = Literal["uniform", "cubic", "logit_normal", "shifted"]
 
 
 def unsupported(why: str) -> UserError:
@@ -91,6 +94,8 @@ class Backbone(nn.Module):
     kohya_prefixes: ClassVar[
         dict[str, str]
     ] = {}  # of the components in kohya's LoRA files; none: it has no such layout
+    timestep_sampling: TimestepSampling = "uniform"  # as the family's official training script draws times
+    timestep_shift = 0.0  # of the times of flow models; 0: the scheduler's
     resolution = 0  # side of the images that this run trains on and draws, in pixels
 
     def __init__(self, pipe: DiffusionPipeline, name: str = ""):
@@ -155,16 +160,11 @@ class Backbone(nn.Module):
             raise UserError(
                 "--max_sequence_length is for models with T5 or a language model; leave it out here."
             )
-        self._configure_times(timestep_sampling, timestep_shift)
+        if timestep_sampling != "auto":
+            self.timestep_sampling = timestep_sampling  # type: ignore[assignment]
+        self.timestep_shift = timestep_shift
         self.guidance_scale = guidance_scale
         self.text_length = max_sequence_length or self.text_length
-
-    def _configure_times(self, sampling: str, shift: float) -> None:
-        if sampling != "auto" or shift:
-            raise UserError(
-                "--timestep_sampling and --timestep_shift are for flow models (SD 3, Flux and later); leave "
-                "them out here."
-            )
 
     def fingerprint(self) -> str:
         """sha256 hex of the denoiser's configuration and weights; before adapters are added."""
@@ -316,8 +316,16 @@ class Backbone(nn.Module):
     # diffusion
 
     def draw_times(self, n: int) -> Tensor:
-        """Random times (n,) in [0, 1], as the model was trained: 0 is data, 1 is noise."""
-        raise NotImplementedError
+        """Random times (n,) in [0, 1], by `timestep_sampling`: 0 is data, 1 is noise.
+
+        `uniform`; `cubic`, mostly noisy (IDAdapter, arXiv 2402.18078); `logit_normal` (Esser et al., 2024,
+        arXiv 2403.03206, section 3.1). Flow models shift them, and `shifted` is uniform under the shift
+        that the pipeline draws with, which may depend on the image's size.
+        """
+        u = torch.rand(n, device=self.device)
+        if self.timestep_sampling == "cubic":
+            return 1 - u**3
+        return torch.special.ndtri(u).sigmoid() if self.timestep_sampling == "logit_normal" else u
 
     def nearest_times(self, t: Tensor) -> Tensor:
         """Times in [0, 1], rounded to the times that the model was trained at."""

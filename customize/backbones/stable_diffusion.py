@@ -6,6 +6,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from customize.backbones.base import Backbone, Condition, unsupported
+from customize.errors import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction")  # what DDPM models may be trained to predict
 
@@ -25,8 +26,18 @@ class DDPM(Backbone):
         # the pipeline's sampler may add noise in its own way (Euler does) or know no velocity (PNDM)
         self.noise = DDPMScheduler.from_config(config)
 
+    def configure(self, *args, **options) -> None:
+        super().configure(*args, **options)
+        if self.timestep_sampling == "shifted" or self.timestep_shift:
+            raise UserError(
+                "--timestep_shift and --timestep_sampling shifted are for flow models (SD 3, Flux and "
+                "later); leave them out here."
+            )
+
     def draw_times(self, n: int) -> Tensor:
-        return torch.randint(self.steps, (n,), device=self.device) / self.steps
+        if self.timestep_sampling == "uniform":
+            return torch.randint(self.steps, (n,), device=self.device) / self.steps
+        return self.nearest_times(super().draw_times(n))
 
     @property
     def steps(self) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +42,6 @@ class SubjectConfig(MethodConfig):
         "", "encoder to go on from: a run, a file, or a released IP-Adapter (for ip_adapter)"
     )
     validation_images: list[str] = option([], "images of the subject that --validation_prompt calls <s>")
-    timestep_sampling: Literal["uniform", "cubic"] = option(
-        "uniform",
-        "cubic: mostly noisy times, t = 1 - u^3, where an image's content is decided (arXiv 2402.18078)",
-    )
     dropout_text: float = option(
         0.05, "share of samples trained without their prompt, for classifier-free guidance", least=0, most=1
     )
@@ -146,12 +142,6 @@ class SubjectMethod(Method):
     def enable_gradient_checkpointing(self) -> None:
         super().enable_gradient_checkpointing()
         self.recomputes_text = True
-
-    def draw_times(self, n: int) -> Tensor:
-        if self.config.timestep_sampling == "uniform":
-            return super().draw_times(n)
-        u = torch.rand(n, device=self.backbone.device)
-        return 1 - u**3
 
     def diagnose(self, batches: list[dict], folder: Path, step: int) -> dict[str, float]:
         """`gain`: by how much the loss rises when each sample is given another subject's references, at the
