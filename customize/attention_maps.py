@@ -254,7 +254,7 @@ def context_pairs(
 
 def _text_layout(pipe: DiffusionPipeline, tokenizers: Sequence[Any]) -> list[tuple[int, Any]]:
     """The tokenizers whose tokens the denoiser attends to, each with the position of its first token."""
-    if "FluxPipeline" in type(pipe).__name__ or hasattr(pipe, "tokenizer_3"):
+    if "Flux" in type(pipe).__name__ or hasattr(pipe, "tokenizer_3"):
         clip = getattr(pipe, "tokenizer_max_length", 0) if hasattr(pipe, "tokenizer_3") else 0
         first = [(0, tokenizers[0])] if clip else []
         return [*first, (clip, tokenizers[-1])]

@@ -28,7 +28,7 @@ METHODS = {
     "core": WORD,
     "single_insert": WORD | {"rank": 2, "encoder_dim": 64, "encoder_depth": 1},
     "break_for_make": SKS | {"rank": 2},
-    "domain_encoder": {"image_encoder": "stickers", "rank": 2, "hard_path": 0.0},
+    "domain_encoder": {"image_encoder": "stickers", "rank": 2, "hard_path": 0.0, "learning_rate": 1e-3},
     "custom_contrast": {},
     "ip_adapter": {},
 }
