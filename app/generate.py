@@ -115,7 +115,8 @@ def generate(words: list[str]) -> None:
         from customize.prompts import check_words
 
         for prompt in prompts:
-            check_words(prompt, subjects, pipe.adapter.has_words)
+            if hasattr(pipe, "adapter"):  # a model that is shown the images needs no word
+                check_words(prompt, subjects, pipe.adapter.has_words)
     if config.guidance_scale is None and is_embedded(base_of(run)):
         config.guidance_scale = GUIDANCE
     if subjects and is_embedded(base_of(run)):
@@ -385,7 +386,9 @@ def draw(
     from customize.backbones.families import as_called
 
     if subjects:
-        given |= {"subject_images": subjects, "subject_scale": config.subject_scale}
+        given["subject_images"] = subjects
+    if subjects and config.subject_scale != GenerateConfig.subject_scale:
+        given["subject_scale"] = config.subject_scale
     if subjects and config.side_by_side:
         given["subject_masks"] = "side by side"
     if config.init_image:

@@ -13,6 +13,7 @@ from customize.adapters import holds
 from customize.adapters.encoders.image_encoder import ReferenceFit
 from customize.backbones.load import load_base
 from customize.errors import UserError, nearest
+from customize.pipelines.in_context import with_references
 from customize.pipelines.subject import TASKS, SubjectMixin, Task
 from customize.quiet import quietly
 from customize.runs.checkpoint import load, open_run
@@ -120,18 +121,23 @@ def load_subject_pipeline(
 ) -> Any:
     """A pipeline that draws subjects from images, without tuning.
 
-    `run` is a run of custom_contrast or ip_adapter, or a base model (folder, hub id, `stickers`); with a base
-    model, or a run of a method that trains no encoder (LoRA, words), `adapter` names the encoder (run, file,
-    released IP-Adapter), by default that of the embedded stickers. The pipeline's call is that of diffusers'
-    pipeline for the `task`; "controlnet" needs `controlnet`, a ControlNetModel or a list of them.
+    `run` is a run of custom_contrast, ip_adapter or in_context, or a base model (folder, hub id, `stickers`);
+    with a base model, or a run of a method that trains no encoder (LoRA, words), `adapter` names the encoder
+    (run, file, released IP-Adapter), by default that of the embedded stickers. The pipeline's call is that of
+    diffusers' pipeline for the `task`; "controlnet" needs `controlnet`, a ControlNetModel or a list of them.
     `reference_fit` says how references that are not square become square: "stretch", "pad" or "crop"; empty:
-    as in the run. `base_model` and `options` go to `load_pipeline`. UserError
-    for a task that does not exist and for a base model or an encoder that does not fit.
+    as in the run. `base_model` and `options` go to `load_pipeline`. UserError for a task that does not exist
+    and for a base model or an encoder that does not fit.
     """
     _check_task(task, controlnet)
     info = info_of(run)
     if "dual_path" in info:
         raise UserError(f"'{run}' draws with a hard path, which goes with prompts alone; use load_pipeline.")
+    if "in_context" in info:
+        if task != "text-to-image" or adapter:
+            raise UserError(f"'{run}' reads subject_images without an encoder: leave task and adapter out.")
+        side = info["in_context"]["reference_resolution"]
+        return with_references(load_pipeline(run, dtype, base_model, **options), side)
     pipe = _for_task(load_pipeline(run, dtype, base_model, **options), task, controlnet)
     base = info["base_model"]
     if not adapter and holds(run, "subject"):

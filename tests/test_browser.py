@@ -12,12 +12,12 @@ import time
 import pytest
 
 pytest.importorskip("playwright", reason="make test-page installs playwright")
-from page import served
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from customize.stickers import Drawing
 from customize.stickers.bench import write_references
+from page import served
 
 BROWSER = os.environ.get("BROWSER") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

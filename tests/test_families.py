@@ -3,9 +3,10 @@ by stock diffusers."""
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
-from tiny_families import FAMILIES, tiny_family
+from PIL import Image
 
 from customize.adapters.lora import Lora, LoraFields
 from customize.adapters.words import LearnedWords, load_words
@@ -14,9 +15,11 @@ from customize.backbones.families import as_called, wrap
 from customize.backbones.load import load_base
 from customize.cache import TensorCache
 from customize.errors import UserError
+from customize.pipelines.in_context import reference_pixels, with_references
 from customize.trainers.methods.base import Method, MethodConfig
 from customize.trainers.validation import sample
 from tiny import random
+from tiny_families import FAMILIES, tiny_family
 
 PROMPTS = ["a photo of sks dog", "the cat on grass in red style"]
 SIDES = {"height": 32, "width": 64}
@@ -83,6 +86,54 @@ def test_the_velocity_equals_the_pipelines(family):
         assert torch.allclose(ours, wanted, atol=1e-5)
         assert wanted.std() > 1e-3
     assert len(steps) == 3
+
+
+SHOWN = [("klein", 2), ("flux2", 1), ("flux2", 2), ("kontext", 1)]
+
+
+@pytest.mark.parametrize(("family", "count"), SHOWN)
+def test_the_velocity_with_references_equals_the_pipelines(family, count):
+    """The pipeline that is shown images, by our call, and ours with their latents."""
+    backbone, steps = backbone_of(family), []
+    stock = backbone.pipe.scheduler.step
+
+    def step(output, t, latents, **options):
+        steps.append((output, t, latents))
+        return stock(output, t, latents, **options)
+
+    pipe = with_references(backbone.pipe, 64)
+    pipe.scheduler.step = step
+    pipe.set_progress_bar_config(disable=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (count, 80, 64, 3), dtype=np.uint8)
+    images = [Image.fromarray(own) for own in pixels]
+    arguments = {"prompt": "a photo of a <s> dog", "subject_images": images, **SIDES, **unguided(family)}
+    if family == "kontext":
+        arguments["max_sequence_length"] = 16
+    arguments |= {"num_inference_steps": 2, "output_type": "np"}
+    drawn = pipe(**as_called(pipe, arguments)).images
+    references = backbone.encode_references(reference_pixels(images, 64)).unsqueeze(0)
+    output, t, latents = steps[1]
+    noisy, wanted = as_latents(backbone, latents), as_latents(backbone, output)
+    with torch.no_grad():
+        text = backbone.encode_prompt(["a photo of a dog"])
+        ours, without = (
+            backbone.denoise(noisy, t.view(1) / 1000, Condition(text, references=own))
+            for own in (references, None)
+        )
+    assert torch.allclose(ours, wanted, atol=1e-5)
+    assert not torch.allclose(without, wanted, atol=1e-3)
+    assert drawn.shape == (1, 32, 64, 3)
+
+
+def test_more_references_than_a_model_is_shown_are_refused():
+    pipe = with_references(backbone_of("kontext").pipe, 64)
+    images = [Image.new("RGB", (64, 64))] * 2
+    with pytest.raises(UserError, match="shown 1 at most, not 2"):
+        pipe("a dog", subject_images=images)
+    with pytest.raises(UserError, match=r"one subject, <s>, not <s>, <s2>"):
+        pipe("a dog", subject_images={"<s>": images[:1], "<s2>": images[:1]})
+    with pytest.raises(UserError, match="is shown no images"):
+        with_references(tiny_family("sana"), 64)
 
 
 @families

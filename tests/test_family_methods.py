@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_families import FAMILIES, tiny_family
 
 import customize
 from conftest import write_noise
 from customize.adapters.lora_files import LORA
 from customize.backbones.families import as_called
 from customize.errors import UserError
+from tiny_families import FAMILIES, tiny_family
 
 WORD = {"placeholder_token": "<toy>", "initializer_token": "dog", "instance_prompt": "a photo of <toy>"}
 TWO = {"placeholder_token": "<toy>+<pet>", "initializer_token": "dog+cat"}
@@ -31,6 +31,7 @@ METHODS = {
     "domain_encoder": {"image_encoder": "stickers", "rank": 2, "hard_path": 0.0, "learning_rate": 1e-3},
     "custom_contrast": {},
     "ip_adapter": {},
+    "in_context": {"reference_resolution": 64, "rank": 2, "instance_prompt": "a photo of a <s> dog"},
 }
 # what a method needs that only some models have, as its refusal says
 MAPS = r"attention maps: a \w+ has no cross-attention that can be read"
@@ -40,11 +41,13 @@ REFUSED = {
     ("core", "*"): MAPS,
     ("custom_contrast", "*"): UNETS,
     ("ip_adapter", "*"): UNETS,
+    ("in_context", "*"): r"shown images \(Flux\.2, Flux\.1 Kontext\)",
 }
 WORKS = {("mcpl", "kontext"), ("core", "kontext")}
+WORKS |= {("in_context", family) for family in ("klein", "flux2", "kontext")}
 
 
-ENCODERS = {"domain_encoder", "custom_contrast", "ip_adapter"}
+ENCODERS = {"domain_encoder", "custom_contrast", "ip_adapter", "in_context"}
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +96,13 @@ def test_trains_and_draws_again_or_refuses(family, method, places, tmp_path):
             run(family, method, places, tmp_path / "run")
         assert not (tmp_path / "run" / "run.json").exists()
         return
-    if method == "domain_encoder":  # draws nothing itself
-        info = json.loads((run(family, method, places, tmp_path / "run") / "run.json").read_text())
-        assert info["step"] == 2
+    if method in ("domain_encoder", "in_context"):  # they draw nothing without images
+        made = run(family, method, places, tmp_path / "run")
+        assert json.loads((made / "run.json").read_text())["step"] == 2
+        if method == "domain_encoder":
+            METHODS["domain_tuning"] = SKS | {"domain_encoder": made, "instance_prompt": "a photo of <s>"}
+            tuned = run(family, "domain_tuning", places, tmp_path / "tuned")
+            assert levels(draw(customize.load_pipeline(tuned), "a photo of <s>")).shape == (32, 32, 3)
         return
     prompt = METHODS[method]["instance_prompt"]
     folder = run(family, method, places, tmp_path / "run", validation_prompt=[prompt], validation_steps=2)
@@ -115,3 +122,24 @@ def test_trains_and_draws_again_or_refuses(family, method, places, tmp_path):
         stock.load_lora_weights(str(folder), weight_name=LORA)
         drawn = draw(stock, prompt, num_inference_steps=25, **short)
         assert np.abs(levels(drawn) - levels(again)).max() <= 2
+    if method == "dreambooth":
+        joins(family, folder, places, tmp_path / "joined")
+
+
+def joins(family: str, lora, places, output):
+    """ZipLoRA of two LoRAs, which are the same here, reads in stock diffusers."""
+    concepts = output.with_suffix(".json")
+    concepts.write_text(json.dumps([{"instance_data_dir": str(places / "images"), **SKS}] * 2))
+    made = customize.train(
+        "ziplora",
+        loras=[lora, lora],
+        concepts_list=concepts,
+        pretrained_model_name_or_path=places / family,
+        resolution=32,
+        max_train_steps=2,
+        output_dir=output,
+    )
+    stock = tiny_family(family)
+    stock.load_lora_weights(str(made), weight_name=LORA)
+    found = (levels(draw(own, SKS["instance_prompt"])) for own in (stock, customize.load_pipeline(made)))
+    assert np.abs(next(found) - next(found)).max() <= 1

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from page import served
 from PIL import Image
 
 from customize.app.generate import GenerateConfig
@@ -32,6 +31,7 @@ from customize.errors import UserError
 from customize.runs.listing import progress_of
 from customize.stickers import Drawing
 from customize.stickers.bench import write_references
+from page import served
 
 QUICK = {"number": 1, "steps": 2, "new_seed": False, "seed": 5}
 

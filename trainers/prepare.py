@@ -37,6 +37,12 @@ def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Acce
     data_config.resolution = data_config.resolution or backbone.native_resolution
     check_resolution(data_config.resolution, backbone.factor)
     backbone.resolution = data_config.resolution
+    if backbone.is_distilled:
+        warnings.warn(
+            f"'{name}' is distilled to few steps, which training blurs: train on the base model that it was "
+            "made from, and draw with this one (customize generate RUN --base_model).",
+            stacklevel=2,
+        )
     decode_whole(backbone.vae.float())
     return backbone.to(accelerator.device)
 

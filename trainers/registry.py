@@ -67,6 +67,10 @@ METHODS: dict[str, Entry] = {
         "an encoder of images, no tuning per subject, taught by contrast between subjects (Chen et "
         "al., 2025)",
     ),
+    "in_context": Entry(
+        "customize.trainers.methods.in_context:InContext",
+        "LoRA for models that are shown images of the subject: Flux.2, Flux.1 Kontext",
+    ),
     "ip_adapter": Entry(
         "customize.trainers.methods.ip_adapter:IPAdapter",
         "an encoder of images: visual tokens alone (Ye et al., 2023)",

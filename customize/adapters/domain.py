@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from customize.adapters.base import Adapter
 from customize.adapters.encoders.resampler import Resampler
+from customize.backbones.base import Backbone
 from customize.errors import UserError
 from customize.files import header, tensors_of
 from customize.tensor_checks import check_finite, misfit
@@ -125,12 +126,15 @@ class DomainEncoder(nn.Module, Adapter):
         """Nothing: `domain_tuning` reads it."""
 
 
-def layers_of(denoiser: Any, ends: Sequence[str]) -> dict[str, list[int]]:
-    """The widths [in, out] of the linear layers whose names end so."""
+def layers_of(backbone: Backbone) -> dict[str, list[int]]:
+    """The widths [in, out] of the denoiser's linear layers of attention."""
+    ends = backbone.lora_presets["attention"]
     return {
         name: [layer.in_features, layer.out_features]
-        for name, layer in denoiser.named_modules()
-        if isinstance(layer, nn.Linear) and any(name.endswith("." + end) for end in ends)
+        for name, layer in backbone.denoiser.named_modules()
+        if isinstance(layer, nn.Linear)
+        and any(name.endswith("." + end) for end in ends)
+        and name not in backbone.unused_layers
     }
 
 

@@ -45,12 +45,13 @@ def add_lora(
     presets: Mapping[str, list[str]] = PRESETS,
     without: Collection[str] = (),
 ) -> None:
-    """Adds trainable float32 LoRA to the layers that `lora_layers` (or `targets`) names, but those
-    `without`; it is zero at the start."""
+    """Adds trainable float32 LoRA to the layers that `lora_layers` (or `targets`) names; presets leave out
+    those `without`. It is zero at the start."""
     preset = targets or presets.get(settings.lora_layers)
     wanted = preset or [name.strip() for name in settings.lora_layers.split(",")]
-    kinds = nn.Linear | nn.Conv2d
-    layers = [n for n, layer in module.named_modules() if isinstance(layer, kinds) and n not in without]
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if preset:
+        layers = [name for name in layers if name not in without]
     # a preset's `proj_out` is that of a block, never the model's own last layer
     found = {t: [n for n in layers if n.endswith("." + t) or (n == t and not preset)] for t in wanted}
     missing = [t for t, names in found.items() if not names]

@@ -29,6 +29,8 @@ class Condition:
     text: dict[str, Tensor]
     # of a subject encoder; `ip_hidden_states` is the one name that diffusers lets through
     injected: Any = None
+    # (batch, count, channels, height, width): latents of images that the model is shown
+    references: Tensor | None = None
     # (batch, 4): original height and width, top and left of the crop in pixels; for SDXL
     sizes: Tensor | None = None
 
@@ -86,6 +88,7 @@ class Backbone(nn.Module):
         dict[str, str]
     ]  # the denoiser's text arguments, as the pipeline's call names them
     takes_negative_prompt = True
+    takes_references = 0  # images at most that the model is shown beside the prompt
     guidance_name = "guidance_scale"  # of classifier-free guidance, in the pipeline's call
     text_length = 0  # tokens of a prompt given to T5 or a language model, of models that have one
     packing = 0  # sides of the patches that latents are packed into; 0: as the denoiser's patch_size says
@@ -138,6 +141,11 @@ class Backbone(nn.Module):
     def unused_layers(self) -> set[str]:
         """Layers of the denoiser whose output is thrown away: LoRA of them would get no gradient."""
         return set()
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the model draws in few steps without guidance, as far as it says so."""
+        return bool(getattr(self.pipe.config, "is_distilled", False)) or "turbo" in self.name.lower()
 
     @property
     def takes_guidance(self) -> bool:
@@ -239,6 +247,11 @@ class Backbone(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1] to scaled latents."""
         return self.sample_latents(**self.moments(pixels))
+
+    def encode_references(self, pixels: Tensor) -> Tensor:
+        """Pixels (n, 3, height, width) in [-1, 1] of images that the model is shown, to normalised latents:
+        the mean of the posterior."""
+        return self._normalised(self.moments(pixels)["mean"])
 
     # prompts
 

@@ -33,13 +33,18 @@ class Flux(Flow):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def denoise(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        b, c, h, w = noisy.shape
+        _, _, h, w = noisy.shape
         arguments = self._arguments(noisy, t, condition.text)
-        packed = self.pipe._pack_latents(noisy, b, c, h, w)
         arguments |= {"joint_attention_kwargs": condition.attention_arguments}
-        velocity = self.denoiser(packed, timestep=t, **arguments).sample
+        packed = self.pipe._pack_latents(noisy, *noisy.shape)
+        if condition.references is not None:
+            packed, arguments = self._with_references(packed, condition.references, arguments)
+        velocity = self.denoiser(packed, timestep=t, **arguments).sample[:, : h * w // 4]
         scale = self.pipe.vae_scale_factor
         return self.pipe._unpack_latents(velocity, h * scale, w * scale, scale)
+
+    def _with_references(self, packed: Tensor, references: Tensor, arguments: dict) -> tuple[Tensor, dict]:
+        raise NotImplementedError
 
     def _arguments(self, noisy: Tensor, t: Tensor, text: dict[str, Tensor]) -> dict[str, Any]:
         """The denoiser's arguments beside latents and times."""
@@ -57,6 +62,16 @@ class FluxKontext(Flux):
     """Flux.1 Kontext, which may be shown an image; `samples_posterior` as in its script."""
 
     samples_posterior = False
+    takes_references = 1
+
+    def _with_references(self, packed, references, arguments):
+        """The image's tokens follow the noisy ones; their first coordinate is 1."""
+        [shown] = references.unbind(1)
+        b, _, h, w = shown.shape
+        ids = self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, shown.device, shown.dtype)
+        ids[..., 0] = 1
+        packed = torch.cat([packed, self.pipe._pack_latents(shown, *shown.shape)], 1)
+        return packed, arguments | {"img_ids": torch.cat([arguments["img_ids"], ids])}
 
     @classmethod
     def call_options(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class Flux2(Flow):
 
     guidance_scale = 1.0  # that the guidance-distilled dev is given in training
     takes_negative_prompt = False
+    takes_references = 10
     text_length = 512
     embedding_names = ("mistral3",)
     packing = 2
@@ -62,16 +63,24 @@ class Flux2(Flow):
         return {"encoder_hidden_states": embeds}
 
     def denoise(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        text = condition.text["encoder_hidden_states"]
+        text, references = condition.text["encoder_hidden_states"], self._references(condition)
+        packed = torch.cat([self.pipe._pack_latents(own) for own in (noisy, *references)], 1)
+        ids = [self.pipe._prepare_latent_ids(noisy)]
+        if references:
+            shown = self.pipe._prepare_image_ids([own[:1] for own in references])
+            ids.append(shown.expand(len(noisy), -1, -1))
         arguments = {
-            "img_ids": self.pipe._prepare_latent_ids(noisy).to(noisy.device),
+            "img_ids": torch.cat(ids, 1).to(noisy.device),
             "txt_ids": self.pipe._prepare_text_ids(text).to(noisy.device),
             "guidance": torch.full_like(t, self.guidance_scale) if self.takes_guidance else None,
             "joint_attention_kwargs": condition.attention_arguments,
         }
-        packed = self.pipe._pack_latents(noisy)
         velocity = self.denoiser(packed, timestep=t, encoder_hidden_states=text, **arguments).sample
-        return velocity.mT.unflatten(2, noisy.shape[2:])
+        return velocity[:, : noisy[0, 0].numel()].mT.unflatten(2, noisy.shape[2:])
+
+    def _references(self, condition: Condition) -> list[Tensor]:
+        """The latents (batch, channels, height, width) of each image that is shown."""
+        return [] if condition.references is None else [*condition.references.unbind(1)]
 
     def dynamic_shift(self) -> float:
         return compute_empirical_mu((self.resolution // self.factor) ** 2, num_steps=50)

@@ -90,7 +90,7 @@ class ReferenceSource(Source):
 @dataclass
 class RenderedSubjects(ReferenceSource):
     def prepare(self, method: Any, preparation: Preparation) -> TrainingData:
-        pixels, count = method.image_encoder.pixels, self.config.holdout
+        pixels, count = method.reference_pixels, self.config.holdout
         held = held_out_batches(
             Rendered(self.config, pixels, self.seed, validation=True),
             count,
@@ -107,7 +107,7 @@ class FolderSubjects(ReferenceSource):
     subjects: Sequence[tuple[str, Sequence[ImageFile]]]
 
     def prepare(self, method: Any, preparation: Preparation) -> TrainingData:
-        pixels, count = method.image_encoder.pixels, self.config.holdout
+        pixels, count = method.reference_pixels, self.config.holdout
         order = np.random.default_rng(self.seed).permutation(len(self.subjects)).tolist()
         held, train = (
             Folders(self.config, [self.subjects[i] for i in part], pixels, self.seed)
@@ -131,7 +131,7 @@ class StreamedSubjects(ReferenceSource):
     held_rows: list[dict]
 
     def prepare(self, method: Any, preparation: Preparation) -> TrainingData:
-        pixels, count = method.image_encoder.pixels, self.config.holdout
+        pixels, count = method.reference_pixels, self.config.holdout
         kept = first_epoch(Streamed(self.config, self.held_rows, pixels, self.seed)) if count else []
         if count and len(kept) < 2:
             raise UserError(

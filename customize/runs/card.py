@@ -75,6 +75,8 @@ def card(folder: Path, info: dict[str, Any], concepts: Sequence[Concept]) -> str
     about = f"""{_made(info, base)}
 {"Prompt" if len(prompts) == 1 else "Prompts"} of the subject: {", ".join(f"`{p}`" for p in prompts)}."""
     use = USE.format(folder=name, prompt=json.dumps(prompts[0]))
+    if "in_context" in info:
+        use = USE_ENCODER.format(folder=name, prompt="a photo of a dog on the beach")
     if holds(folder, "subject"):
         about = (
             f"An encoder of subjects for `{base}`, trained by **{info['method']}** in {info['step']} steps."

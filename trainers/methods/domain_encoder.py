@@ -9,10 +9,12 @@ LoRA small. Cross-attention takes two paths, one of them with the nearest word a
 There is no public code. The sizes, k = 10 nearest words and the temperature .1 are choices of this project.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from customize import embedded
@@ -106,7 +108,7 @@ class DomainEncoding(Method):
             DomainConfig(
                 image_dim=self.image_encoder.width,
                 text_dims=[len(start) for start in starts],
-                layers=layers_of(backbone.denoiser, backbone.lora_presets["attention"]),
+                layers=layers_of(backbone),
                 starting_word=config.initializer_token,
                 num_vectors=config.num_vectors,
                 rank=config.rank,
@@ -144,6 +146,9 @@ class DomainEncoding(Method):
         predicted = self.adapter(features)
         self.adapter.cores = predicted.cores  # also for the backward pass, which may run layers again
         return super().forward(batch | {"predicted": predicted})
+
+    def reference_pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        return self.image_encoder.pixels(images)
 
     def condition(self, batch: dict, t: Tensor) -> Condition:
         vectors = self.adapter.vectors(batch["predicted"])

@@ -1,5 +1,6 @@
 """What methods that train a subject encoder share: image encoder, adapter, and dropout for guidance."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,10 @@ class SubjectMethod(Method):
             )
         adapter.load_state_dict(state, strict=False)
         return adapter
+
+    def reference_pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """References as the image encoder reads them, (n, 3, side, side)."""
+        return self.image_encoder.pixels(images)
 
     def enable_gradient_checkpointing(self) -> None:
         super().enable_gradient_checkpointing()
