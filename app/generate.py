@@ -274,7 +274,7 @@ def add_loras(pipe: Any, texts: Sequence[str]) -> None:
     """Loads the LoRAs of --lora beside that of the run, with their learned words, each at its weight."""
     if not texts:
         return
-    from customize.adapters.merging import load_lora
+    from customize.adapters.lora_reading import load_lora
     from customize.runs.checkpoint import load, open_run
     from customize.runs.folder import INFO
 

@@ -53,7 +53,8 @@ def merge_loras(names: Sequence[str], config: MergeConfig) -> Path:
     does not go together."""
     from customize import embedded
     from customize.adapters.kohya import KohyaLora
-    from customize.adapters.merging import Merged, merged, read_lora, words_of
+    from customize.adapters.lora_reading import read_lora
+    from customize.adapters.merging import Merged, merged, words_of
     from customize.backbones.families import wrap
     from customize.backbones.load import load_base
     from customize.data.concepts import Concept

@@ -526,7 +526,7 @@ def batch_of(identity, seed=0):
 
 def step_of(method, batch):
     nothing, t = torch.zeros(len(batch["identity"])), torch.full([len(batch["identity"])], 0.4)
-    return Step(nothing, nothing, t, nothing, method.condition(batch, t), nothing, batch)
+    return Step(nothing, nothing, nothing, t, nothing, method.condition(batch, t), nothing, batch)
 
 
 def compared(method, batch):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model_state_dict
@@ -10,13 +11,15 @@ from safetensors.torch import load_file
 import customize
 from customize.adapters.kohya import KOHYA, KohyaLora
 from customize.adapters.lora import TEXT_ATTENTION, Lora, LoraFields, add_lora
-from customize.adapters.lora_files import with_text_model
-from customize.adapters.merging import load_lora
+from customize.adapters.lora_files import LORA, with_text_model
+from customize.adapters.lora_reading import load_lora
 from customize.backbones.families import wrap
 from customize.errors import UserError
 from customize.files import header
 from customize.pipelines import load_pipeline
 from customize.runs import checkpoint
+from customize.trainers.methods.dreambooth import DreamBooth, DreamBoothConfig
+from customize.trainers.settings import TrainConfig, make_optimizer
 from tiny import BASES, draw, lora_of, tiny
 
 RANK, ALPHA = 4, 6.0
@@ -334,3 +337,81 @@ def test_a_run_of_any_name_loads(name, images, tmp_path):
     load_lora(run, pipe)  # once more, beside the first
     assert len(pipe.get_list_adapters()["unet"]) == 2
     assert before.shape == (32, 32, 3)
+
+
+# layers by pattern, with rates of their own
+
+
+def test_layers_by_pattern():
+    backbone = wrap(tiny("flux"))
+    add_lora(backbone.denoiser, LoraFields(rank=2, lora_layers="single_transformer_blocks.*.to_q,ff.net.*"))
+    assert set(layers(backbone.denoiser)) == {
+        "single_transformer_blocks.0.attn.to_q",
+        "transformer_blocks.0.ff.net.0.proj",
+        "transformer_blocks.0.ff.net.2",
+    }
+
+
+@pytest.mark.parametrize("scale_lr", [False, True])
+def test_layers_have_rates_of_their_own(scale_lr):
+    """to_q is named by both entries: the later one counts."""
+    method = DreamBooth(
+        wrap(tiny("sd15")), DreamBoothConfig(rank=2, lora_layers="to_q,to_k,attn1.to_q:0.5"), []
+    )
+    config = TrainConfig(learning_rate=0.2, scale_lr=scale_lr, train_batch_size=3)
+    rates = {
+        id(p): group["lr"]
+        for group in make_optimizer(method, config, 1).param_groups
+        for p in group["params"]
+    }
+    assert len(rates) == len(method.trainable())
+    for name, parameter in method.trainable().items():
+        factor = 0.5 if "attn1.to_q" in name else 1.0
+        assert rates[id(parameter)] == pytest.approx(0.2 * factor * (3 if scale_lr else 1))
+
+
+@pytest.mark.parametrize("text", ["to_q:0", "to_q:-1", "to_q:fast", "to_q:nan", "to_q:inf"])
+def test_a_rate_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match=r"lora_layers: 'to_q:.*' has no rate above 0"):
+        add_lora(wrap(tiny("sd15")).denoiser, LoraFields(rank=2, lora_layers=text))
+
+
+# starting from a LoRA
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_training_starts_from_a_lora(base, tmp_path):
+    """Also where its alpha differs: the first image is that of the LoRA."""
+    backbone = adapted(base, rank=2, lora_alpha=8)
+    saved(backbone, tmp_path)
+    method = DreamBooth(
+        wrap(tiny(base)), DreamBoothConfig(rank=2, lora_alpha=1, pretrained_lora=str(tmp_path / LORA)), []
+    )
+    drawn, wanted = (
+        draw(method.backbone.pipe, "a photo of sks dog"),
+        draw(backbone.pipe, "a photo of sks dog"),
+    )
+    assert np.abs(drawn - wanted).max() < 1e-4
+    assert np.abs(wanted - draw(tiny(base), "a photo of sks dog")).max() > 1e-3
+    assert all(p.requires_grad for p in method.trainable().values())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rank": 4}, "has rank 2; give --rank 2"),
+        ({"rank": 2, "lora_layers": "to_q"}, "has the layer .* which is not trained here"),
+        ({"full_finetune": True}, "--full_finetune trains no LoRA"),
+    ],
+)
+def test_a_lora_that_cannot_be_started_from(config, message, tmp_path):
+    saved(adapted("sd15", rank=2), tmp_path)
+    with pytest.raises(UserError, match=message):
+        DreamBooth(wrap(tiny("sd15")), DreamBoothConfig(**config, pretrained_lora=str(tmp_path / LORA)), [])
+
+
+def test_a_file_that_is_no_lora_or_of_another_model_is_refused(tmp_path):
+    saved(adapted("sdxl", rank=2), tmp_path)
+    for path in (tmp_path / "nothing.safetensors", tmp_path / LORA):
+        with pytest.raises(UserError, match=r"holds no LoRA|does not fit this base model"):
+            DreamBooth(wrap(tiny("sd15")), DreamBoothConfig(rank=2, pretrained_lora=str(path)), [])

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 
 from customize.backbones.families import wrap
 from customize.errors import UserError
-from customize.losses import contrastive_flow, denoising
+from customize.losses import contrastive_flow, denoising, subject_fidelity
 from customize.trainers.methods.base import Method
 from tiny import BASES, random, tiny
 
@@ -167,3 +167,22 @@ def test_contrastive_flow_needs_another_sample():
     method = Method(wrap(tiny("sd15")), Method.Config(contrastive_flow_weight=0.05), []).train()
     with pytest.raises(UserError, match=r"--contrastive_flow_weight.*--train_batch_size"):
         method({"pixels": random(1, 3, 16, 16), "prompt": ["a dog"]})
+
+
+def test_subject_fidelity_by_hand():
+    """SFO: minus the log of the sigmoid of beta times how much more the negative's error rose."""
+    errors = [torch.tensor(values) for values in ([0.3, 0.2], [0.4, 0.5], [0.35, 0.1], [0.4, 0.6])]
+    found = subject_fidelity(*errors, beta=20.0).item()
+    total = 0.0
+    for i in range(2):
+        positive, negative, reference_positive, reference_negative = (own[i].item() for own in errors)
+        gained = (positive - negative) - (reference_positive - reference_negative)
+        total += -math.log(1 / (1 + math.exp(20.0 * gained)))
+    assert found == pytest.approx(total / 2, rel=1e-5)
+
+
+def test_subject_fidelity_lowers_the_subjects_error_alone():
+    positive, negative = torch.tensor([0.3], requires_grad=True), torch.tensor([0.3], requires_grad=True)
+    subject_fidelity(positive, negative, torch.tensor([0.3]), torch.tensor([0.3])).backward()
+    assert positive.grad.item() == pytest.approx(500)  # beta / 2
+    assert negative.grad.item() == pytest.approx(-500)

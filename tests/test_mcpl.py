@@ -39,7 +39,7 @@ def test_prompt_contrast_by_loops(base, adjectives):
     method = method_of(base, bind_adjectives=adjectives)
     with torch.no_grad():
         text = method.backbone.encode_prompt(PROMPTS)
-    step = Step(*[torch.zeros(2)] * 4, Condition(text), torch.zeros(2), {"prompt": PROMPTS})
+    step = Step(*[torch.zeros(2)] * 5, Condition(text), torch.zeros(2), {"prompt": PROMPTS})
     rows = []
     for i, words in enumerate((["<toy>", "<pet>"], ["<pet>"])):
         for word in words:

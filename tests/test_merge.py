@@ -10,17 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import customize
 from customize.adapters.lora import LoraFields, add_lora
-from customize.adapters.merging import (
-    HOW,
-    Update,
-    load_lora,
-    lora_state,
-    merged,
-    orthogonal,
-    read_lora,
-    strongest,
-    svd,
-)
+from customize.adapters.lora_reading import Update, load_lora, read_lora
+from customize.adapters.merging import HOW, lora_state, merged, orthogonal, strongest, svd
 from customize.app.cli import main
 from customize.errors import UserError
 from customize.files import header

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from customize.backbones.base import Condition
 from customize.backbones.families import wrap
 from customize.data.concepts import Concept, DataConfig
 from customize.data.dataset import SubjectDataset, collate
@@ -20,7 +21,7 @@ from customize.runs import checkpoint
 from customize.trainers.loop import train
 from customize.trainers.methods.break_for_make import BreakForMake
 from customize.trainers.methods.core import CoRe
-from customize.trainers.methods.dreambooth import DreamBooth
+from customize.trainers.methods.dreambooth import DreamBooth, DreamBoothConfig
 from customize.trainers.methods.mcpl import MCPL
 from customize.trainers.methods.pivotal_tuning import PivotalTuning
 from customize.trainers.methods.single_insert import SingleInsert
@@ -212,6 +213,58 @@ def test_every_methods_loss_honours_masks_and_min_snr(base, case, images):
             for i in range(2)
         )
         assert instance_loss(method, step).item() == pytest.approx(by_hand / 2, rel=1e-4)
+
+
+# negative-guided subject fidelity
+
+
+def test_fidelity_compares_each_image_with_a_class_image(images):
+    """By a loop: at the image's own noise, time and prompt, with LoRA and without."""
+    config = DreamBoothConfig(
+        rank=2, with_prior_preservation=True, fidelity_weight=0.7, fidelity_beta=3.0, lora_layers="all"
+    )
+    concept = Concept(str(images), "a photo of sks dog", "a photo of dog", "")
+    method = DreamBooth(wrap(tiny("sd15")), config, [concept]).train()
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in method.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    prior = torch.tensor([False, False, True])
+    prompts = ["a photo of sks dog", "sks dog on grass", "a photo of dog"]
+    batch = {"pixels": random(3, 3, 16, 16).clamp(-1, 1), "prompt": prompts, "is_prior": prior}
+    batch["concept"] = torch.tensor([0, 0, 0])
+    seen, losses = {}, method.losses
+    method.losses = lambda step: seen.update(step=step) or losses(step)
+    torch.manual_seed(0)
+    found = method(batch)["fidelity"]
+    step, backbone, total = seen["step"], method.backbone, 0.0
+
+    def error(image: int, subject: int) -> torch.Tensor:
+        t = step.t[subject : subject + 1]
+        latents, noise = (own[i : i + 1] for own, i in ((step.latents, image), (step.noise, subject)))
+        noisy, target = backbone.add_noise(latents, noise, t)
+        text = Condition(backbone.encode_prompt([prompts[subject]]))
+        return (backbone.denoise(noisy, t, text) - target).square().mean()
+
+    for subject in (0, 1):
+        gained = error(subject, subject) - error(2, subject)
+        with backbone.without_adapters():
+            gained = gained - (error(subject, subject) - error(2, subject))
+        total += -torch.nn.functional.logsigmoid(-3.0 * gained).item()
+    assert found.item() == pytest.approx(0.7 * total / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "add --with_prior_preservation"),
+        ({"with_prior_preservation": True, "prior_source": "teacher"}, "--prior_source images"),
+        ({"full_finetune": True}, "needs LoRA"),
+    ],
+)
+def test_fidelity_needs_class_images_and_lora(config, message):
+    with pytest.raises(UserError, match=message):
+        DreamBooth(wrap(tiny("sd15")), DreamBoothConfig(fidelity_weight=1.0, **config), [])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -298,7 +298,7 @@ def made_up_step(is_prior: list[bool], mask: torch.Tensor | None = None) -> Step
         {} if mask is None else {"mask": mask}
     )
     t = torch.tensor([0.01, 0.3, 0.6, 0.99][:n])
-    return Step(target, target, t, target, Condition({}), prediction, batch)
+    return Step(target, target, target, t, target, Condition({}), prediction, batch)
 
 
 def test_the_prior_loss_by_hand():

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import customize
-from customize.adapters.merging import read_lora
+from customize.adapters.lora_reading import read_lora
 from customize.adapters.zipped_lora import ZippedLora
 from customize.backbones.base import Condition
 from customize.backbones.families import wrap

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 
 from customize import embedded
+from customize.adapters.lora import with_own_rates
 from customize.config import option
 from customize.errors import UserError, first_line
 from customize.trainers.methods.base import Method
@@ -170,13 +171,14 @@ def make_optimizer(method: Method, config: TrainConfig, processes: int) -> torch
         "weight_decay": config.adam_weight_decay,
         "eps": config.adam_epsilon,
     }
+    groups = with_own_rates(method.parameter_groups(lr))
     if not config.use_8bit_adam:
-        return torch.optim.AdamW(method.parameter_groups(lr), **options, fused=True)
+        return torch.optim.AdamW(groups, **options, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from None
-    return AdamW8bit(method.parameter_groups(lr), **options)
+    return AdamW8bit(groups, **options)
 
 
 def check_settings(model_config: ModelConfig, data_config: Any, train_config: TrainConfig) -> None:

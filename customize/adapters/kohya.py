@@ -13,7 +13,8 @@ from torch import Tensor
 from customize.adapters.base import Adapter
 from customize.adapters.lora import adapted
 from customize.adapters.lora_files import with_text_model
-from customize.adapters.merging import FoldedLora, Layers
+from customize.adapters.lora_reading import Layers
+from customize.adapters.merging import FoldedLora
 from customize.backbones.base import Backbone
 from customize.errors import UserError
 

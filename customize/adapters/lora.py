@@ -1,10 +1,10 @@
 """LoRA (low-rank adapters, Hu et al., 2021, arXiv 2106.09685) of the denoiser and the text encoders,
 through peft."""
 
-import itertools
-import re
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from customize.adapters.base import Adapter
 from customize.adapters.lora_files import LORA, MAGNITUDE, check_lora, diffusers_state, folded_metadata
+from customize.adapters.lora_reading import Layers, adapter_name, read_lora
 from customize.backbones.base import Backbone
 from customize.backbones.layers import PRESETS
 from customize.config import check_ranges, option
@@ -33,9 +35,14 @@ class LoraFields:
     lora_alpha: float = option(0.0, "LoRA is scaled by lora_alpha / rank; 0 means rank", least=0)
     lora_dropout: float = option(0.0, "dropout before the LoRA matrices", least=0, below=1)
     lora_layers: str = option(
-        "attention", "attention, attention+ff, all (convolutions too), or comma-separated module names"
+        "attention",
+        "attention, attention+ff, all (convolutions too), or comma-separated names of modules, * for any "
+        "part; NAME:0.5 trains them at half the learning rate",
     )
     use_dora: bool = option(False, "DoRA: also learn the magnitude of each weight vector")
+    pretrained_lora: str = option(
+        "", "LoRA to start from, a run or a file of any layout, of the same rank; empty: start from nothing"
+    )
 
 
 def add_lora(
@@ -48,12 +55,16 @@ def add_lora(
     """Adds trainable float32 LoRA to the layers that `lora_layers` (or `targets`) names; presets leave out
     those `without`. It is zero at the start."""
     preset = targets or presets.get(settings.lora_layers)
-    wanted = preset or [name.strip() for name in settings.lora_layers.split(",")]
+    rates = dict.fromkeys(preset, 1.0) if preset else _rates(settings.lora_layers)
+    wanted = list(rates)
     layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     if preset:
         layers = [name for name in layers if name not in without]
     # a preset's `proj_out` is that of a block, never the model's own last layer
-    found = {t: [n for n in layers if n.endswith("." + t) or (n == t and not preset)] for t in wanted}
+    found = {
+        t: [n for n in layers if fnmatchcase(n, f"*.{t}") or (fnmatchcase(n, t) and not preset)]
+        for t in wanted
+    }
     missing = [t for t, names in found.items() if not names]
     if missing and (not preset or len(missing) == len(wanted)):
         raise UserError(
@@ -78,6 +89,34 @@ def add_lora(
         )
     )
     cast_training_params(module, dtype=torch.float32)
+    for target, own in found.items():  # of a layer that several name, the last counts
+        for parameter in (p for name in own for p in module.get_submodule(name).parameters()):
+            parameter.lr_scale = rates[target]  # type: ignore[attr-defined]
+
+
+def _rates(text: str) -> dict[str, float]:
+    """The names in `lora_layers`, each with the factor of its learning rate."""
+    found = {}
+    for entry in text.split(","):
+        name, _, rate = entry.strip().partition(":")
+        try:
+            found[name] = float(rate or 1)
+        except ValueError:
+            found[name] = math.nan
+        if not 0 < found[name] < 1000:
+            raise UserError(f"--lora_layers: '{entry.strip()}' has no rate above 0; write NAME:0.5.")
+    return found
+
+
+def with_own_rates(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An optimizer's groups, split by the factors of the learning rate that `lora_layers` names."""
+    found = []
+    for group in groups:
+        parts: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            parts.setdefault(getattr(parameter, "lr_scale", 1.0), []).append(parameter)
+        found += [group | {"params": own, "lr": scale * group["lr"]} for scale, own in parts.items()]
+    return found
 
 
 def check_rank(rank: int, weights: list[Tensor]) -> None:
@@ -99,9 +138,40 @@ class Lora(Adapter):
 
     def __init__(self, backbone: Backbone, settings: LoraFields, text_encoders: Sequence[ModelMixin] = ()):
         self.backbone = backbone
+        start = settings.pretrained_lora
+        given = read_lora(Path(start), backbone.pipe) if start else {}
         add_lora(backbone.denoiser, settings, presets=backbone.lora_presets, without=backbone.unused_layers)
         for encoder in text_encoders:
             add_lora(encoder, settings, TEXT_ATTENTION)
+        if given:
+            self._start_from(given, start)
+
+    @torch.no_grad()
+    def _start_from(self, given: Layers, where: str) -> None:
+        """Takes the updates of a LoRA; UserError unless all of its layers are trained here, at its rank."""
+        trained = {
+            (part, name): layer
+            for part, module in self.backbone.components().items()
+            for name, layer in module.named_modules()
+            if isinstance(layer, LoraLayer) and "default" in layer.lora_A
+        }
+        for key, update in given.items():
+            if key[1] in self.backbone.unused_layers:  # other tools train them too, without effect
+                continue
+            if key not in trained:
+                raise UserError(
+                    f"--pretrained_lora: '{where}' has the layer '{key[1]}' of the {key[0]}, which is not "
+                    "trained here; give the --lora_layers that it was trained with."
+                )
+            layer: Any = trained[key]
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            if len(down) != len(update.down):
+                raise UserError(
+                    f"--pretrained_lora: '{where}' has rank {len(update.down)}; give --rank "
+                    f"{len(update.down)}."
+                )
+            down.copy_(update.down.view_as(down))
+            up.copy_((update.up / layer.scaling["default"]).view_as(up))
 
     @property
     def changes_text(self) -> bool:
@@ -125,16 +195,6 @@ class Lora(Adapter):
             check_lora(pipe, state, str(file), header(file))
             pipe.load_lora_weights(str(folder), weight_name=LORA, adapter_name=adapter_name(folder, pipe))
             _load_magnitudes(pipe, state)
-
-
-def adapter_name(folder: Path, pipe: DiffusionPipeline) -> str:
-    """A name for a run's LoRA in a pipeline: its folder's name with only letters, digits and underscores."""
-    name = re.sub(r"\W+", "_", folder.resolve().name) or "run"
-    if hasattr(nn.ModuleDict(), name):  # such as half or train: peft keeps adapters in a ModuleDict
-        name += "_run"
-    taken = {own for names in pipe.get_list_adapters().values() for own in names}
-    numbered = (f"{name}_{i}" for i in itertools.count(2))
-    return next(own for own in itertools.chain([name], numbered) if own not in taken)
 
 
 @torch.no_grad()

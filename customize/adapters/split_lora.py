@@ -21,7 +21,8 @@ from torch.nn.utils import parametrize
 
 from customize.adapters.lora import LoraFields, add_lora
 from customize.adapters.lora_files import LORA
-from customize.adapters.merging import FoldedLora, Layers, Update, lora_state
+from customize.adapters.lora_reading import Layers, Update
+from customize.adapters.merging import FoldedLora, lora_state
 from customize.backbones.base import Backbone
 from customize.errors import UserError
 from customize.files import tensors_of

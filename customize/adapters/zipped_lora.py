@@ -12,7 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from customize.adapters.merging import FoldedLora, Layers, Update
+from customize.adapters.lora_reading import Layers, Update
+from customize.adapters.merging import FoldedLora
 from customize.backbones.base import Backbone
 from customize.errors import UserError
 

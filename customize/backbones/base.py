@@ -45,6 +45,7 @@ class Step:
     width)."""
 
     latents: Tensor
+    noise: Tensor
     noisy: Tensor
     t: Tensor
     target: Tensor

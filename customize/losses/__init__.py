@@ -11,6 +11,7 @@ from customize.losses.contrastive import (
 )
 from customize.losses.contrastive_flow import contrastive_flow
 from customize.losses.denoising import denoising
+from customize.losses.fidelity import subject_fidelity
 
 __all__ = [
     "appearance_contrast",
@@ -23,5 +24,6 @@ __all__ = [
     "denoising",
     "info_nce",
     "nearest_word_contrast",
+    "subject_fidelity",
     "supervised_contrast",
 ]

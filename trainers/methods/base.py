@@ -143,21 +143,21 @@ class Method(nn.Module):
         condition = self.condition(batch, t)
         condition.sizes = batch.get("sizes")
         prediction = self.backbone.denoise(noisy, t, condition)
-        step = Step(latents, noisy, t, target, condition, prediction, batch)
+        step = Step(latents, noise, noisy, t, target, condition, prediction, batch)
         terms = self.losses(step)
         if self.config.contrastive_flow_weight and self.training:
-            terms["contrastive_flow"] = self._contrastive_flow(step, noise)
+            terms["contrastive_flow"] = self._contrastive_flow(step)
         return terms
 
-    def _contrastive_flow(self, step: Step, noise: Tensor) -> Tensor:
+    def _contrastive_flow(self, step: Step) -> Tensor:
         """Minus the error to the target of the next sample of the batch, at this sample's time: Contrastive
         Flow Matching (Stoica et al., 2025, arXiv 2506.05350). It is weighted as the denoising error is, below
         which it must stay: else it could fall without end."""
-        if len(noise) == 1:
+        if len(step.noise) == 1:
             raise UserError(
                 "--contrastive_flow_weight needs other samples to keep apart: raise --train_batch_size."
             )
-        _, other = self.backbone.add_noise(step.latents.roll(1, 0), noise.roll(1, 0), step.t)
+        _, other = self.backbone.add_noise(step.latents.roll(1, 0), step.noise.roll(1, 0), step.t)
         errors = self.errors(replace(step, target=other))
         if "is_prior" in step.batch:  # class images have a weight of their own
             errors = errors[~step.batch["is_prior"]]

@@ -17,6 +17,7 @@ from customize.backbones.base import Backbone, Condition, Step
 from customize.config import option
 from customize.data.concepts import Concept
 from customize.errors import UserError, shortened
+from customize.losses import denoising, subject_fidelity
 from customize.trainers.methods.base import Method, MethodConfig
 from customize.trainers.prepare import class_images
 
@@ -39,6 +40,13 @@ class DreamBoothConfig(LoraFields, MethodConfig):
         "what the prior loss compares with. images: images of the class, drawn by the base model; teacher: "
         "the base model's prediction for --class_prompt, without images",
     )
+    fidelity_weight: float = option(
+        0.0,
+        "weight of negative-guided subject fidelity (SFO), which prefers the subject to the class images of "
+        "--prior_source images, compared with the base model; 0 is off",
+        least=0,
+    )
+    fidelity_beta: float = option(1000.0, "sharpness of the preference of --fidelity_weight", above=0)
     sample_batch_size: int = option(4, "class images drawn at once, for prior preservation", least=1)
     num_class_images: int = option(
         100, "class images to have in --class_data_dir, for prior preservation", least=1
@@ -101,6 +109,16 @@ class DreamBooth(Method):
                 )
 
     def _check(self) -> None:
+        if self.config.full_finetune and self.config.pretrained_lora:
+            raise UserError("--pretrained_lora: --full_finetune trains no LoRA; leave one of the two out.")
+        if self.config.fidelity_weight:
+            if self.config.full_finetune:
+                raise UserError("--fidelity_weight needs LoRA, which can be switched off; leave it out here.")
+            if not self.config.with_prior_preservation or self.uses_teacher_prior:
+                raise UserError(
+                    "--fidelity_weight compares with images of the class: add --with_prior_preservation "
+                    "--prior_source images."
+                )
         if not self.config.with_prior_preservation:
             return
         if any(not concept.class_prompt for concept in self.concepts):
@@ -120,9 +138,29 @@ class DreamBooth(Method):
         terms = {"denoise": self.errors(step)[~is_prior].mean()}
         if is_prior.any():  # min-SNR weights the instance loss alone, as in diffusers' script
             terms["prior"] = self.config.prior_loss_weight * self.masked_errors(step)[is_prior].mean()
+            if self.config.fidelity_weight and self.training:
+                terms["fidelity"] = self.config.fidelity_weight * self._fidelity(step)
         elif self.uses_teacher_prior:
             terms["prior"] = self.config.prior_loss_weight * self._teacher_error(step)
         return terms
+
+    def _fidelity(self, step: Step) -> Tensor:
+        """Each image of a subject against a class image of the batch, at its noise, time and prompt."""
+        prior = step.batch["is_prior"]
+        own, others = (~prior).nonzero().flatten(), prior.nonzero().flatten()
+        others = others[torch.arange(len(own), device=others.device) % len(others)]
+        t, prompts = step.t[own], [step.batch["prompt"][i] for i in own.tolist()]
+        text = self.backbone.encode_prompt(prompts)
+        sizes = None if step.condition.sizes is None else step.condition.sizes[own]
+
+        def errors(images: Tensor) -> Tensor:
+            noisy, target = self.backbone.add_noise(step.latents[images], step.noise[own], t)
+            prediction = self.backbone.denoise(noisy, t, Condition(text, sizes=sizes))
+            return denoising(prediction, target)
+
+        with torch.no_grad(), self.backbone.without_adapters():
+            reference = errors(own), errors(others)
+        return subject_fidelity(errors(own), errors(others), *reference, self.config.fidelity_beta)
 
     def _teacher_error(self, step: Step) -> Tensor:
         """Mean squared difference between the prediction for the class prompt and that of the base model,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from customize import embedded
-from customize.adapters.merging import read_lora, words_of
+from customize.adapters.lora_reading import read_lora
+from customize.adapters.merging import words_of
 from customize.adapters.zipped_lora import ZippedLora
 from customize.backbones.base import Backbone, Condition, Step
 from customize.config import option
