@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file
 
 import customize
@@ -13,12 +14,14 @@ from customize.adapters.kohya import KOHYA, KohyaLora
 from customize.adapters.lora import TEXT_ATTENTION, Lora, LoraFields, add_lora
 from customize.adapters.lora_files import LORA, with_text_model
 from customize.adapters.lora_reading import load_lora
+from customize.backbones.base import Condition
 from customize.backbones.families import wrap
 from customize.errors import UserError
 from customize.files import header
 from customize.pipelines import load_pipeline
 from customize.runs import checkpoint
 from customize.trainers.methods.dreambooth import DreamBooth, DreamBoothConfig
+from customize.trainers.prepare import add_assistant
 from customize.trainers.settings import TrainConfig, make_optimizer
 from tiny import BASES, draw, lora_of, tiny
 
@@ -415,3 +418,78 @@ def test_a_file_that_is_no_lora_or_of_another_model_is_refused(tmp_path):
     for path in (tmp_path / "nothing.safetensors", tmp_path / LORA):
         with pytest.raises(UserError, match=r"holds no LoRA|does not fit this base model"):
             DreamBooth(wrap(tiny("sd15")), DreamBoothConfig(rank=2, pretrained_lora=str(path)), [])
+
+
+# an assistant, which is active in training alone
+
+
+def with_assistant(base: str, folder, **config):
+    """A DreamBooth method beside an assistant, and the assistant's file."""
+    assistant = adapted(base, rank=3)
+    saved(assistant, folder)
+    backbone = wrap(tiny(base), base)
+    add_assistant(backbone, str(folder / LORA))
+    return DreamBooth(backbone, DreamBoothConfig(rank=2, **config), []), assistant
+
+
+def predicted(backbone):
+    noisy = torch.randn(backbone.latent_shape(16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        text = Condition(backbone.encode_prompt(["a photo of sks dog"]))
+        return backbone.denoise(noisy, torch.tensor([0.5]), text)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_an_assistant_is_active_in_training_alone(base, tmp_path):
+    method, assistant = with_assistant(base, tmp_path / "assistant")
+    backbone = method.backbone
+    assert torch.allclose(predicted(backbone), predicted(assistant), atol=1e-5)  # LoRA is zero at the start
+    assert not torch.allclose(predicted(backbone), predicted(wrap(tiny(base))), atol=1e-3)
+    assert all(".assistant." not in name for name in method.trainable())
+    for name, parameter in method.named_parameters():
+        if "lora_B.default" in name:
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(5))
+    with backbone.without_adapters():  # the teacher has it too
+        assert torch.allclose(predicted(backbone), predicted(assistant), atol=1e-5)
+    state = saved(backbone, tmp_path / "run")
+    stock = wrap(tiny(base), base)
+    stock.pipe.load_lora_weights(str(tmp_path / "run"), weight_name=LORA)
+    trained = predicted(backbone)
+    with backbone.without_assistant():
+        assert torch.allclose(predicted(backbone), predicted(stock), atol=1e-5)
+    assert torch.equal(predicted(backbone), trained)
+    assert not torch.allclose(trained, predicted(stock), atol=1e-3)
+    assert all(value.shape[0] == 2 or value.shape[1] == 2 for value in state.values())  # its rank, not 3
+
+
+def test_an_assistant_goes_with_a_run(images, tmp_path):
+    saved(adapted("sd15", rank=3), tmp_path / "assistant")
+    tiny("sd15").save_pretrained(tmp_path / "base")
+    run = customize.train(
+        "dreambooth",
+        pretrained_model_name_or_path=tmp_path / "base",
+        assistant_lora=tmp_path / "assistant" / LORA,
+        instance_data_dir=images,
+        instance_prompt="a photo of sks dog",
+        resolution=32,
+        max_train_steps=2,
+        learning_rate=0.1,
+        rank=2,
+        validation_prompt=["a photo of sks dog"],
+        validation_steps=2,
+        output_dir=tmp_path / "run",
+    )
+    pipe = load_pipeline(run)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    found = pipe("a photo of sks dog", height=32, width=32, num_inference_steps=25, generator=generator)
+    shown = np.asarray(Image.open(run / "samples" / "step-000002.png")).astype(int)
+    assert np.abs(np.asarray(found.images[0]).astype(int) - shown).max() <= 1
+
+
+def test_an_assistant_that_is_no_lora_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no LoRA"):
+        add_assistant(wrap(tiny("sd15")), str(tmp_path))
+    saved(adapted("sd15", text=True), tmp_path)
+    with pytest.raises(UserError, match=r"--assistant_lora: .* also changes the text encoder"):
+        add_assistant(wrap(tiny("sd15")), str(tmp_path / LORA))

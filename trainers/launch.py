@@ -23,7 +23,7 @@ from customize.trainers.continuation import check_same_inputs, check_same_settin
 from customize.trainers.interruption import interruption
 from customize.trainers.loop import train
 from customize.trainers.methods.base import Method
-from customize.trainers.prepare import load_backbone
+from customize.trainers.prepare import add_assistant, load_backbone
 from customize.trainers.registry import display_name, find_method, general_usage
 from customize.trainers.scorers import make_scorer
 from customize.trainers.settings import ModelConfig, TrainConfig, check_settings, make_accelerator
@@ -149,6 +149,8 @@ def launch(
         info: dict[str, Any] = {"base_model": embedded.lasting_name(base), "method": display_name(name)}
         info["base_fingerprint"] = backbone.fingerprint()
         kind.prepare_data(source, backbone, train_config, method_config, accelerator)
+        if model_config.assistant_lora:
+            add_assistant(backbone, model_config.assistant_lora)
         method = kind(backbone, method_config, source.concepts).to(accelerator.device)
         method.check_drawing(train_config.validation_prompt)
         data = source.prepare(method, preparation(model_config, train_config, accelerator))

@@ -11,13 +11,15 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from customize.adapters.lora_reading import load_lora
 from customize.backbones.base import Backbone
 from customize.backbones.families import as_called, wrap
+from customize.backbones.layers import ASSISTANT, activate_assistant
 from customize.backbones.load import load_base
 from customize.data.concepts import Concept, DataConfig
 from customize.data.crops import check_resolution
 from customize.data.images import ImageFile, find_images
-from customize.errors import shortened
+from customize.errors import UserError, shortened
 from customize.files import remove
 from customize.runs.output import is_own_image, own_text, save_image
 from customize.trainers.settings import ModelConfig
@@ -45,6 +47,16 @@ def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Acce
         )
     decode_whole(backbone.vae.float())
     return backbone.to(accelerator.device)
+
+
+def add_assistant(backbone: Backbone, name: str) -> None:
+    """Loads the LoRA, a run or a file, that is active in training and left out of drawing and of what is
+    saved. UserError for what is no LoRA of this base model's denoiser."""
+    load_lora(Path(name), backbone.pipe, ASSISTANT)
+    if any(ASSISTANT in (getattr(own, "peft_config", None) or {}) for own in backbone.text_encoders):
+        raise UserError(f"--assistant_lora: '{name}' also changes the text encoder; name one that does not.")
+    backbone.requires_grad_(False)
+    activate_assistant(backbone.denoiser)
 
 
 def decode_whole(vae: Any) -> None:

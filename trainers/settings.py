@@ -52,6 +52,11 @@ class ModelConfig:
         "the model's scheduler says",
         least=0,
     )
+    assistant_lora: str = option(
+        "",
+        "LoRA, a run or a file, that undoes a few-step model's distillation while it is trained; images are "
+        "drawn without it, and it is not part of what is saved; empty: none",
+    )
     cache_latents: bool = option(True, "encode images and prompts once, then free the encoders")
     cache_dir: str = option("", "folder that keeps encoded images and prompts for later runs; empty: none")
     push_to_hub: bool = option(False, "upload the finished run to the Hugging Face Hub")

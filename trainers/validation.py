@@ -109,7 +109,7 @@ def sample(
     method.backbone.pipe.set_progress_bar_config(disable=True)
     was_training = method.training
     method.eval()
-    with fixed_randomness(seed):
+    with fixed_randomness(seed), method.backbone.without_assistant():
         for prompt in prompts:
             for i in range(count):
                 generator = torch.Generator().manual_seed(seed + i)

@@ -16,10 +16,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from customize.adapters.base import Adapter
-from customize.adapters.lora_files import LORA, MAGNITUDE, check_lora, diffusers_state, folded_metadata
+from customize.adapters.lora_files import (
+    LORA,
+    MAGNITUDE,
+    check_lora,
+    diffusers_state,
+    folded_metadata,
+    layers_of,
+)
 from customize.adapters.lora_reading import Layers, adapter_name, read_lora
 from customize.backbones.base import Backbone
-from customize.backbones.layers import PRESETS
+from customize.backbones.layers import PRESETS, activate_assistant
 from customize.config import check_ranges, option
 from customize.errors import UserError
 from customize.files import header, tensors_of
@@ -57,7 +64,7 @@ def add_lora(
     preset = targets or presets.get(settings.lora_layers)
     rates = dict.fromkeys(preset, 1.0) if preset else _rates(settings.lora_layers)
     wanted = list(rates)
-    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    layers = [*layers_of(module)]
     if preset:
         layers = [name for name in layers if name not in without]
     # a preset's `proj_out` is that of a block, never the model's own last layer
@@ -89,6 +96,7 @@ def add_lora(
         )
     )
     cast_training_params(module, dtype=torch.float32)
+    activate_assistant(module)
     for target, own in found.items():  # of a layer that several name, the last counts
         for parameter in (p for name in own for p in module.get_submodule(name).parameters()):
             parameter.lr_scale = rates[target]  # type: ignore[attr-defined]
@@ -127,7 +135,8 @@ def check_rank(rank: int, weights: list[Tensor]) -> None:
 
 
 def has_lora(module: ModelMixin) -> bool:
-    return bool(getattr(module, "peft_config", None))
+    """Whether LoRA of the module is trained."""
+    return "default" in (getattr(module, "peft_config", None) or {})
 
 
 class Lora(Adapter):

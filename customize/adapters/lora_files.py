@@ -126,7 +126,7 @@ def _misfit_of_part(
 ) -> str:
     if module is None:
         return f"it has no {part}"
-    own = _layers(module)
+    own = layers_of(module)
     if len({"magnitude" in tensors for tensors in found.values()}) > 1:
         return f"some layers of the {part} lack their magnitudes"
     for name, tensors in found.items():
@@ -138,7 +138,7 @@ def _misfit_of_part(
     return _misfit_of_header(part, own, found, about) if about is not None else ""
 
 
-def _layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+def layers_of(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Layers that LoRA can be added to, by their names in the untouched module."""
     named = [
         (name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)

@@ -365,6 +365,12 @@ class Backbone(nn.Module):
     # adapters
 
     @contextmanager
+    def without_assistant(self) -> Iterator[None]:
+        """Context in which the LoRA that only helps training is left out, as drawing is without it."""
+        with without_lora(self.denoiser, assistant=True):
+            yield
+
+    @contextmanager
     def without_adapters(self) -> Iterator[None]:
         """Context in which LoRA of the denoiser and of the text encoders is switched off."""
         with ExitStack() as stack:

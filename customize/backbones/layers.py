@@ -38,19 +38,33 @@ def presets(
 PRESETS = presets(ATTENTION, FEED_FORWARD, CONVOLUTIONS)
 
 
+ASSISTANT = "assistant"  # name of the LoRA that is active while training only
+
+
 @contextmanager
-def without_lora(module: nn.Module) -> Iterator[None]:
-    """Context in which the LoRA layers of a module give what they gave before. What is trained stays so:
-    peft's own switch makes everything trainable again."""
+def without_lora(module: nn.Module, assistant: bool = False) -> Iterator[None]:
+    """Context in which the LoRA layers of a module give what they gave before; with `assistant`, the context
+    in which only the assistant is left out. What is trained stays so: peft's own switch makes everything
+    trainable again."""
     adapted = [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
-    before = [part._disable_adapters for part in adapted]
+    before = [part._active_adapter for part in adapted]
     for part in adapted:
-        part._disable_adapters = True
+        part._active_adapter = [name for name in part.active_adapters if (name == ASSISTANT) != assistant]
     try:
         yield
     finally:
         for part, value in zip(adapted, before, strict=True):
-            part._disable_adapters = value
+            part._active_adapter = value
+
+
+def activate_assistant(module: nn.Module) -> None:
+    """Makes the assistant of a module count beside what is trained, frozen."""
+    for layer in (part for part in module.modules() if isinstance(part, BaseTunerLayer)):
+        names = [ASSISTANT, *(name for name in layer.active_adapters if name != ASSISTANT)]
+        layer._active_adapter = [name for name in names if name in getattr(layer, "lora_A", {})]
+    for name, parameter in module.named_parameters():
+        if f".{ASSISTANT}." in name:
+            parameter.requires_grad_(False)
 
 
 @contextmanager
