@@ -34,7 +34,6 @@ from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 BAR = re.compile(rb"\| *(\d+)/(\d+) \[")  # how tqdm writes "step/steps"
@@ -104,8 +103,22 @@ def stand_in_for_torchvision() -> None:
         ),
         "Compose": lambda steps: lambda x: reduce(lambda x, step: step(x), steps, x),
     }
-    sys.modules["torchvision"] = module_from_spec(ModuleSpec("torchvision", None))
-    vars(sys.modules["torchvision"])["transforms"] = SimpleNamespace(**parts)
+    functions = {
+        "resize": lambda x, size, interpolation: x.resize(size[::-1], Image.Resampling.BILINEAR),
+        "center_crop": lambda x, size: (
+            x.crop([(side + sign * n) // 2 for sign in (-1, 1) for side, n in zip(x.size, size[::-1])])
+        ),
+        "hflip": lambda x: x.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        "to_tensor": parts["ToTensor"](),
+        "normalize": lambda x, mean, std: parts["Normalize"](mean, std)(x),
+    }
+    modules = {"torchvision": {}, "torchvision.transforms": parts, "torchvision.transforms.functional": functions}
+    for name, content in modules.items():
+        sys.modules[name] = module_from_spec(ModuleSpec(name, None))
+        vars(sys.modules[name]).update(content)
+        parent, _, last = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], last, sys.modules[name])
 
 
 def draw_images(folder: Path, world: Any) -> str:
@@ -209,6 +222,7 @@ def main() -> None:
         type=Path,
         help="a diffusers folder; else the embedded model, or random weights of its size",
     )
+    parser.add_argument("--lora_layers", default="attention", help="what the script trains, by our names")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=10, help="first steps, which are not timed")
     parser.add_argument("--repeats", type=int, default=5)
@@ -240,7 +254,7 @@ def main() -> None:
             "--instance_data_dir",
             str(work / "data"),
         ]
-        ours = ["customize.app.cli", "train", "dreambooth", *words]
+        ours = ["customize.app.cli", "train", "dreambooth", *words, "--lora_layers", options.lora_layers]
         trainers = {"diffusers": [str(options.diffusers_script), *words, "--center_crop"]}
         trainers |= {"customize --no_cache_latents": [*ours, "--no_cache_latents"], "customize": ours}
         about = {
