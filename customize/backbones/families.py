@@ -34,12 +34,9 @@ BACKBONES: dict[str, type[Backbone]] = {
 
 
 def family_of(pipe: Any) -> type[Backbone]:
-    """The class of the backbone of a pipeline, also of one that draws from images."""
-    for kind in type(pipe).__mro__:
-        name = kind.__name__.replace("Img2Img", "")
-        if name in BACKBONES:
-            return BACKBONES[name]
-    raise UserError(f"no backbone wraps a {type(pipe).__name__}; supported are {', '.join(BACKBONES)}.")
+    """The class of a pipeline's backbone, also of one that draws from images; `Backbone` if none fits."""
+    names = (kind.__name__.replace("Img2Img", "") for kind in type(pipe).__mro__)
+    return next((BACKBONES[name] for name in names if name in BACKBONES), Backbone)
 
 
 def as_called(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,4 +55,6 @@ def as_called(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def wrap(pipe: DiffusionPipeline, name: str = "") -> Backbone:
     """The backbone for a pipeline that is already loaded."""
-    return family_of(pipe)(pipe, name)
+    if (family := family_of(pipe)) is Backbone:
+        raise UserError(f"no backbone wraps a {type(pipe).__name__}; supported are {', '.join(BACKBONES)}.")
+    return family(pipe, name)

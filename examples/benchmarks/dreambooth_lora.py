@@ -105,14 +105,18 @@ def stand_in_for_torchvision() -> None:
     }
     functions = {
         "resize": lambda x, size, interpolation: x.resize(size[::-1], Image.Resampling.BILINEAR),
-        "center_crop": lambda x, size: (
-            x.crop([(side + sign * n) // 2 for sign in (-1, 1) for side, n in zip(x.size, size[::-1])])
+        "center_crop": lambda x, size: x.crop(
+            [(side + sign * n) // 2 for sign in (-1, 1) for side, n in zip(x.size, size[::-1], strict=True)]
         ),
         "hflip": lambda x: x.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
         "to_tensor": parts["ToTensor"](),
         "normalize": lambda x, mean, std: parts["Normalize"](mean, std)(x),
     }
-    modules = {"torchvision": {}, "torchvision.transforms": parts, "torchvision.transforms.functional": functions}
+    modules = {
+        "torchvision": {},
+        "torchvision.transforms": parts,
+        "torchvision.transforms.functional": functions,
+    }
     for name, content in modules.items():
         sys.modules[name] = module_from_spec(ModuleSpec(name, None))
         vars(sys.modules[name]).update(content)
