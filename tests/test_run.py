@@ -89,12 +89,12 @@ def counted(monkeypatch, owner, name: str) -> list:
     return calls
 
 
-def drawn(pipe, prompt: str, seed: int = 0, steps: int = 25) -> np.ndarray:
+def drawn(pipe, prompt: str, seed: int = 0, steps: int = 25, **more) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
-    return np.asarray(
-        pipe(prompt, height=16, width=16, num_inference_steps=steps, generator=generator).images[0]
-    ).astype(int)
+    more["generator"] = torch.Generator().manual_seed(seed)
+    return np.asarray(pipe(prompt, height=16, width=16, num_inference_steps=steps, **more).images[0]).astype(
+        int
+    )
 
 
 def folder_of(path: Path, sizes: list[tuple[int, int]]) -> Path:
@@ -441,6 +441,15 @@ def test_validation_images_are_what_the_run_draws(start, bases, base):
     expected = np.concatenate([drawn(pipe, prompt, 7 + i) for prompt in prompts for i in range(2)], 1)
     assert np.abs(page - expected).max() <= 1
     assert "samples/step-000003.png" in (folder / "README.md").read_text()
+
+
+def test_validation_images_are_drawn_as_asked(start):
+    asked = {"validation_inference_steps": 4, "validation_guidance_scale": 1.5}
+    folder = start(learning_rate=3e-2, validation_prompt=["a red cat"], validation_steps=3, **asked)
+    page = np.asarray(Image.open(folder / "samples" / "step-000003.png")).astype(int)
+    pipe = load_pipeline(folder)
+    assert np.abs(page - drawn(pipe, "a red cat", steps=4, guidance_scale=1.5)).max() <= 1
+    assert np.abs(page - drawn(pipe, "a red cat", steps=4)).max() > 1
 
 
 def test_early_stopping_ends_a_run(start, monkeypatch):

@@ -17,6 +17,7 @@ MAY_CHANGE = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
     *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit"),
     *("validation_prompt", "num_validation_images", "validation_steps", "validation_images"),
+    *("validation_inference_steps", "validation_guidance_scale"),
     *("validation_clip", "validation_dino", "early_stopping_patience", "report_to", "export_kohya"),
     *("push_to_hub", "hub_model_id", "hub_private_repo"),
     *("gradient_checkpointing", "enable_xformers_memory_efficient_attention", "allow_tf32"),

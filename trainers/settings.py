@@ -115,6 +115,12 @@ class TrainConfig:
     )
     validation_prompt: list[str] = option([], "prompts drawn at every validation", essential=True)
     num_validation_images: int = option(1, "images for each validation prompt", least=1)
+    validation_inference_steps: int = option(
+        25, "denoising steps of each validation image; distilled models need fewer", least=1
+    )
+    validation_guidance_scale: float | None = option(
+        None, "guidance of validation images; none leaves it to the model's pipeline", least=0
+    )
     validation_steps: int = option(100, "steps between validations", least=1)
     validation_metric: Literal["loss", "score"] = option(
         "loss",

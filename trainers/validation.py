@@ -74,7 +74,13 @@ def draw_validation(session: Session) -> dict[str, float]:
     if session.accelerator.is_main_process:
         resolution = session.method.backbone.resolution
         drawn = sample(
-            session.method, config.validation_prompt, config.num_validation_images, resolution, config.seed
+            session.method,
+            config.validation_prompt,
+            config.num_validation_images,
+            resolution,
+            config.seed,
+            config.validation_inference_steps,
+            config.validation_guidance_scale,
         )
         folder = session.output / "samples"
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,10 +108,16 @@ def validation_loss(method: Method, batches: list[dict], seed: int = 0, repeats:
 
 @torch.no_grad()
 def sample(
-    method: Method, prompts: list[str], count: int, resolution: int, seed: int = 0, steps: int = 25
+    method: Method,
+    prompts: list[str],
+    count: int,
+    resolution: int,
+    seed: int = 0,
+    steps: int = 25,
+    guidance_scale: float | None = None,
 ) -> list[tuple[str, Image.Image]]:
     """`count` images for each prompt, drawn by the modules that are being trained."""
-    images = []
+    images, guidance = [], {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     method.backbone.pipe.set_progress_bar_config(disable=True)
     was_training = method.training
     method.eval()
@@ -118,6 +130,7 @@ def sample(
                     "width": resolution,
                     "num_inference_steps": steps,
                     "generator": generator,
+                    **guidance,
                 }
                 images.append((prompt, method.draw(prompt, **options)))
     method.train(was_training)
