@@ -167,7 +167,7 @@ def test_teaching_from_images_to_drawing_with_a_step(page, chromium, address):
     steps.press("Tab")
     page.get_by_label("Train batch size").fill("1")
     page.get_by_label("Train batch size").press("Tab")
-    page.wait_for_timeout(1500)
+    expect(page.get_by_text("30 steps of 1 image at")).to_be_visible()
     page.get_by_role("button", name="Teach", exact=True).click()
     expect(page.get_by_text("of 30, ")).to_be_visible(timeout=SLOW)  # live
     another = chromium.new_context().new_page()  # the page is closed meanwhile, and opened again

@@ -94,8 +94,8 @@ def _teaches(page: Page, form: Form, go: gr.Button, watch: Watch) -> None:
         return _check(page.visitor(request), found)
 
     @told
-    def sentence(case: str, base: str) -> str:
-        return in_one_sentence(case_named(case), base or NAME)
+    def sentence(case: str, base: str, settings: str) -> str:
+        return in_one_sentence(case_named(case), base or NAME, json.loads(settings or "{}"))
 
     @told
     def teach(request: gr.Request, **asked: Any) -> tuple:
@@ -109,8 +109,9 @@ def _teaches(page: Page, form: Form, go: gr.Button, watch: Watch) -> None:
     images = form["images"]
     for event in (images.upload, images.change, images.delete, shown.then):
         event(check, images, [form["advice"], form["case"]], **hidden)
-    for part in (form["case"], form["base"]):
-        part.change(sentence, [form["case"], form["base"]], form["sentence"], **hidden)
+    shaping = [form["case"], form["base"], form["settings"]]
+    for part in shaping:
+        part.change(sentence, shaping, form["sentence"], **hidden)
     asked = {name: form[name] for name in ("images", "words", "case", "name", "base", "settings")}
     go.click(teach, inputs_kwargs=asked, outputs=[watch.run, watch.status], api_name="teach")
 

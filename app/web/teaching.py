@@ -127,12 +127,13 @@ def _is_safe(flag: Flag) -> bool:
     return all(kind in (bool, int, float) or get_origin(kind) is Literal for kind in kinds)
 
 
-def in_one_sentence(case: Case, base: str) -> str:
-    """The settings that matter, for the page."""
-    own = defaults_for(case.method, base)
+def in_one_sentence(case: Case, base: str, changed: Mapping[str, Any] | None = None) -> str:
+    """The settings that matter, for the page; `changed` are those of the expert form."""
+    own = defaults_for(case.method, base) | {k: v for k, v in (changed or {}).items() if v is not None}
     where = "the embedded model" if is_embedded(base) else base
     trains = {"dreambooth": "a LoRA", "single_insert": "a word and a LoRA", "mcpl": "words"}[case.method]
+    batch = own["train_batch_size"]
     return (
         f"`{case.method}` learns {trains} for {where}: {own['max_train_steps']} steps of "
-        f"{own['train_batch_size']} images at a learning rate of {own['learning_rate']:g}."
+        f"{batch} image{'s' * (batch != 1)} at a learning rate of {own['learning_rate']:g}."
     )
