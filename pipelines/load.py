@@ -11,6 +11,7 @@ from diffusers.models.controlnets import MultiControlNetModel
 from customize import embedded
 from customize.adapters import holds
 from customize.adapters.encoders.image_encoder import ReferenceFit
+from customize.backbones.families import family_of
 from customize.backbones.load import load_base
 from customize.errors import UserError, nearest
 from customize.pipelines.in_context import with_references
@@ -121,7 +122,8 @@ def load_subject_pipeline(
 ) -> Any:
     """A pipeline that draws subjects from images, without tuning.
 
-    `run` is a run of custom_contrast, ip_adapter or in_context, or a base model (folder, hub id, `stickers`);
+    `run` is a run of custom_contrast or ip_adapter, or a base model (folder, hub id, `stickers`); Flux.2 and
+    Flux.1 Kontext, and runs on them, are shown the images themselves. Else,
     with a base model, or a run of a method that trains no encoder (LoRA, words), `adapter` names the encoder
     (run, file, released IP-Adapter), by default that of the embedded stickers. The pipeline's call is that of
     diffusers' pipeline for the `task`; "controlnet" needs `controlnet`, a ControlNetModel or a list of them.
@@ -133,12 +135,12 @@ def load_subject_pipeline(
     info = info_of(run)
     if "dual_path" in info:
         raise UserError(f"'{run}' draws with a hard path, which goes with prompts alone; use load_pipeline.")
-    if "in_context" in info:
+    stock = load_pipeline(run, dtype, base_model, **options)
+    if family_of(stock).takes_references:
         if task != "text-to-image" or adapter:
             raise UserError(f"'{run}' reads subject_images without an encoder: leave task and adapter out.")
-        side = info["in_context"]["reference_resolution"]
-        return with_references(load_pipeline(run, dtype, base_model, **options), side)
-    pipe = _for_task(load_pipeline(run, dtype, base_model, **options), task, controlnet)
+        return with_references(stock, info.get("in_context", {}).get("reference_resolution", 512))
+    pipe = _for_task(stock, task, controlnet)
     base = info["base_model"]
     if not adapter and holds(run, "subject"):
         adapter = run

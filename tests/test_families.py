@@ -317,6 +317,14 @@ def test_a_saved_pipeline_loads(family, tmp_path):
     assert abs(found - wanted).max() < 1e-5
 
 
+@pytest.mark.parametrize("family", ["klein", "flux2", "z_image"])
+def test_a_missing_chat_template_is_told(family):
+    pipe = tiny_family(family)
+    pipe.tokenizer.chat_template = None
+    with pytest.raises(UserError, match="its tokenizer has no chat template"):
+        wrap(pipe, family)
+
+
 def test_flux2_refuses_another_length_of_its_prompts():
     with pytest.raises(UserError, match="leave it out"):
         backbone_of("klein").configure(1.0, 256)

@@ -204,6 +204,21 @@ def test_bad_input(more, message, place, tmp_path):
         customize.train("in_context", output_dir=tmp_path / "run", **settings(place, "klein") | more)
 
 
+def test_a_base_model_is_shown_images_without_training(place):
+    pipe = customize.load_subject_pipeline(place / "klein")
+    pipe.set_progress_bar_config(disable=True)
+    shown = {"subject_images": [place / "subjects" / "dog" / "0.png"], "height": 32, "width": 32}
+    pair = (
+        np.asarray(
+            pipe("a dog", num_inference_steps=2, generator=torch.Generator().manual_seed(0), **own).images[0]
+        )
+        for own in (shown, shown | {"subject_images": None})
+    )
+    assert np.abs(next(pair).astype(int) - next(pair)).max() > 0
+    with pytest.raises(UserError, match="without an encoder: leave task and adapter out"):
+        customize.load_subject_pipeline(place / "klein", adapter="stickers")
+
+
 def test_models_that_are_shown_no_images_are_refused():
     with pytest.raises(UserError, match=r"shown images \(Flux\.2, Flux\.1 Kontext\)"):
         InContext(wrap(tiny("flux")), InContextConfig())

@@ -88,6 +88,7 @@ class Backbone(nn.Module):
     call_arguments: ClassVar[
         dict[str, str]
     ]  # the denoiser's text arguments, as the pipeline's call names them
+    needs_chat_template = False  # of its tokenizer
     takes_negative_prompt = True
     takes_references = 0  # images at most that the model is shown beside the prompt
     guidance_name = "guidance_scale"  # of classifier-free guidance, in the pipeline's call
@@ -111,6 +112,7 @@ class Backbone(nn.Module):
         self.text_encoders = nn.ModuleList(encoders)
         self.prompts: dict[str, dict[str, Tensor]] = {}  # text embeddings of prompts that were cached
         self._check_latents()
+        self._check_chat_template()
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -217,6 +219,14 @@ class Backbone(nn.Module):
         """Batch of 1, channels, height and width of the latents of a square image of `side` pixels."""
         cells = side // self.pipe.vae_scale_factor
         return 1, self.latent_channels, cells, cells
+
+    def _check_chat_template(self) -> None:
+        parts = self.pipe.tokenizer, *self.tokenizers
+        if self.needs_chat_template and not any(getattr(part, "chat_template", None) for part in parts):
+            raise UserError(
+                f"base model '{self.name}': its tokenizer has no chat template, which puts the prompt into "
+                "the form that the model knows; download the folder 'tokenizer' again."
+            )
 
     @property
     def latent_channels(self) -> int:

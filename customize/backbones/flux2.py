@@ -16,6 +16,7 @@ class Flux2(Flow):
     """Latents are patches of two by two, normalised by the autoencoder's batch statistics."""
 
     guidance_scale = 1.0  # that the guidance-distilled dev is given in training
+    needs_chat_template = True
     takes_negative_prompt = False
     takes_references = 10
     text_length = 512

@@ -15,6 +15,7 @@ class ZImage(Flow):
     """Time runs from noise at 0 to data at 1 inside the model, which predicts the way to the data. Each
     prompt has as many tokens as it needs."""
 
+    needs_chat_template = True
     text_length = 512
     embedding_names = ("qwen3",)
     packing = 2
