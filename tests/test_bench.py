@@ -141,13 +141,13 @@ class Painter:
     def __init__(self, fail_at: int | None = None):
         self.calls, self.fail_at = [], fail_at
 
-    def __call__(self, prompts, generator, **options):
-        self.calls.append((prompts, options))
+    def __call__(self, prompt, generator, **options):
+        self.calls.append((prompt, options))
         if self.fail_at == len(self.calls):
             raise KeyboardInterrupt
         colours = [
             (len(p), *torch.randint(255, (2,), generator=g).tolist())
-            for p, g in zip(prompts, generator, strict=True)
+            for p, g in zip(prompt, generator, strict=True)
         ]
         return type("Output", (), {"images": [Image.new("RGB", (8, 8), colour) for colour in colours]})
 

@@ -557,9 +557,7 @@ def read(
     size: int = 8,
 ):
     """The training set and the held-out batches of the source that the settings name."""
-    method = SimpleNamespace(
-        image_encoder=SimpleNamespace(pixels=made), backbone=SimpleNamespace(device=torch.device("cpu"))
-    )
+    method = SimpleNamespace(reference_pixels=made, backbone=SimpleNamespace(device=torch.device("cpu")))
     data = ReferenceSource.read(config, base, seed).prepare(method, Preparation(size, None, [], rank, world))
     return data.dataset, data.held_out
 

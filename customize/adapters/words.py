@@ -51,7 +51,6 @@ class LearnedWords(nn.Module, Adapter):
 
     def __init__(self, backbone, words: dict[str, str], num_vectors: int = 1):
         super().__init__()
-        expand_words(backbone.pipe)
         self.words, self.num_vectors = list(words), num_vectors
         self.names = backbone.embedding_names[: len(backbone.text_encoders)]
         self.vectors = nn.ParameterList()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from customize.backbones.layers import PRESETS, without_lora
-from customize.backbones.text import ENCODER_NAMES, SUFFIXES, expanded, text_parts
+from customize.backbones.text import ENCODER_NAMES, SUFFIXES, expand_words, expanded, text_parts
 from customize.cache import TensorCache, fingerprint, key_of
 from customize.errors import UserError, shortened
 
@@ -110,6 +110,7 @@ class Backbone(nn.Module):
         self.denoiser = getattr(pipe, self.denoiser_name)
         self.tokenizers, encoders = text_parts(pipe)
         self.text_encoders = nn.ModuleList(encoders)
+        expand_words(pipe)
         self.prompts: dict[str, dict[str, Tensor]] = {}  # text embeddings of prompts that were cached
         self._check_latents()
         self._check_chat_template()
@@ -308,7 +309,8 @@ class Backbone(nn.Module):
         for prompt in dict.fromkeys(prompts):
             self.prompts[prompt] = cache.get(key_of(model, prompt), partial(self._encode_prompt, [prompt]))
         if self.takes_negative_prompt:
-            self.negative = cache.get(key_of(model, "negative", ""), self._encode_negative)
+            own = type(self)._encode_negative is not Backbone._encode_negative
+            self.negative = cache.get(key_of(model, *["negative"] * own, ""), self._encode_negative)
 
     def prompt_arguments(self, prompt: str) -> dict[str, str | Tensor]:
         """The prompt as arguments of the pipeline's call: the text, or cached embeddings once the text

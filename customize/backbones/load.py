@@ -249,7 +249,11 @@ def _odd_setting(part: Any) -> str:
         return "" if _is_alike(length, 1.0) else f"model_max_length {length!r}"
     for name, parameter in inspect.signature(type(part).__init__).parameters.items():
         value = part.config.get(name, parameter.default)
-        if value != parameter.default and not _is_alike(value, parameter.default):
+        several = isinstance(value, list | tuple) and "tuple" in str(
+            parameter.annotation
+        )  # one for each block
+        given = value if several else [value]
+        if value != parameter.default and not all(_is_alike(own, parameter.default) for own in given):
             return f"{name} {value!r}"
     return ""
 
@@ -262,6 +266,4 @@ def _is_alike(value: Any, default: Any) -> bool:
             value, bool
         )
         return number and math.isfinite(value)
-    if isinstance(default, str) and isinstance(value, list | tuple):  # one for each block
-        return all(isinstance(own, str) for own in value)
     return not isinstance(default, str) or value is None or isinstance(value, str)
