@@ -59,9 +59,10 @@ def expand_words(pipe: Any) -> None:
     @wraps(stock)
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         given = parameters.bind(*args, **kwargs)
-        for name, text in given.arguments.items():
+        tokenizers, _ = text_parts(pipe)  # all know the same words; none once the encoders were freed
+        for name, text in given.arguments.items() if tokenizers else ():
             if name.removeprefix("negative_").rstrip("_234") == "prompt" and text is not None:
-                given.arguments[name] = expanded(text, text_parts(pipe)[0][0])  # all know the same words
+                given.arguments[name] = expanded(text, tokenizers[0])
         return stock(*given.args, **given.kwargs)
 
     encode_prompt.expands = True  # type: ignore[attr-defined]
