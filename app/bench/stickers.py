@@ -88,7 +88,8 @@ RECIPES = {
         "DreamBooth LoRA, subject fidelity",
         "dreambooth",
         "sks {}",
-        f"{LORA} --with_prior_preservation --num_class_images 16 --prior_loss_weight 0 --fidelity_weight 1e-3",
+        f"{LORA} --with_prior_preservation --num_class_images 16 --prior_loss_weight 0 "
+        "--fidelity_weight 1e-3",
     ),
     "pivotal_tuning": Recipe(
         "Pivotal tuning",
