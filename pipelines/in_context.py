@@ -56,6 +56,10 @@ class InContextMixin(Stock):
         call.__signature__ = inspect.Signature([*parameters, more])  # type: ignore[attr-defined]
         cls.__call__ = call  # type: ignore[method-assign]
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """Saves the pipeline as the stock one, which stock diffusers reads."""
+        _as(type(self).__mro__[2], self).save_pretrained(save_directory, *args, **options)
+
     def _shown(self, images: Any) -> Any:
         """References of one subject, a list or a dictionary of its word to a list, as the pipeline takes
         them."""
@@ -94,8 +98,12 @@ def with_references(pipe: DiffusionPipeline, resolution: int) -> Any:
         return pipe
     if type(pipe) not in KINDS:
         raise UserError(f"a {type(pipe).__name__} is shown no images of subjects.")
-    kind = KINDS[type(pipe)]
-    _, names = kind._get_signature_keys(kind)
-    made = kind(**pipe.components, **{name: pipe.config[name] for name in names if name in pipe.config})
+    made = _as(KINDS[type(pipe)], pipe)
     made.reference_resolution = resolution
     return made
+
+
+def _as(kind: Any, pipe: Any) -> Any:
+    """A pipeline of another class with the components and settings of this one."""
+    _, names = kind._get_signature_keys(kind)
+    return kind(**pipe.components, **{name: pipe.config[name] for name in names if name in pipe.config})

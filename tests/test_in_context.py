@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from PIL import Image
 
 import customize
@@ -215,6 +216,8 @@ def test_a_base_model_is_shown_images_without_training(place):
         for own in (shown, shown | {"subject_images": None})
     )
     assert np.abs(next(pair).astype(int) - next(pair)).max() > 0
+    pipe.save_pretrained(place / "saved")
+    assert type(DiffusionPipeline.from_pretrained(place / "saved")) is Flux2KleinPipeline
     with pytest.raises(UserError, match="without an encoder: leave task and adapter out"):
         customize.load_subject_pipeline(place / "klein", adapter="stickers")
 
