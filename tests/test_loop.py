@@ -13,7 +13,6 @@ import subprocess
 import sys
 import termios
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
@@ -105,7 +104,9 @@ def go(
 @pytest.fixture
 def quick_images(monkeypatch):
     """Validation images in two steps."""
-    monkeypatch.setattr(validation, "sample", partial(sample, steps=2))
+    monkeypatch.setattr(
+        validation, "sample", lambda *arguments, **options: sample(*arguments, **options | {"steps": 2})
+    )
 
 
 def same_tensors(first, second) -> bool:

@@ -79,8 +79,8 @@ def draw_validation(session: Session) -> dict[str, float]:
             config.num_validation_images,
             resolution,
             config.seed,
-            config.validation_inference_steps,
-            config.validation_guidance_scale,
+            steps=config.validation_inference_steps,
+            guidance_scale=config.validation_guidance_scale,
         )
         folder = session.output / "samples"
         folder.mkdir(parents=True, exist_ok=True)
