@@ -280,8 +280,8 @@ def _check_files(run: str) -> None:
     if not is_base(run) or (Path(run).is_dir() and not (Path(run) / "model_index.json").exists()):
         open_run(Path(run))
     base = folder_of(base_of(run))
-    if base.startswith((".", "/", "~")) and not Path(base).is_dir():
-        raise UserError(f"'{run}' was trained on the base model in '{base}', which is gone; put it back.")
+    if base.startswith((".", "/", "~")) and not Path(base).exists():
+        raise UserError(f"'{run}' was trained on the base model '{base}', which is gone; put it back.")
 
 
 # drawing

@@ -66,7 +66,10 @@ class DreamBenchConfig(Photographs, EvaluateConfig):
 
     methods: list[str] = option(METHODS, COMPARED)
     data_dir: str = option("", "folder of the DreamBooth dataset, with prompts_and_classes.txt")
-    pretrained_model_name_or_path: str = option("", "base model, a diffusers folder or a hub id")
+    pretrained_model_name_or_path: str = option("", "base model, a diffusers folder, a hub id or a file")
+    single_file_config: str = option(
+        "", "diffusers folder or hub id that says how a base model in one file is built"
+    )
     revision: str = option("", "revision of the base model on the hub")
     variant: str = option("", "variant of the base model's weight files, such as fp16")
     train_file: str = option(
@@ -219,6 +222,8 @@ def make_dreambench(config: DreamBenchConfig) -> Any:
             f"--train_file: there is no '{config.train_file}'; give a YAML file, or a folder of "
             "METHOD.yaml files."
         )
+    from customize.runs.folder import base_settings
+
     return DreamBench(
         folder=output(config, "runs/dreambench"),
         methods=config.methods,
@@ -228,7 +233,7 @@ def make_dreambench(config: DreamBenchConfig) -> Any:
         sampling=sampling(config),
         base=config.pretrained_model_name_or_path,
         repeats=config.num_images_per_prompt,
-        base_options={name: value for name in ("revision", "variant") if (value := getattr(config, name))},
+        base_settings=base_settings(vars(config)),
         train=Path(config.train_file) if config.train_file else None,
         references=config.references,
         limits=(config.limit_subjects, config.limit_prompts),
@@ -263,7 +268,7 @@ def make_sticker_run(run: str, config: StickerRunConfig) -> Any:
 def make_photograph_run(run: str, config: PhotographRunConfig) -> Any:
     """A run on any other model: eight of DreamBench's prompts."""
     from customize.app.bench.finished import PhotographRun
-    from customize.runs.folder import read_info
+    from customize.runs.folder import base_settings, read_info
 
     info = read_info(Path(run))
     return PhotographRun(
@@ -271,7 +276,7 @@ def make_photograph_run(run: str, config: PhotographRunConfig) -> Any:
         run_path=Path(run),
         seed=config.seed,
         base=info["base_model"],
-        base_options={name: v for name in ("revision", "variant") if (v := info["config"].get(name))},
+        base_settings=base_settings(info["config"]),
         encoders=encoders(config),
         sampling=sampling(config),
         repeats=config.num_images_per_prompt,

@@ -43,6 +43,9 @@ class GenerateConfig:
     base_model: str = option(
         "", "base model to use instead of the one that the run names, as when its folder has moved"
     )
+    single_file_config: str = option(
+        "", "diffusers folder or hub id that says how a base model in one .safetensors file is built"
+    )
     init_image: str = option("", "image to start from (image-to-image); empty: start from noise alone")
     strength: float = option(
         0.8, "share of --init_image that is drawn anew, above 0 and up to 1", above=0, most=1
@@ -235,7 +238,8 @@ def load(run: str, config: GenerateConfig) -> Any:
     quiet_libraries()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype)
-    base = {"base_model": config.base_model} if config.base_model else {}
+    names = ("base_model", "single_file_config")
+    base = {name: value for name in names if (value := getattr(config, name))}
     if config.subject_images:
         from customize.pipelines import load_subject_pipeline
 
@@ -482,7 +486,7 @@ def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: Gen
     parameters |= {"steps": config.num_inference_steps, "scale": config.guidance_scale, "dtype": config.dtype}
     parameters |= {"width": image.width, "height": image.height}
     settings = ("scheduler", "lora_scale", "init_image", "strength", "base_model", "attention_guidance")
-    for name in (*settings, "attention_strength", "context_steps"):
+    for name in (*settings, "single_file_config", "attention_strength", "context_steps"):
         if getattr(config, name) != getattr(GenerateConfig, name):
             parameters[name] = getattr(config, name)
     for name in ("attention_groups", "lora"):

@@ -61,7 +61,7 @@ def merge_loras(names: Sequence[str], config: MergeConfig) -> Path:
     from customize.quiet import quiet_libraries, quietly
     from customize.runs import checkpoint
     from customize.runs.card import write_card
-    from customize.runs.folder import INFO, check_free
+    from customize.runs.folder import INFO, base_options, base_settings, check_free
 
     if not config.output_dir:
         raise UserError("--output_dir: name the folder of the merged run.")
@@ -78,13 +78,18 @@ def merge_loras(names: Sequence[str], config: MergeConfig) -> Path:
     check_free(output, config.overwrite_output_dir, False)
     runs = [(path, checkpoint.open_run(path)) for path in paths if (path / INFO).exists()]
     base = base_of(config.base_model, runs)
+    loaded = {} if config.base_model else base_settings(runs[0][1]["config"])
     found = words_of(runs)
     quiet_libraries()
     with quietly():
-        pipe = load_base(base)
+        pipe = load_base(base, **base_options(loaded))
         loras = [read_lora(path, pipe) for path in paths]
     joined = merged(loras, weights, config.how, config.rank, config.density, config.seed)
-    sources = {"how": config.how, "merged": [path.name for path in paths], "weights": list(weights(""))}
+    sources = {
+        "how": config.how,
+        "merged": [path.name for path in paths],
+        "weights": list(weights("")),
+    } | loaded
     about = {"base_model": embedded.lasting_name(base), "method": "merge", "config": sources}
     adapter = Merged(joined, found, "unet" in pipe.components, json.dumps(sources))
     exports = [KohyaLora(wrap(pipe, base), [adapter])] if config.export_kohya else []

@@ -8,6 +8,7 @@ from typing import Any
 from customize.config import parse
 from customize.embedded import is_embedded
 from customize.errors import UserError, nearest
+from customize.files import is_single_file
 
 
 def split(words: list[str], config: type, names: list[str], more: bool = False) -> tuple[list[str], Any]:
@@ -20,8 +21,8 @@ def split(words: list[str], config: type, names: list[str], more: bool = False) 
 
 
 def check_run(run: str) -> None:
-    """UserError unless `run` is a folder, `stickers`, or looks like a hub id."""
-    if Path(run).is_dir() or is_embedded(run):
+    """UserError unless `run` is a folder, a base model in one file, `stickers`, or looks like a hub id."""
+    if Path(run).is_dir() or is_embedded(run) or (is_single_file(run) and Path(run).is_file()):
         return
     beside = [str(path.parent) for path in Path(run).parent.glob("*/run.json")]
     # runs/cat has the shape of a hub id; the hub should not be asked for a misspelt run.

@@ -1,5 +1,6 @@
 """The embedded base model, `stickers`: the only place in the core that knows its name and its files."""
 
+import os
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -28,8 +29,10 @@ def folder_of(name: str | Path) -> str:
 
 
 def lasting_name(name: str | Path) -> str:
-    """A base model's name that is valid in every working folder: the absolute path of a local folder."""
-    return str(Path(name).resolve()) if not is_embedded(name) and Path(name).is_dir() else str(name)
+    """A base model's name that is valid in every working folder: the absolute path of a local folder or
+    file."""
+    is_place = name and not is_embedded(name) and os.path.exists(name)  # also of names that no file can have
+    return str(Path(name).resolve()) if is_place else str(name)
 
 
 SURE = 0.7  # median below which images are no scenes of the world: its own have .73 or more, photographs .61

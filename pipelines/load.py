@@ -1,6 +1,5 @@
 """Loading pipelines of runs and base models."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,21 +13,23 @@ from customize.adapters.encoders.image_encoder import ReferenceFit
 from customize.backbones.families import family_of
 from customize.backbones.load import load_base
 from customize.errors import UserError, nearest
+from customize.files import is_single_file
 from customize.pipelines.in_context import with_references
 from customize.pipelines.subject import TASKS, SubjectMixin, Task
 from customize.quiet import quietly
 from customize.runs.checkpoint import load, open_run
-from customize.runs.folder import INFO, STAGED, info_of, read_info
+from customize.runs.folder import INFO, STAGED, base_options, info_of, read_info
 
 
 def load_pipeline(
     run: str | Path, dtype: torch.dtype = torch.float32, base_model: str = "", **options: Any
 ) -> DiffusionPipeline:
     """A diffusers pipeline that draws what a run has learned; `run` may also be a base model (folder, hub id,
-    `stickers`).
+    one .safetensors file, `stickers`).
 
     `base_model` takes the place of the one that the run names, as when its folder has moved. `options` go to
-    diffusers' `from_pretrained`. Raises UserError for folders that are neither, and for runs
+    `customize.backbones.load.load_base`: `vae_name`, `single_file_config`, and those of diffusers'
+    `from_pretrained`. Raises UserError for folders that are neither, and for runs
     whose files are missing, changed or do not fit their base model.
     """
     if not isinstance(run, str | Path):
@@ -39,20 +40,16 @@ def load_pipeline(
     folder = Path(run)
     with quietly():
         if not (folder / INFO).exists() and not (folder / STAGED).exists():
-            if folder.exists() and not (folder / "model_index.json").exists():
+            if folder.is_dir() and not (folder / "model_index.json").exists():
                 read_info(folder)
             return load_base(base_model or str(run), dtype, **options)
         info = open_run(folder)
-        pipe = load_base(base_model or info["base_model"], dtype, **(_base_options(info) | options))
+        kept = base_options(info["config"])
+        if base_model and not is_single_file(base_model):
+            kept.pop("single_file_config", None)
+        pipe = load_base(base_model or info["base_model"], dtype, **(kept | options))
         load(folder, pipe, info)
         return pipe
-
-
-def _base_options(info: Mapping[str, Any]) -> dict[str, str]:
-    """The options with which a run loaded its base model."""
-    config = info["config"]
-    names = {"revision": "revision", "variant": "variant", "vae_name": "pretrained_vae_model_name_or_path"}
-    return {option: value for option, name in names.items() if (value := config.get(name))}
 
 
 def with_subjects(pipe: DiffusionPipeline) -> Any:

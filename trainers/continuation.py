@@ -26,6 +26,7 @@ MAY_CHANGE = {
 }
 # Paths of what is compared by its contents: it may have moved.
 COMPARED = {"instance_data_dir", "class_data_dir", "concepts_list", "train_data_dir", "domain_encoder"}
+PLACES = ("single_file_config", "pretrained_vae_model_name_or_path")  # of parts of the base model
 OWN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub"}  # of each command
 
 
@@ -66,7 +67,7 @@ def check_same_settings(folder: Path | None, config: Mapping[str, Any], known: M
 
 
 def _same_base(name: str, before: Any, value: Any) -> bool:
-    same = name == "pretrained_model_name_or_path"
+    same = name in ("pretrained_model_name_or_path", *PLACES)
     return same and embedded.lasting_name(before) == embedded.lasting_name(value)
 
 

@@ -19,7 +19,7 @@ from customize.quiet import quiet_libraries
 from customize.randomness import fixed_randomness
 from customize.runs.card import write_card
 from customize.trainers.claim import check_progress, claimed_output, clear_output, resumed_folder
-from customize.trainers.continuation import check_same_inputs, check_same_settings, earlier_settings
+from customize.trainers.continuation import PLACES, check_same_inputs, check_same_settings, earlier_settings
 from customize.trainers.interruption import interruption
 from customize.trainers.loop import train
 from customize.trainers.methods.base import Method
@@ -157,7 +157,8 @@ def launch(
         if train_config.num_train_epochs:
             train_config.max_train_steps = steps_of(data, train_config, accelerator)
             check_progress(train_config)
-        info |= {"config": config | {"max_train_steps": train_config.max_train_steps}}
+        places = {name: embedded.lasting_name(config[name]) for name in PLACES}
+        info |= {"config": config | places | {"max_train_steps": train_config.max_train_steps}}
         info |= data.described() | method.described()
         check_same_inputs(resumed, info)
         clear_output(train_config, accelerator)

@@ -21,6 +21,7 @@ from customize.data.crops import check_resolution
 from customize.data.images import ImageFile, find_images
 from customize.errors import UserError, shortened
 from customize.files import remove
+from customize.runs.folder import base_options
 from customize.runs.output import is_own_image, own_text, save_image
 from customize.trainers.settings import ModelConfig
 
@@ -31,9 +32,7 @@ def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Acce
     """The frozen base model in the training precision (its autoencoder in float32), on the device."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     name = model_config.pretrained_model_name_or_path
-    options = {k: v for k in ("revision", "variant") if (v := getattr(model_config, k))}
-    vae = model_config.pretrained_vae_model_name_or_path
-    backbone = wrap(load_base(name, dtype, vae_name=vae, **options), name)
+    backbone = wrap(load_base(name, dtype, **base_options(vars(model_config))), name)
     names = ("guidance_scale", "max_sequence_length", "timestep_sampling", "timestep_shift")
     backbone.configure(**{name: getattr(model_config, name) for name in names})
     data_config.resolution = data_config.resolution or backbone.native_resolution

@@ -22,8 +22,13 @@ class ModelConfig:
 
     pretrained_model_name_or_path: str = option(
         embedded.NAME,
-        "base model: a diffusers folder, a hub id, or stickers (embedded in the toolkit)",
+        "base model: a diffusers folder, hub id or .safetensors file, or stickers (embedded in the toolkit)",
         essential=True,
+    )
+    single_file_config: str = option(
+        "",
+        "for a base model in one file: the diffusers folder or hub id of the same kind of model, which says "
+        "how it is built and gives what the file lacks, such as text encoders; empty: as diffusers knows it",
     )
     pretrained_vae_model_name_or_path: str = option(
         "", "autoencoder to use instead of the base model's: a folder or a hub id"

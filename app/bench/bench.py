@@ -18,6 +18,7 @@ from customize.backbones.families import as_called
 from customize.backbones.load import load_base
 from customize.data.images import MASK_SUFFIX
 from customize.pipelines import load_pipeline
+from customize.runs.folder import base_options
 from customize.trainers.launch import run
 
 NOT_TRAINED = ("base", "real")  # rows that are no methods: the untouched base model, and real images
@@ -71,7 +72,7 @@ class Bench:
     methods: Sequence[str]
     sampling: Sampling
     base: str = "stickers"
-    base_options: dict = field(default_factory=dict)  # revision and variant
+    base_settings: dict = field(default_factory=dict)  # flags of training that it is loaded with
     repeats: int = 4
     seed: int = 0
 
@@ -226,14 +227,14 @@ class Bench:
         ]
         flags += ["--class_prompt", f"a {subject.word}", "--pretrained_model_name_or_path", self.base]
         flags += ["--seed", str(self.seed), "--overwrite_output_dir"]
-        flags += [word for name, value in self.base_options.items() for word in (f"--{name}", value)]
+        flags += [word for name, value in self.base_settings.items() for word in (f"--{name}", value)]
         return trained(
             folder, lambda place: run([*self.training(name, subject), *flags, "--output_dir", str(place)])
         )
 
     @cached_property
     def base_pipeline(self) -> DiffusionPipeline:
-        return load_base(self.base, **self.base_options)
+        return load_base(self.base, **base_options(self.base_settings))
 
     def pipeline(self, name: str, subject: Subject) -> Any:
         pipe = self.base_pipeline if name == "base" else load_pipeline(self.run_folder(name, subject))

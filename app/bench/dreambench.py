@@ -170,7 +170,7 @@ class DreamBench(Bench):
         ).hexdigest()
         return {
             "bench": f"DreamBench, {len(self.subjects)} subjects",
-            "base model": " ".join([self.base, *self.base_options.values()]),
+            "base model": " ".join([self.base, *self.base_settings.values()]),
             "prompts": f"{len(self.subjects[0].prompts)} a subject, sha256 {digest[:12]}",
             "images": f"{self.repeats} for each prompt, seeds from {self.seed}, PNG",
             "sampling": str(self.sampling),

@@ -18,11 +18,14 @@ from transformers import PreTrainedModel
 
 from customize import embedded
 from customize.backbones.families import BACKBONES
+from customize.backbones.single_file import SingleFile
 from customize.backbones.text import SUFFIXES, clip_skip_works, text_parts
 from customize.errors import UserError, first_line, nearest, shortened
+from customize.files import is_single_file
 from customize.tensor_checks import load_whole
 
 FLAG = "--pretrained_model_name_or_path"
+INDEX = "model_index.json"
 
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -35,14 +38,20 @@ UNUSED = "safety_checker"  # it would paint images black, and training has no us
 
 
 def load_base(
-    name: str | Path, dtype: torch.dtype = torch.float32, vae_name: str = "", **options
+    name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    vae_name: str = "",
+    single_file_config: str = "",
+    **options,
 ) -> DiffusionPipeline:
-    """The diffusers pipeline of a base model: a folder, a hub id, or `stickers`, the embedded one.
+    """The diffusers pipeline of a base model: a folder, a hub id, one file, or `stickers`, the embedded one.
 
     Only safetensors are read. `vae_name` is the folder or hub id of an autoencoder to use instead of the
-    model's; `options` go to diffusers (`revision`, `variant`). Raises UserError for a
-    missing or incomplete folder, for weights that do not all load or are not finite, for settings that
-    diffusers cannot use, and for a kind of pipeline that no backbone wraps.
+    model's. `single_file_config`: the folder or hub id that says how the model in a single file is built, and
+    gives what the file lacks; empty: the one that diffusers knows for such a file. `options` go to diffusers
+    (`revision`, `variant`). Raises UserError for a missing or incomplete folder or file, for weights that do
+    not all load or are not finite, for settings that diffusers cannot use, and for a kind of pipeline that no
+    backbone wraps.
     """
     if not isinstance(name, str | Path):
         raise UserError(
@@ -50,14 +59,25 @@ def load_base(
             "hub id."
         )
     _check_options(options)
-    folder = _folder(str(name), options)
+    file = None
+    if is_single_file(name):
+        file = SingleFile.read(name, single_file_config, options.get("revision"))
+    elif single_file_config:
+        raise UserError(f"--single_file_config is for a base model in one file; leave it out for '{name}'.")
+    folder = file.folder if file else _folder(str(name), options)
     if vae_name:
         options["vae"] = _autoencoder(vae_name, dtype)
     listed = _components(folder)
     try:
+        kinds = _model_kinds(listed, options)
+        if file:
+            file.check_kind(_read_object(folder / INDEX)["_class_name"])
+            file.complete(kinds)
         models = {
-            part: _model(folder / part, kind, dtype, options)
-            for part, kind in _model_kinds(listed, options).items()
+            part: file.component(part, kind, dtype)
+            if file and file.holds(part, kind)
+            else _model(folder / part, kind, dtype, options)
+            for part, kind in kinds.items()
         }
         unused = {UNUSED: None, "requires_safety_checker": False} if UNUSED in listed else {}
         pipe = DiffusionPipeline.from_pretrained(
@@ -65,6 +85,8 @@ def load_base(
         )
     except Exception as error:  # the libraries' loaders raise all kinds
         raise _failed(str(name), error) from error
+    if file and (settings := file.scheduler_settings()):
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **settings)
     pipe.register_to_config(_name_or_path=str(name))
     _check_parts(str(name), pipe)
     for part in pipe.components.values():
@@ -146,7 +168,7 @@ def _folder(name: str, options: dict[str, Any]) -> Path:
 
 def _components(folder: Path) -> dict[str, list]:
     """Library and class of each component that model_index.json lists and that is used."""
-    index = folder / "model_index.json"
+    index = folder / INDEX
     if not index.exists():
         raise UserError(
             f"{FLAG}: '{folder}' has no model_index.json; give the folder of a diffusers pipeline."

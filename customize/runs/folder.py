@@ -84,6 +84,25 @@ def info_of(run: str | Path) -> dict[str, Any]:
     return {"base_model": str(run), "words": {}, "config": {}} | found
 
 
+# Settings of a run with which its base model is loaded, and what `load_base` calls them.
+BASE_SETTINGS = {
+    "revision": "revision",
+    "variant": "variant",
+    "single_file_config": "single_file_config",
+    "pretrained_vae_model_name_or_path": "vae_name",
+}
+
+
+def base_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Those of a run's settings that its base model is loaded with."""
+    return {name: value for name in BASE_SETTINGS if (value := config.get(name))}
+
+
+def base_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `load_base` that load the base model of a run with these settings."""
+    return {BASE_SETTINGS[name]: value for name, value in base_settings(config).items()}
+
+
 def _no_run(run: Path) -> str:
     newest = latest_checkpoint(run)
     hint = f"; its newest checkpoint is '{newest}'" if newest else "; give the --output_dir of a training run"
