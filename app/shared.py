@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from customize.config import parse
-from customize.embedded import is_embedded
+from customize.embedded import is_embedded, is_single_file
 from customize.errors import UserError, nearest
-from customize.files import is_single_file
 
 
 def split(words: list[str], config: type, names: list[str], more: bool = False) -> tuple[list[str], Any]:

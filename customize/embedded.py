@@ -12,6 +12,7 @@ from customize.errors import nearest, shortened
 from customize.stickers import ENCODER, MODEL
 
 NAME = "stickers"
+MODEL_FILES = {".safetensors", ".sft", ".ckpt", ".pt", ".gguf"}  # endings of whole models in one file
 RARE = ("sks", "ohwx")  # words without a meaning that its text encoder reads as one token
 GUIDANCE = 4.0  # that suits it best; pipelines draw with 7.5 otherwise
 SUBJECT_ENCODER = ENCODER
@@ -26,6 +27,11 @@ def is_embedded(name: str | Path) -> bool:
 def folder_of(name: str | Path) -> str:
     """Where a base model lies: the embedded one's folder, or the name itself (a folder or a hub id)."""
     return str(MODEL) if is_embedded(name) else str(name)
+
+
+def is_single_file(name: str | Path) -> bool:
+    """Whether a base model's name means one file of weights, as model sites offer them."""
+    return Path(name).suffix.lower() in MODEL_FILES and not os.path.isdir(name)
 
 
 def lasting_name(name: str | Path) -> str:

@@ -18,7 +18,6 @@ from customize.errors import UserError, is_disk_full
 
 HIDDEN = ".customize-"  # what begins so was begun by this toolkit and not finished
 NEW, OLD, PART = HIDDEN + "new-", HIDDEN + "old-", HIDDEN + "part-"
-MODEL_FILES = {".safetensors", ".sft", ".ckpt", ".pt", ".gguf"}  # endings of whole models in one file
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 
@@ -164,8 +163,3 @@ def _settle(path: Path) -> None:
     os.chmod(path, 0o666 & ~_UMASK)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def is_single_file(name: str | Path) -> bool:
-    """Whether a base model's name means one file of weights, as model sites offer them."""
-    return Path(name).suffix.lower() in MODEL_FILES and not os.path.isdir(name)

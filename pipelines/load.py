@@ -13,7 +13,6 @@ from customize.adapters.encoders.image_encoder import ReferenceFit
 from customize.backbones.families import family_of
 from customize.backbones.load import load_base
 from customize.errors import UserError, nearest
-from customize.files import is_single_file
 from customize.pipelines.in_context import with_references
 from customize.pipelines.subject import TASKS, SubjectMixin, Task
 from customize.quiet import quietly
@@ -45,7 +44,7 @@ def load_pipeline(
             return load_base(base_model or str(run), dtype, **options)
         info = open_run(folder)
         kept = base_options(info["config"])
-        if base_model and not is_single_file(base_model):
+        if base_model and not embedded.is_single_file(base_model):
             kept.pop("single_file_config", None)
         pipe = load_base(base_model or info["base_model"], dtype, **(kept | options))
         load(folder, pipe, info)

@@ -329,7 +329,7 @@ MISTAKES = {
         "num_inference_steps: '2' is",
     ),
     "damaged run": (["stickers", "damaged", "--prompt", "a fox"], "is not the file that the run wrote"),
-    "no base model": (["stickers", "orphan", "--prompt", "a fox"], "base model in '/gone', which is gone"),
+    "no base model": (["stickers", "orphan", "--prompt", "a fox"], "base model '/gone', which is gone"),
     "encoder": (["stickers", "encoder", "--prompt", "a fox"], "'encoder' is a subject encoder"),
     "scale of no LoRA": (
         ["a", "word", "--prompt", "a fox", "--lora_scale", "0.5"],

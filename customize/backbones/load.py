@@ -21,7 +21,6 @@ from customize.backbones.families import BACKBONES
 from customize.backbones.single_file import SingleFile
 from customize.backbones.text import SUFFIXES, clip_skip_works, text_parts
 from customize.errors import UserError, first_line, nearest, shortened
-from customize.files import is_single_file
 from customize.tensor_checks import load_whole
 
 FLAG = "--pretrained_model_name_or_path"
@@ -60,7 +59,7 @@ def load_base(
         )
     _check_options(options)
     file = None
-    if is_single_file(name):
+    if embedded.is_single_file(name):
         file = SingleFile.read(name, single_file_config, options.get("revision"))
     elif single_file_config:
         raise UserError(f"--single_file_config is for a base model in one file; leave it out for '{name}'.")
