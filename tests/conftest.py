@@ -37,3 +37,32 @@ def write_noise(folder):
 @pytest.fixture
 def images(tmp_path):
     return write_noise(tmp_path / "images")
+
+
+@pytest.fixture
+def late_denoiser(monkeypatch):
+    """As on a card, where the denoiser comes when the text encoders have gone: until then it cannot run.
+    Lists how many text encoders there were whenever it was moved."""
+    from customize.trainers import launch
+
+    load, came = launch.load_backbone, []
+
+    def loaded(*arguments, **options):
+        backbone = load(*arguments, **options)
+        denoiser = backbone.denoiser
+        move, away = denoiser._apply, denoiser.register_forward_pre_hook(_is_not_there)
+
+        def moved(*given, **more):
+            away.remove()
+            came.append(len(backbone.text_encoders))
+            return move(*given, **more)
+
+        denoiser._apply = moved
+        return backbone
+
+    monkeypatch.setattr(launch, "load_backbone", loaded)
+    return came
+
+
+def _is_not_there(*_):
+    raise AssertionError("the denoiser ran before it was moved to the device")

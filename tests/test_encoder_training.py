@@ -153,7 +153,9 @@ def test_trains_saves_and_reloads(base, case, tower, subjects, tmp_path):
         ("sd15", "ip_adapter"),
     ],
 )
-def test_bf16_trains_draws_and_saves_in_float32(base, case, tower, subjects, tmp_path, monkeypatch):
+def test_bf16_trains_draws_and_saves_in_float32(
+    base, case, tower, subjects, tmp_path, monkeypatch, late_denoiser
+):
     """As on a GPU: base model and image encoder in bf16, what is trained in float32, autocast,
     activations recomputed."""
     tiny(base).save_pretrained(tmp_path / "base")

@@ -90,7 +90,7 @@ def levels(image) -> np.ndarray:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trains_and_draws_again_or_refuses(family, method, places, tmp_path):
+def test_trains_and_draws_again_or_refuses(family, method, places, tmp_path, late_denoiser):
     if (method, "*") in REFUSED and (method, family) not in WORKS:
         with pytest.raises(UserError, match=REFUSED[method, "*"]):
             run(family, method, places, tmp_path / "run")
@@ -106,6 +106,8 @@ def test_trains_and_draws_again_or_refuses(family, method, places, tmp_path):
         return
     prompt = METHODS[method]["instance_prompt"]
     folder = run(family, method, places, tmp_path / "run", validation_prompt=[prompt], validation_steps=2)
+    if method == "dreambooth":
+        assert late_denoiser[0] == 0  # no text encoder was left when it came
     assert json.loads((folder / "run.json").read_text())["step"] == 2
     # the image of the training's own validation, which may have drawn from cached prompts
     shown = levels(Image.open(folder / "samples" / "step-000002.png"))

@@ -151,9 +151,12 @@ def launch(
         kind.prepare_data(source, backbone, train_config, method_config, accelerator)
         if model_config.assistant_lora:
             add_assistant(backbone, model_config.assistant_lora)
-        method = kind(backbone, method_config, source.concepts).to(accelerator.device)
+        method = kind(backbone, method_config, source.concepts)
+        with backbone.denoiser_left_out():
+            method.to(accelerator.device)
         method.check_drawing(train_config.validation_prompt)
         data = source.prepare(method, preparation(model_config, train_config, accelerator))
+        backbone.denoiser.to(accelerator.device)  # now that the text encoders may be gone
         if train_config.num_train_epochs:
             train_config.max_train_steps = steps_of(data, train_config, accelerator)
             check_progress(train_config)

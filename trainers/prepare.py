@@ -29,7 +29,8 @@ RECIPE = "Class image"  # what the PNG files of class images hold of how they we
 
 
 def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Accelerator) -> Backbone:
-    """The frozen base model in the training precision (its autoencoder in float32), on the device."""
+    """The frozen base model in the training precision (its autoencoder in float32); all but the denoiser is
+    on the device."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     name = model_config.pretrained_model_name_or_path
     backbone = wrap(load_base(name, dtype, **base_options(vars(model_config))), name)
@@ -45,7 +46,8 @@ def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Acce
             stacklevel=2,
         )
     decode_whole(backbone.vae.float())
-    return backbone.to(accelerator.device)
+    with backbone.denoiser_left_out():
+        return backbone.to(accelerator.device)
 
 
 def add_assistant(backbone: Backbone, name: str) -> None:
@@ -110,6 +112,8 @@ def class_images(
     free = (i for i in itertools.count() if not (folder / f"class-{i:05d}.png").exists())
     wanted = list(itertools.islice(free, max(count - len(have), 0)))
     batches = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
+    if batches:
+        backbone.to(backbone.device)  # the denoiser too
     for numbers in tqdm(batches, desc=f"class images of '{concept.class_prompt}'"):
         generators = [torch.Generator().manual_seed(seed + i) for i in numbers]
         options = {"height": config.resolution, "width": config.resolution, "generator": generators}

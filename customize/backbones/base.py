@@ -112,6 +112,7 @@ class Backbone(nn.Module):
         self.text_encoders = nn.ModuleList(encoders)
         expand_words(pipe)
         self.prompts: dict[str, dict[str, Tensor]] = {}  # text embeddings of prompts that were cached
+        self.register_buffer("place", torch.empty(0), persistent=False)  # moves as the backbone does
         self._check_latents()
         self._check_chat_template()
         self.requires_grad_(False).eval()
@@ -127,7 +128,18 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        """The device that it works on; the denoiser may still have to come there."""
+        return self.place.device
+
+    @contextmanager
+    def denoiser_left_out(self) -> Iterator[None]:
+        """Context in which moving the backbone leaves the denoiser where it is, so that a card need not hold
+        it and the text encoders together."""
+        denoiser, self._modules["denoiser"] = self._modules["denoiser"], None
+        try:
+            yield
+        finally:
+            self._modules["denoiser"] = denoiser
 
     def components(self) -> dict[str, nn.Module]:
         """The denoiser and the text encoders, by the pipeline's names for them."""
