@@ -210,7 +210,7 @@ def test_a_trained_component_is_loaded_from_the_run(start):
 # prior preservation
 
 
-def test_class_images_are_drawn_once_and_used_again(start, monkeypatch, tmp_path, steps):
+def test_class_images_are_drawn_once_and_used_again(start, monkeypatch, tmp_path, steps, late_denoiser):
     calls = counted(monkeypatch, StableDiffusionPipeline, "__call__")
     options = {
         "with_prior_preservation": True,

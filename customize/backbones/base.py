@@ -102,6 +102,7 @@ class Backbone(nn.Module):
     timestep_sampling: TimestepSampling = "uniform"  # as the family's official training script draws times
     timestep_shift = 0.0  # of the times of flow models; 0: the scheduler's
     resolution = 0  # side of the images that this run trains on and draws, in pixels
+    place: Tensor  # empty; moves as the backbone does
 
     def __init__(self, pipe: DiffusionPipeline, name: str = ""):
         super().__init__()
@@ -112,7 +113,7 @@ class Backbone(nn.Module):
         self.text_encoders = nn.ModuleList(encoders)
         expand_words(pipe)
         self.prompts: dict[str, dict[str, Tensor]] = {}  # text embeddings of prompts that were cached
-        self.register_buffer("place", torch.empty(0), persistent=False)  # moves as the backbone does
+        self.register_buffer("place", torch.empty(0), persistent=False)
         self._check_latents()
         self._check_chat_template()
         self.requires_grad_(False).eval()
