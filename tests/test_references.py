@@ -23,8 +23,9 @@ from customize.data.streams import Streamed, read_rows, shuffled, split_rows
 from customize.data.training_data import Preparation
 from customize.errors import UserError
 from customize.imaging import to_tensor
-from customize.stickers import Scene, World
+from customize.stickers import Drawing, Scene, World
 from customize.stickers.bench import bench_subjects
+from customize.stickers.restyle import Restyled
 
 WHITE = (255, 255, 255)
 
@@ -1104,3 +1105,37 @@ def test_a_webdataset_is_read_from_its_tar_file(hf, tmp_path, streaming):
     entries = take(6, streamed(ReferenceConfig(**{"resolution": 8, "shuffle_buffer": 0} | source | columns)))
     assert shown(entries) == [0, 1, 2] * 2
     assert [entry["prompt"] for entry in entries[:3]] == ["a <s> 0", "a <s> 1", "a <s> 2"]
+
+
+def test_a_restyled_drawing_is_a_subject_of_its_own(monkeypatch):
+    """The same in every view, unlike its original and any held-out drawing; the rest of the world stays."""
+    from customize.stickers import restyle
+
+    world = World()
+    pool = frozenset(world.drawings())
+    drawing = next(d for d in sorted(pool, key=str) if world.classes[d.word]["held_out"])
+    joins = []
+    join = restyle.joined
+    monkeypatch.setattr(
+        restyle, "joined", lambda own, other, rng: joins.append(other) or join(own, other, rng)
+    )
+    sprites = [Restyled(world, drawing, pool, seed).sprite(drawing) for seed in range(40)]
+    again = Restyled(world, drawing, pool, 3)
+    assert np.array_equal(again.sprite(drawing), sprites[3])
+    assert len({sprite.tobytes() for sprite in sprites}) > 35
+    held_out = [world.sprite(Drawing(drawing.word, s)) for s in world.classes[drawing.word]["held_out"]]
+    assert joins
+    assert not any(np.array_equal(other, own) for other in joins for own in held_out)
+    other = next(d for d in pool if d != drawing)
+    assert np.array_equal(again.sprite(other), world.sprite(other))
+    assert all(sprite.shape == (world.size, world.size, 4) and sprite.dtype == np.uint8 for sprite in sprites)
+
+
+def test_restyled_scenes_are_no_positives_of_others():
+    config = ReferenceConfig(resolution=32, restyle_rate=1.0)
+    data = Rendered(config, lambda images: torch.zeros(len(images), 3, 8, 8), 0)
+    items = [data[i] for i in range(6)]
+    assert len({item["identity"] for item in items}) == 6
+    assert min(item["identity"] for item in items) >= len(data.pool)
+    plain = Rendered(ReferenceConfig(resolution=32), lambda images: torch.zeros(len(images), 3, 8, 8), 0)
+    assert all(plain[i]["identity"] < len(data.pool) for i in range(6))

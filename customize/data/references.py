@@ -91,6 +91,13 @@ class ReferenceConfig:
     second_subject_rate: float = option(
         0.0, "stickers: share of scenes with a second subject, <s2>, and references of it", least=0, most=1
     )
+    restyle_rate: float = option(
+        0.0,
+        "stickers: share of scenes whose subject is redrawn in a style of no studio (other colours, fills, "
+        "outline and shape)",
+        least=0,
+        most=1,
+    )
     region_rate: float = option(
         0.5,
         "stickers: share of scenes with two subjects in which the region of each is given",

@@ -11,6 +11,7 @@ from customize.data.references import Pixels, ReferenceConfig, References, View,
 from customize.prompts import WORDS
 from customize.stickers import BACKGROUNDS, Drawing, Scene, World, draw_scene
 from customize.stickers.bench import bench_subjects
+from customize.stickers.restyle import Restyled
 from customize.stickers.scene import PREFIXES, caption, draw_factors, draw_pose
 
 
@@ -28,12 +29,17 @@ class Rendered(References):
                 d for d in self.world.drawings(held_out=True) if d not in bench_subjects()
             ]
         self.number = {drawing: i for i, drawing in enumerate(self.pool)}
+        self.known = frozenset(self.pool)  # of which a redrawn one may have parts
 
     def __getitem__(self, position: int) -> dict:
         rng = np.random.default_rng([*self.seed, position])
         pool = self.core if rng.random() < 0.5 else self.pool
         drawing = pool[rng.integers(len(pool))]
-        target = draw_factors(rng, self.world, [drawing], extras=0.25)
+        world, identity = self.world, self.number[drawing]
+        if self.config.restyle_rate and rng.random() < self.config.restyle_rate:
+            world = Restyled(world, drawing, self.known, int(rng.integers(2**31)))
+            identity = len(self.pool) + position  # of no other item
+        target = draw_factors(rng, world, [drawing], extras=0.25)
         second = rng.random() < self.config.second_subject_rate
         if (
             second or target.companion is not None
@@ -50,16 +56,17 @@ class Rendered(References):
         prefix = PREFIXES[rng.integers(len(PREFIXES))]
         options = {"style": rng.random() < 0.5, "setting": rng.random() < 0.92}
         prompt = caption(target, nouns[0], prefix, companion=nouns[1] if second else None, **options)
-        views = [[self.view(subject, rng) for _ in range(2)] for subject in subjects]
-        shown = View(*draw_scene(target, self.world, mask_companion=second))
+        views = [[a_view(subject, world, rng) for _ in range(2)] for subject in subjects]
+        shown = View(*draw_scene(target, world, mask_companion=second))
         told = second and rng.random() < self.config.region_rate
-        regions = halves(draw_scene(target, self.world)[1], self.config.resolution) if told else None
-        return item(shown, views, prompt, self.number[drawing], rng, self.config, self.pixels, regions)
+        regions = halves(draw_scene(target, world)[1], self.config.resolution) if told else None
+        return item(shown, views, prompt, identity, rng, self.config, self.pixels, regions)
 
-    def view(self, drawing: Drawing, rng: np.random.Generator) -> View:
-        background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-        scene = Scene(drawing, background, pose=draw_pose(rng), seed=int(rng.integers(2**31)))
-        return View(*draw_scene(scene, self.world))
+
+def a_view(drawing: Drawing, world: World, rng: np.random.Generator) -> View:
+    background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    scene = Scene(drawing, background, pose=draw_pose(rng), seed=int(rng.integers(2**31)))
+    return View(*draw_scene(scene, world))
 
 
 def halves(mask: Image.Image, side: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ from customize.backbones.load import load_base
 from customize.config import parse
 from customize.data.dataset import to_device
 from customize.data.references import collate_references
-from customize.data.rendered import Rendered
+from customize.data.rendered import Rendered, a_view
 from customize.prompts import WORDS
 from customize.stickers import Drawing
 from customize.stickers.scene import PREFIXES, SIDE, caption, draw_factors
@@ -82,7 +82,7 @@ def batch(data: Rendered, rng: np.random.Generator, size: int):
         scene = draw_factors(rng, data.world, [drawing], extras=0.1)
         noun = "sticker" if rng.random() < 0.5 else drawing.word
         prefix, setting = PREFIXES[rng.integers(len(PREFIXES))], rng.random() < 0.92
-        view = data.view(drawing, rng)
+        view = a_view(drawing, data.world, rng)
         images.append(view.cut_out if rng.random() < 0.5 else view.image)
         prompts.append(caption(scene, f"{WORDS[0]} {noun}", prefix, setting=setting))
         names.append(caption(scene, str(drawing), prefix, setting=setting))

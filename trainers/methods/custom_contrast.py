@@ -132,9 +132,12 @@ class CustomContrast(SubjectMethod):
         used = 2 if both or self.contrasts else 1
         output = self.image_encoder(batch["references"][present][:, :used].flatten(0, 1))
         features, times = adapter.encoder.read(output).unflatten(0, (-1, used)), of_subjects(t, present)
-        # both at their sample's time: S+ could tell pairs by it, but hardly changes with it (cosine .997 on
-        # the embedded model)
-        views = [self.encode(features[:, i : i + 1], times) for i in range(2 if self.contrasts else 1 - both)]
+        # the second view at a time of its own: S+ could tell pairs by the time that they share
+        other = of_subjects(self.draw_times(len(t)), present) if self.training and self.contrasts else times
+        views = [
+            self.encode(features[:, i : i + 1], (times, other)[i])
+            for i in range(2 if self.contrasts else 1 - both)
+        ]
         shows_target = of_subjects(batch["shows_target"], present)
         encoded = (self.encode(features, times, shows_target) if both else views[0]).spread(present)
         no_text, no_image = self.dropped(len(present))
