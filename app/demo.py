@@ -1,8 +1,9 @@
-"""`customize demo`: four images of a subject, a few minutes of training, and the subject in scenes it was
-never seen in."""
+"""`customize demo`: four images of a subject, and the subject in scenes it was never seen in: by the encoder
+at once, and after a few minutes of training."""
 
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from customize.backbones.load import load_base
+from customize.embedded import GUIDANCE
 from customize.errors import UserError
-from customize.pipelines import load_pipeline
+from customize.pipelines import load_pipeline, load_subject_pipeline
 from customize.runs.folder import check_free
 from customize.runs.output import is_own_image, make_folder, save_image
 from customize.stickers import BACKGROUNDS, Drawing, World
@@ -37,7 +39,11 @@ def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False
     check_output(folder, overwrite)
     images = write_references(folder / "images", SUBJECT, f"{WORD} {SUBJECT.word}")
     prompts = [f"a {WORD} {SUBJECT.word} {BACKGROUNDS[b]}" for b in UNSEEN]
-    before = draw(load_base("stickers"), prompts)
+    before = draw(load_base("stickers"), [prompt.replace(f"{WORD} ", "") for prompt in prompts])
+    encoder = load_subject_pipeline("stickers")
+    began = time.perf_counter()
+    at_once = draw(encoder, [prompt.replace(WORD, "<s>") for prompt in prompts], subject_images=images)
+    print(f"the encoder's {len(at_once)} images took {time.perf_counter() - began:.1f} s, and no training")
     train_method(
         "dreambooth",
         instance_data_dir=folder / "images",
@@ -49,14 +55,15 @@ def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False
     )
     after = draw(load_pipeline(folder), prompts)
     page = folder / PAGE
-    save_image(compose(images, before, after, prompts), page)
+    rows = {"the class word alone": before, "the encoder, at once": at_once, "DreamBooth, after training": after}
+    save_image(compose(images, rows, prompts), page)
     sprite = World().sprite(SUBJECT)
-    scores = [
-        np.mean([masked_correlation(image, sprite) for image in drawn]) for drawn in (images, before, after)
-    ]
+    own, word, encoded, taught = (
+        np.mean([masked_correlation(image, sprite) for image in drawn]) for drawn in (images, *rows.values())
+    )
     print(
-        f"correlation with the subject: its own images {scores[0]:.2f}, before {scores[1]:.2f}, after "
-        f"{scores[2]:.2f}"
+        f"correlation with the subject: its own images {own:.2f}, the word {word:.2f}, the encoder "
+        f"{encoded:.2f}, DreamBooth {taught:.2f}"
     )
     print(f'look at {page}; draw more with: {command()} generate {folder} "{prompts[0]}"')
     return page
@@ -89,38 +96,34 @@ def check_output(folder: Path, overwrite: bool) -> None:
             )
 
 
-def draw(
-    pipe: Any, prompts: list[str], seed: int = 0, steps: int = 25, guidance_scale: float = 4.0
-) -> list[Image.Image]:
+def draw(pipe: Any, prompts: list[str], **options: Any) -> list[Image.Image]:
     """One image for each prompt, from the same noises at every call."""
     pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    return pipe(
-        prompts, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators
-    ).images
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    usual = {"num_inference_steps": 25, "guidance_scale": GUIDANCE, "generator": generators}
+    return pipe(prompts, **usual, **options).images
 
 
-def compose(
-    images: list[Image.Image], before: list[Image.Image], after: list[Image.Image], prompts: list[str]
-) -> Image.Image:
-    """The images of the subject on the left; before and after, scene by scene, on the right."""
-    side, gap, top, bold, small = 192, 12, 64, ImageFont.load_default(22), ImageFont.load_default(15)
-    left = 2 * side + 4 * gap
-    page = Image.new("RGB", (left + len(prompts) * (side + gap) + gap, top + 2 * (side + gap) + 40), "white")
+def compose(images: list[Image.Image], rows: dict[str, list[Image.Image]], prompts: list[str]) -> Image.Image:
+    """The images of the subject on the left; on the right a row for each way of drawing it, scene by
+    scene."""
+    side, gap, top, bold, small = 192, 12, 36, ImageFont.load_default(22), ImageFont.load_default(15)
+    left, step = 2 * side + 4 * gap, side + gap + top
+    page = Image.new("RGB", (left + len(prompts) * (side + gap) + gap, len(rows) * step + 44), "white")
     pen = ImageDraw.Draw(page)
 
     def place(image: Image.Image, x: int, y: int) -> None:
         page.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
 
-    pen.text((gap, 18), "four images of the subject", "black", bold)
-    pen.text((left, 18), "above: before, below: after customization", "black", bold)
+    pen.text((gap, 8), "four images of the subject", "black", bold)
     for i, image in enumerate(images):
         place(image, gap + (i % 2) * (side + gap), top + (i // 2) * (side + gap))
+    for row, (name, drawn) in enumerate(rows.items()):
+        pen.text((left, row * step + 8), name, "black", bold)
+        for i, image in enumerate(drawn):
+            place(image, left + i * (side + gap), row * step + top)
     for i, prompt in enumerate(prompts):
-        x = left + i * (side + gap)
-        place(before[i], x, top)
-        place(after[i], x, top + side + gap)
-        label = prompt.replace(SUBJECT.word, SUBJECT.word + "\n", 1).replace("\n ", "\n")
-        pen.text((x, top + 2 * (side + gap)), label, "black", small)
+        label = prompt.replace(f"{WORD} {SUBJECT.word} ", f"... {SUBJECT.word}\n", 1)
+        pen.text((left + i * (side + gap), len(rows) * step), label, "black", small)
     pen.line([(left - 1.5 * gap, 10), (left - 1.5 * gap, page.height - 10)], (200, 200, 200), 2)
     return page

@@ -146,7 +146,7 @@ class SubjectMixin(Stock):
             raise UserError(
                 f"reference_fit: there is no '{reference_fit}'; choose {', '.join(get_args(ReferenceFit))}."
             )
-        file = embedded.SUBJECT_ENCODER if embedded.is_embedded(name) else adapter_file(str(name))
+        file = adapter_file(str(name))
         if (file.parent / INFO).exists():
             open_run(file.parent)  # says so if its files are not as they were written
         image_encoder = (

@@ -13,10 +13,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from customize.adapters.encoders.image_encoder import load_image_encoder
 from customize.adapters.subject import FILE, RELEASED
+from customize.adapters.subject_files import adapter_file
 from customize.backbones.families import wrap
 from customize.data.folders import Folders, read_folders
 from customize.data.references import ReferenceConfig, collate_references, held_out_batches
 from customize.data.sources import ReferenceData
+from customize.embedded import SUBJECT_ENCODER
 from customize.errors import UserError
 from customize.pipelines.conditioning import SubjectCall
 from customize.pipelines.load import with_subjects
@@ -548,6 +550,7 @@ def test_going_on_from_an_encoder_keeps_what_it_knows(tower, subjects, tmp_path)
         build("sd15", "custom_contrast", tower, heads=4, pretrained_adapter=str(tmp_path))
     with pytest.raises(UserError, match="no subject encoder"):
         build("sd15", "custom_contrast", tower, pretrained_adapter=str(tmp_path / "nothing"))
+    assert adapter_file("stickers") == SUBJECT_ENCODER
 
 
 def test_the_tower_that_a_run_names_is_loaded_with_it(tower, subjects, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from customize import embedded
 from customize.adapters.attention import TextGate
 from customize.adapters.encoders.image_encoder import ImageEncoder
 from customize.adapters.encoders.ip_adapter import from_released
@@ -151,8 +152,9 @@ def _about(path: Path) -> dict | None:
 
 
 def adapter_file(name: str) -> Path:
-    """The encoder's file: `name` itself, or the one in that run folder; UserError if there is none."""
-    path = Path(name)
+    """The encoder's file: `name` itself, the one in that run folder, or that of the embedded `stickers`;
+    UserError if there is none."""
+    path = embedded.SUBJECT_ENCODER if embedded.is_embedded(name) else Path(name)
     for found in (path, *(path / name for name in (FILE, RELEASED))):
         if found.is_file():
             return found

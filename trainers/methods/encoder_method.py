@@ -40,7 +40,7 @@ class SubjectConfig(MethodConfig):
         "how reference images that are not square become square: stretch, pad with white, or crop the centre",
     )
     pretrained_adapter: str = option(
-        "", "encoder to go on from: a run, a file, or a released IP-Adapter (for ip_adapter)"
+        "", "encoder to go on from: a run, a file, stickers, or a released IP-Adapter (for ip_adapter)"
     )
     validation_images: list[str] = option([], "images of the subject that --validation_prompt calls <s>")
     dropout_text: float = option(
