@@ -28,10 +28,10 @@ class BucketBatches(Sampler[list[Key]]):
     An epoch shows every instance image once, in batches of one bucket; the last batch of a bucket is
     filled with that bucket's images again. Images that may have several sizes form batches with those that
     may have the same, and each batch takes one of these at random. With `weights` of the concepts, images
-    of the smallest weight are shown once in an epoch and the others more often. If there are prior images, `batch_size` of them follow in
-    each batch, each of the same concept as the instance image it pairs with. Process `rank` of `world`
-    takes batches rank, rank + world, ... UserError if there is no instance image, or some concepts have
-    prior images and others none.
+    of the smallest weight are shown once in an epoch and the others more often. If there are prior images,
+    `batch_size` of them follow in each batch, each of the same concept as the instance image it pairs with.
+    Process `rank` of `world` takes batches rank, rank + world, ... UserError if there is no instance image,
+    or some concepts have prior images and others none.
     """
 
     dataset: SubjectDataset
@@ -90,9 +90,7 @@ class BucketBatches(Sampler[list[Key]]):
             return self.instances
         return [i for i in self.instances for _ in range(times_shown(epoch, *self.shares[i]))]
 
-    def _chunks(
-        self, rng: np.random.Generator, epoch: int
-    ) -> list[tuple[tuple[Bucket, ...], list[int]]]:
+    def _chunks(self, rng: np.random.Generator, epoch: int) -> list[tuple[tuple[Bucket, ...], list[int]]]:
         """One epoch's instance images in chunks of batch_size, shuffled, with the buckets of each chunk."""
         groups = group(rng.permutation(self._shown(epoch)).tolist(), self.buckets.__getitem__)
         chunks = [

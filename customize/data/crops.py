@@ -1,7 +1,7 @@
 """Crops, buckets of aspect ratios, and images as tensors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from PIL import Image, ImageOps
@@ -37,7 +37,7 @@ def buckets(resolution: int, factor: int) -> list[Bucket]:
     return sorted(found)
 
 
-def nearest_bucket(size: tuple[int, int], buckets: Sequence[Bucket]) -> Bucket:
+def nearest_bucket(size: tuple[int, int], buckets: Iterable[Bucket]) -> Bucket:
     """The (height, width) whose aspect ratio is nearest in logarithm to that of `size` (width, height)."""
     ratio = math.log(size[0] / size[1])
     return min(buckets, key=lambda bucket: abs(math.log(bucket[1] / bucket[0]) - ratio))

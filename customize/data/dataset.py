@@ -50,7 +50,7 @@ class SubjectDataset(Dataset):
         """What an image may be cropped to, one bucket for each resolution that it fills, the largest first;
         that of the smallest resolution if it fills none."""
         size = self.images[index].size
-        own = self.buckets[nearest_bucket(size, [*self.buckets])]
+        own = self.buckets[nearest_bucket(size, self.buckets)]
         return tuple(bucket for bucket in own if fills(size, bucket)) or own[-1:]
 
     def bucket_of(self, index: int) -> Bucket:

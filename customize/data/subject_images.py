@@ -123,7 +123,7 @@ def check_captions(method: Any, images: Sequence[ImageFile]) -> None:
     """UserError for a caption that is too long with the learned words in it, or that holds none of them,
     and for a word that no caption holds."""
     words = method.learned_words
-    for image, caption in ((image, caption) for image in images for caption in image.captions):
+    for image, caption in ((own, caption) for own in images for caption in own.captions):
         method.backbone.check_length(f"caption of '{image.path}'", caption)
         if words and not image.is_prior and not any(word in caption for word in words):
             told, needed = shortened(caption), " or ".join(words)
