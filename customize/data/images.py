@@ -75,12 +75,12 @@ def find_images(
     """Every image of `folder`, sorted by path and decoded once as a check.
 
     The captions are the lines of NAME.txt or NAME.caption, else that of metadata.csv or those of
-    metadata.jsonl (`file_name`, and `text`, which may be a list), else `prompt`. An image that cannot be read,
-    or whose mask or caption file is no file, is skipped with a warning, or a UserError when `strict`. A
-    warning also names the files and subfolders that are not used. UserError for a folder that is missing or has no readable image, an image above `max_pixels`, a
-    mask of another size than its image, or (`masked_only`, where only masks count) a black one, an image
-    without a caption, and a file_name outside the folder unless `allow_outside_files`; it names `flag` as
-    what to correct.
+    metadata.jsonl (`file_name`, and `text`, which may be a list), else `prompt`. An image that cannot be
+    read, or whose mask or caption file is no file, is skipped with a warning, or a UserError when `strict`.
+    A warning also names the files and subfolders that are not used. UserError for a folder that is missing
+    or has no readable image, an image above `max_pixels`, a mask of another size than its image, or
+    (`masked_only`, where only masks count) a black one, an image without a caption, and a file_name outside
+    the folder unless `allow_outside_files`; it names `flag` as what to correct.
     """
     kind = "class" if is_prior else "instance"
     flag = flag or f"--{kind}_data_dir"
