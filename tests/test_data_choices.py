@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -746,6 +747,46 @@ def test_a_run_with_all_four_resumes_to_the_same_bits(train, tmp_path, steps, op
     expected, found = load_file(whole / LORA), load_file(parts / LORA)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "prompt", "options"),
+    [
+        ("textual_inversion", "a <toy>", WORDS | {"rank": None}),
+        ("pivotal_tuning", "a <toy>", WORDS | {"caption_dropout": 0.4}),
+        ("core", "a <toy>", WORDS | {"rank": None}),
+        ("mcpl", "a <toy> on <pet>", TWO | {"rank": None}),
+        ("single_insert", "a <toy>", WORDS | {"encoder_dim": 64, "encoder_depth": 1}),
+        ("break_for_make", PROMPT, {"caption_dropout": 0.4}),
+    ],
+)
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+def test_every_method_trains_with_what_it_does_not_refuse(train, tmp_path, base, method, prompt, options):
+    path = concepts_file(tmp_path, {"instance_prompt": prompt}, {"instance_prompt": prompt, "weight": 1.5})
+    for i, image in itertools.product(range(2), range(3)):
+        folder = tmp_path / f"concept{i}"
+        (folder / f"{image}.txt").write_text(f"{prompt}\n{prompt} in red\n")
+        Image.open(folder / f"{image}.png").convert("L").save(folder / f"{image}.mask.png")
+    given = {"instance_data_dir": None, "instance_prompt": None, "concepts_list": path, "max_train_steps": 6}
+    given |= {"resolution": 32, "smaller_resolutions": [16], "checkpointing_steps": 3, "train_batch_size": 2}
+    whole = train(method, base, **given | options)
+    assert read_info(whole)["concept_weights"] == [1, 1.5]
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "before" / "checkpoint-3")
+    resumed = {
+        "resume_from_checkpoint": tmp_path / "before" / "checkpoint-3",
+        "output_dir": tmp_path / "again",
+    }
+    again = train(method, base, **given | options | resumed)
+    for file in whole.glob("*.safetensors"):
+        expected, found = load_file(file), load_file(again / file.name)
+        if method != "mcpl":  # its maps start anew when a run is resumed
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_ziplora_trains_with_all_four(train, tmp_path):
+    loras = [train(output_dir=tmp_path / name) for name in "ab"]
+    run = train("ziplora", loras=loras, rank=None, **everything(tmp_path))
+    assert all(value.isfinite().all() for value in load_file(run / LORA).values())
 
 
 @pytest.mark.parametrize(
