@@ -504,6 +504,18 @@ def test_fractions_of_weights_come_out_within_one_showing(weights):
     assert counts(weights, OF_TWO, 3, seed=1) == counts(weights, OF_TWO, 3)
 
 
+def test_weights_are_exact_decimals():
+    """0.3 is not three times 0.1 in binary."""
+    assert counts((0.1, 0.3), OF_TWO, 4) == [Counter({i: 1 + 2 * (i >= 4) for i in range(7)})] * 4
+
+
+@pytest.mark.parametrize("weight", [1.5, 1.2])
+def test_epochs_are_equally_long_within_one_showing(weight):
+    shown = [sum(epoch[i] for i in range(4, 7)) for epoch in counts((1, weight), OF_TWO, 10)]
+    assert all(abs(count - 3 * weight) < 1 for count in shown)
+    assert sum(shown) == round(30 * weight)
+
+
 def test_an_epoch_under_fractions_is_counted_in_the_mean():
     order = BucketBatches(dataset_of(OF_TWO), 2, 0, weights=(1, 1.5))
     lengths = [len(order._chunks(np.random.default_rng(0), epoch)) for epoch in range(10)]
@@ -618,7 +630,7 @@ def test_no_image_is_enlarged_where_a_smaller_resolution_will_do(shaped):
 
 
 def test_every_key_of_a_run_is_encoded_once(tmp_path):
-    instances = find_images(folder_of(tmp_path / "own", ((40, 40), (20, 40), (12, 20))), PROMPT)
+    instances = find_images(folder_of(tmp_path / "own", ((40, 40), (24, 40))), PROMPT)
     priors = find_images(folder_of(tmp_path / "class"), "a dog", is_prior=True)
     config = {
         "resolution": 32,
