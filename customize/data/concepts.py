@@ -84,7 +84,7 @@ FAR_APART = 100  # times the smallest weight of a concept: the largest one at mo
 
 def read_concepts(config: DataConfig) -> list[Concept]:
     """The concepts of `concepts_list`, or the one that the single flags describe; UserError if neither or
-    both are given."""
+    both are given, for a malformed list, and for weights that are too far apart."""
     path = config.concepts_list
     if bool(path) == bool(config.instance_data_dir):
         raise UserError(
