@@ -55,7 +55,11 @@ def demo(output: str = "runs/demo", quick: bool = False, overwrite: bool = False
     )
     after = draw(load_pipeline(folder), prompts)
     page = folder / PAGE
-    rows = {"the class word alone": before, "the encoder, at once": at_once, "DreamBooth, after training": after}
+    rows = {
+        "the class word alone": before,
+        "the encoder, at once": at_once,
+        "DreamBooth, after training": after,
+    }
     save_image(compose(images, rows, prompts), page)
     sprite = World().sprite(SUBJECT)
     own, word, encoded, taught = (

@@ -59,6 +59,9 @@ FLAGS = {
     "size": ("resolution",),
     "enable_bucket": ("use_aspect_ratio_buckets",),
     "flip_aug": ("random_flip",),
+    "caption_dropout": ("dropout_text",),
+    "caption_dropout_rate": ("caption_dropout", "dropout_text"),
+    "proportion_empty_prompts": ("caption_dropout", "dropout_text"),
     "cache_latents_to_disk": ("cache_dir",),
     "precision": ("mixed_precision", "dtype"),
     "xformers": ("enable_xformers_memory_efficient_attention",),
@@ -84,14 +87,18 @@ FLAGS = {
     "from_file": ("prompts_file",),
 }  # what other tools call a flag: what it is called here, the first that a command has
 
+REPEATS = (
+    "An epoch shows every image once; raise --max_train_steps or --num_train_epochs, or give a concept of "
+    "--concepts_list a weight."
+)
 SENTENCES = {
     "prompt": 'The prompt stands after RUN, without a flag: customize generate RUN "PROMPT".',
     "optimizer": "The optimizer is AdamW; --use_8bit_adam takes less memory.",
     "optimizer_type": "The optimizer is AdamW; --use_8bit_adam takes less memory.",
     "caption_extension": "Captions in .txt and .caption files are found without a flag.",
-    "repeats": "An epoch shows every image once; raise --max_train_steps or --num_train_epochs.",
-    "num_repeats": "An epoch shows every image once; raise --max_train_steps or --num_train_epochs.",
-    "dataset_repeats": "An epoch shows every image once; raise --max_train_steps or --num_train_epochs.",
+    "repeats": REPEATS,
+    "num_repeats": REPEATS,
+    "dataset_repeats": REPEATS,
     "center_crop": "Images are always cropped at their centre; leave the flag out.",
     "random_crop": "Images are always cropped at their centre; crop them differently beforehand.",
     "weighting_scheme": "Times of flow models are drawn logit-normal; leave the flag out.",

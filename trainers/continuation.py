@@ -91,6 +91,11 @@ def check_same_inputs(folder: Path | None, info: Mapping[str, Any]) -> None:
             f"--resume_from_checkpoint: the captions are not those that '{folder}' was trained on; put them "
             "back, or start a new run."
         )
+    if then and then.get("concept_weights") != info.get("concept_weights"):
+        raise UserError(
+            f"--resume_from_checkpoint: the weights of the concepts are not those that '{folder}' was "
+            "trained with; put them back, or start a new run."
+        )
     if differs("domain_encoder"):
         raise UserError(
             f"--domain_encoder: it is not the one that '{folder}' was trained with; give that one, or "

@@ -131,7 +131,7 @@ def launch(
     parts = model_config, data_config, train_config, method_config
     for part in parts:
         check_config(part)
-    check_settings(model_config, data_config, train_config)
+    check_settings(kind, model_config, data_config, train_config)
     kind.check_settings(model_config, train_config, method_config)
     config = {k: v for part in parts for k, v in asdict(part).items()}
     with claimed_output(model_config, train_config, config):
@@ -198,7 +198,7 @@ def steps_of(data: TrainingData, config: TrainConfig, accelerator: Accelerator) 
     if not (batches := data.batches_in_epoch(config.train_batch_size)):
         raise UserError("--num_train_epochs: this data has no end; give --max_train_steps instead.")
     together = config.gradient_accumulation_steps * accelerator.num_processes
-    return math.ceil(config.num_train_epochs * batches / together)
+    return math.ceil(round(config.num_train_epochs * batches / together, 6))  # means are not exact
 
 
 def plan(

@@ -89,7 +89,10 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(1, "batches added up before each optimizer step", least=1)
     max_train_steps: int = option(500, "optimizer steps", least=1, essential=True)
     num_train_epochs: int = option(
-        0, "times that every image is shown, instead of --max_train_steps; 0: go by steps", least=0
+        0,
+        "times that every image is shown, instead of --max_train_steps; in --concepts_list, those of the "
+        "smallest weight; 0: go by steps",
+        least=0,
     )
     learning_rate: float = option(1e-4, "learning rate after warm-up", above=0, essential=True)
     scale_lr: bool = option(False, "multiply the learning rate by devices, batch size and accumulation")
@@ -197,8 +200,15 @@ def make_optimizer(method: Method, config: TrainConfig, processes: int) -> torch
     return AdamW8bit(groups, **options)
 
 
-def check_settings(model_config: ModelConfig, data_config: Any, train_config: TrainConfig) -> None:
+def check_settings(
+    method: type[Method], model_config: ModelConfig, data_config: Any, train_config: TrainConfig
+) -> None:
     """UserError for settings of a run that do not go together."""
+    if method.needs_captions and data_config.caption_dropout:
+        raise UserError(
+            "--caption_dropout: this method learns a word, which a dropped caption does not say; leave it "
+            "out."
+        )
     if model_config.push_to_hub and not model_config.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id USER/NAME.")
     scored = train_config.validation_metric == "score"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NamedTuple, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from PIL import Image
 
@@ -124,7 +124,8 @@ def expert_flags(method: str, owner: bool = True) -> list[Flag]:
 def _is_safe(flag: Flag) -> bool:
     """Whether a setting can hold no text of the user's own."""
     kinds = [kind for kind in members(flag.type) if kind is not NoneType]
-    return all(kind in (bool, int, float) or get_origin(kind) is Literal for kind in kinds)
+    items = [get_args(kind)[0] if get_origin(kind) is list else kind for kind in kinds]
+    return all(kind in (bool, int, float) or get_origin(kind) is Literal for kind in items)
 
 
 def in_one_sentence(case: Case, base: str, changed: Mapping[str, Any] | None = None) -> str:

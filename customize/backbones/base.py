@@ -114,6 +114,7 @@ class Backbone(nn.Module):
         expand_words(pipe)
         self.prompts: dict[str, dict[str, Tensor]] = {}  # text embeddings of prompts that were cached
         self.register_buffer("place", torch.empty(0), persistent=False)
+        self.negative: dict[str, Tensor] = {}  # and of no prompt, as `_encode_negative` gives them
         self._check_latents()
         self._check_chat_template()
         self.requires_grad_(False).eval()
@@ -194,6 +195,11 @@ class Backbone(nn.Module):
     def fingerprint(self) -> str:
         """sha256 hex of the denoiser's configuration and weights; before adapters are added."""
         return fingerprint(self.denoiser)
+
+    @property
+    def shifts_by_size(self) -> bool:
+        """Whether times are drawn under a shift that depends on `resolution`."""
+        return False
 
     @property
     def zeroes_empty_prompt(self) -> bool:
@@ -297,6 +303,22 @@ class Backbone(nn.Module):
         """The text arguments of an image that is drawn without a negative prompt, under guidance."""
         return self._encode_prompt([""])
 
+    def encode_unconditional(self) -> dict[str, Tensor]:
+        """The text arguments, for a batch of 1, of the pipeline's unconditional half under guidance: zeros on
+        SDXL. Those of the empty prompt where the model is drawn without guidance."""
+        text, kept = self.negative or self._encode_negative(), not self.zeroes_empty_prompt
+        return {name: (value * kept).to(self.device) for name, value in text.items()}
+
+    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
+        """As `encode_prompt`, but a dropped caption, "", gets what `encode_unconditional` gives."""
+        if "" not in captions:
+            return self.encode_prompt(captions)
+        kept = [caption for caption in captions if caption]
+        text = self.encode_prompt(kept) if kept else {}
+        rows = iter({name: value[i : i + 1] for name, value in text.items()} for i in range(len(kept)))
+        nothing = self.encode_unconditional()
+        return joined([next(rows) if caption else nothing for caption in captions])
+
     def text_lengths(self) -> list[int]:
         """How many tokens of a prompt each text encoder reads."""
         return [tokenizer.model_max_length for tokenizer in self.tokenizers]
@@ -321,9 +343,8 @@ class Backbone(nn.Module):
         model = key_of("text", self.name, *recipe, *encoders)
         for prompt in dict.fromkeys(prompts):
             self.prompts[prompt] = cache.get(key_of(model, prompt), partial(self._encode_prompt, [prompt]))
-        if self.takes_negative_prompt:
-            own = type(self)._encode_negative is not Backbone._encode_negative
-            self.negative = cache.get(key_of(model, *["negative"] * own, ""), self._encode_negative)
+        own = type(self)._encode_negative is not Backbone._encode_negative
+        self.negative = cache.get(key_of(model, *["negative"] * own, ""), self._encode_negative)
 
     def prompt_arguments(self, prompt: str) -> dict[str, str | Tensor]:
         """The prompt as arguments of the pipeline's call: the text, or cached embeddings once the text
@@ -332,9 +353,7 @@ class Backbone(nn.Module):
             return {"prompt": prompt}
         arguments = self._embedded(self.prompts[prompt], "")
         if self.takes_negative_prompt:
-            kept = not self.zeroes_empty_prompt
-            empty = {name: value * kept for name, value in self.negative.items()}
-            arguments |= self._embedded(empty, "negative_")
+            arguments |= self._embedded(self.encode_unconditional(), "negative_")
         return arguments
 
     def _embedded(self, text: dict[str, Tensor], prefix: str) -> dict[str, Any]:

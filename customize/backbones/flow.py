@@ -34,6 +34,11 @@ class Flow(Backbone):
         t, shift = super().draw_times(n), self.timestep_shift or self._shift()
         return shift * t / (1 + (shift - 1) * t)
 
+    @property
+    def shifts_by_size(self) -> bool:
+        moves = self.timestep_sampling == "shifted" and not self.timestep_shift
+        return moves and bool(self.pipe.scheduler.config.get("use_dynamic_shifting"))
+
     def _shift(self) -> float:
         """The factor s of t -> s t / (1 + (s - 1) t)."""
         config = self.pipe.scheduler.config

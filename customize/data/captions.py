@@ -2,9 +2,11 @@
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from customize.errors import UserError, shortened
 from customize.reading import parsed_json, read_text
@@ -38,24 +40,31 @@ class Sidecars:
         found = self._folders[image.parent]
         return [*found.get(image.stem, ()), *found.get(image.name, ())]
 
-    def caption(self, image: Path) -> str:
-        """The text of an image's caption files; empty if there is none.
+    def captions(self, image: Path) -> tuple[str, ...]:
+        """The captions of an image, one for each line of its caption files that is not empty; none if there
+        is no such file.
 
-        UserError if two of them differ, or one is not text; `NoCaptionFile` if one is no ordinary file.
+        UserError if two files differ, or one is not text; `NoCaptionFile` if one is no ordinary file.
         """
-        captions: dict[str, Path] = {}
+        captions: dict[tuple[str, ...], Path] = {}
         for path in self.of(image):
             if not path.is_file():
                 raise NoCaptionFile(f"{path} is no ordinary file; replace or remove it.")
-            captions[read_text(path).strip()] = path
+            captions[_filled(read_text(path).split("\n"))] = path
         if len(captions) > 1:
             first, second = [path.name for path in captions.values()][:2]
             raise UserError(f"{image} has two captions that differ, {first} and {second}; keep one.")
-        return next(iter(captions), "")
+        return next(iter(captions), ())
 
 
-def read_metadata(folder: Path, allow_outside_files: bool) -> dict[Path, str]:
-    """Captions by image, from the folder's metadata.jsonl or metadata.csv; nothing if there is neither.
+def one_of(captions: Sequence[str], rng: np.random.Generator) -> str:
+    """A caption at random; where there is only one, nothing is drawn from `rng`."""
+    return captions[0 if len(captions) == 1 else int(rng.integers(len(captions)))]
+
+
+def read_metadata(folder: Path, allow_outside_files: bool) -> dict[Path, tuple[str, ...]]:
+    """Captions by image, from the folder's metadata.jsonl or metadata.csv; nothing if there is neither. In
+    metadata.jsonl, an image may have a list of them.
 
     UserError for a row that is malformed, that names a file twice, outside the folder (unless
     `allow_outside_files`) or one that does not exist, and if both files are there.
@@ -63,19 +72,25 @@ def read_metadata(folder: Path, allow_outside_files: bool) -> dict[Path, str]:
     present = [folder / name for name in METADATA if os.path.lexists(folder / name)]
     if len(present) > 1:
         raise UserError(f"{folder} holds metadata.jsonl and metadata.csv; remove one of the two.")
-    captions: dict[Path, str] = {}
+    captions: dict[Path, tuple[str, ...]] = {}
     for number, row in (pair for path in present for pair in _rows(path)):
         where = f"Line {number} of {present[0]}"
         try:
             name = os.path.normpath(row["file_name"])
-            text = next(row[key] for key in KEYS if key in row).strip()
+            texts = next(row[key] for key in KEYS if key in row)
+            own = _filled(texts if isinstance(texts, list) else [texts])
         except (KeyError, TypeError, AttributeError, StopIteration) as error:
             raise _malformed(where, present[0]) from error
         image = _listed(folder, name, where, allow_outside_files)
         if image in captions:
             raise UserError(f"{where} lists {shortened(name)} again; remove one of the two lines.")
-        captions[image] = text
+        captions[image] = own
     return captions
+
+
+def _filled(texts: Sequence[str]) -> tuple[str, ...]:
+    """The texts without the space around them, and without empty ones."""
+    return tuple(text.strip() for text in texts if text.strip())
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:

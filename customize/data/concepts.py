@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from customize.config import option
 from customize.data.images import ImageFile, find_images
@@ -18,7 +19,7 @@ class DataConfig:
     concepts_list: str = option(
         "",
         "JSON file for several subjects: a list of {instance_prompt, class_prompt, instance_data_dir, "
-        "class_data_dir}",
+        "class_data_dir, weight}; images of weight 2 are shown twice as often as those of weight 1",
     )
     class_prompt: str = option(
         "", 'prompt of the class for prior preservation, such as "a photo of a dog"', essential=True
@@ -32,10 +33,23 @@ class DataConfig:
         least=0,
         essential=True,
     )
+    smaller_resolutions: list[int] = option(
+        [],
+        "more resolutions in pixels, below --resolution: each batch is cropped to one of all at random; an "
+        "image is not enlarged to those that it does not fill",
+        least=1,
+    )
     use_aspect_ratio_buckets: bool = option(
         False, "crop to the nearest of several aspect ratios instead of to a square"
     )
     random_flip: bool = option(False, "mirror images at random")
+    caption_dropout: float = option(
+        0.0,
+        "share of showings in which an image of the subject is trained without its caption, as the "
+        "unconditional half of classifier-free guidance is drawn; 0.1 is usual, 0 is off",
+        least=0,
+        below=1,
+    )
     masked_loss: bool = option(
         True, "weight the loss by masks: NAME.mask.png beside NAME.jpg, or the image's alpha channel"
     )
@@ -53,24 +67,31 @@ class DataConfig:
 
 @dataclass
 class Concept:
-    """One subject: the folders of its images and of its class's images, and their prompts."""
+    """One subject: the folders of its images and of its class's images, and their prompts. Its images are
+    shown as often as `weight` says, relative to those of other concepts."""
 
     instance_data_dir: str
     instance_prompt: str
     class_prompt: str = ""
     class_data_dir: str = ""
+    weight: float = 1.0
+
+
+TEXTS = "instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir"
+GREATEST = 1000  # weight of a concept
+FAR_APART = 100  # times the smallest weight of a concept: the largest one at most
 
 
 def read_concepts(config: DataConfig) -> list[Concept]:
     """The concepts of `concepts_list`, or the one that the single flags describe; UserError if neither or
-    both are given."""
+    both are given, for a malformed list, and for weights that are too far apart."""
     path = config.concepts_list
     if bool(path) == bool(config.instance_data_dir):
         raise UserError(
             "Name the images' folder with --instance_data_dir, or else several with --concepts_list."
         )
     if not path:
-        return [Concept(**{f.name: getattr(config, f.name) for f in fields(Concept)})]
+        return [Concept(**{name: getattr(config, name) for name in TEXTS})]
     try:
         rows = parsed_json(read_text(Path(path)))
     except ValueError as error:
@@ -79,13 +100,20 @@ def read_concepts(config: DataConfig) -> list[Concept]:
         raise UserError(
             f"--concepts_list {path} must hold a JSON list of one or more concepts; put [ and ] around them."
         )
-    return [_concept(row, f"Concept {number} of --concepts_list {path}") for number, row in enumerate(rows)]
+    found = [_concept(row, f"Concept {number} of --concepts_list {path}") for number, row in enumerate(rows)]
+    weights = [concept.weight for concept in found]
+    if max(weights) > FAR_APART * min(weights):
+        raise UserError(
+            f"--concepts_list {path}: the weights {min(weights):g} and {max(weights):g} are too far apart; "
+            f"make the largest at most {FAR_APART} times the smallest."
+        )
+    return found
 
 
 def _concept(row: object, where: str) -> Concept:
     known = [f.name for f in fields(Concept)]
-    if not isinstance(row, dict) or not all(isinstance(value, str) for value in row.values()):
-        raise UserError(f"{where} must be an object with text for each of the keys {', '.join(known)}.")
+    if not isinstance(row, dict) or not all(isinstance(row.get(key, ""), str) for key in TEXTS):
+        raise UserError(f"{where} must be an object with text for each of the keys {', '.join(TEXTS)}.")
     for key in row.keys() - set(known):
         raise UserError(
             f"{where} has the unknown key '{shortened(key)}'; correct or remove "
@@ -94,7 +122,14 @@ def _concept(row: object, where: str) -> Concept:
     for key in ("instance_data_dir", "instance_prompt"):
         if key not in row:
             raise UserError(f"{where} lacks the key '{key}'; add it.")
+    if not _is_weight(row.get("weight", 1)):
+        given = shortened(repr(row["weight"]))
+        raise UserError(f"{where}: weight must be a number above 0 and at most {GREATEST}, not {given}.")
     return Concept(**row)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= GREATEST
 
 
 def read_concept_images(concepts: list[Concept], config: DataConfig) -> list[ImageFile]:

@@ -1,7 +1,7 @@
 """Crops, buckets of aspect ratios, and images as tensors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from PIL import Image, ImageOps
@@ -12,13 +12,13 @@ from customize.imaging import to_tensor
 Bucket = tuple[int, int]  # height, width
 
 
-def check_resolution(resolution: int, factor: int) -> None:
-    """UserError unless `resolution` is a positive multiple of `factor`, both in pixels."""
+def check_resolution(resolution: int, factor: int, flag: str = "resolution") -> None:
+    """UserError unless `resolution` is a positive multiple of `factor`, both in pixels; it names `flag`."""
     if resolution <= 0 or resolution % factor:
         lower = max(resolution // factor, 0) * factor
         valid = f"{lower} or {lower + factor}" if lower else f"{factor}"
         raise UserError(
-            f"--resolution {resolution} is not a positive multiple of {factor}; the nearest valid is {valid}."
+            f"--{flag} {resolution} is not a positive multiple of {factor}; the nearest valid is {valid}."
         )
 
 
@@ -37,10 +37,15 @@ def buckets(resolution: int, factor: int) -> list[Bucket]:
     return sorted(found)
 
 
-def nearest_bucket(size: tuple[int, int], buckets: Sequence[Bucket]) -> Bucket:
+def nearest_bucket(size: tuple[int, int], buckets: Iterable[Bucket]) -> Bucket:
     """The (height, width) whose aspect ratio is nearest in logarithm to that of `size` (width, height)."""
     ratio = math.log(size[0] / size[1])
     return min(buckets, key=lambda bucket: abs(math.log(bucket[1] / bucket[0]) - ratio))
+
+
+def fills(size: tuple[int, int], bucket: Bucket) -> bool:
+    """Whether `fit` brings an image of `size` (width, height) to a (height, width) without enlarging it."""
+    return size[0] >= bucket[1] and size[1] >= bucket[0]
 
 
 def fit(

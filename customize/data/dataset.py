@@ -1,6 +1,7 @@
 """Images of the subject as cropped, masked tensors, and batches of them."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from customize.data.crops import (
     Bucket,
     buckets,
     check_resolution,
+    fills,
     fit,
     mask_weight,
     nearest_bucket,
@@ -30,16 +32,30 @@ class SubjectDataset(Dataset):
 
     def __init__(self, images: Sequence[ImageFile], config: DataConfig, factor: int):
         """`factor`: what the sides of the model's images must be multiples of, in pixels."""
-        check_resolution(config.resolution, factor)
-        square = [(config.resolution, config.resolution)]
         self.images, self.config = list(images), config
-        self.buckets = buckets(config.resolution, factor) if config.use_aspect_ratio_buckets else square
+        shapes = [
+            buckets(side, factor) if config.use_aspect_ratio_buckets else [(side, side)]
+            for side in resolutions(config, factor)
+        ]
+        # the buckets of the largest resolution, each with its nearest shape at every resolution
+        self.buckets = {
+            (height, width): tuple(nearest_bucket((width, height), own) for own in shapes)
+            for height, width in shapes[0]
+        }
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def buckets_of(self, index: int) -> tuple[Bucket, ...]:
+        """What an image may be cropped to, one bucket for each resolution that it fills, the largest first;
+        that of the smallest resolution if it fills none."""
+        size = self.images[index].size
+        own = self.buckets[nearest_bucket(size, self.buckets)]
+        return tuple(bucket for bucket in own if fills(size, bucket)) or own[-1:]
+
     def bucket_of(self, index: int) -> Bucket:
-        return nearest_bucket(self.images[index].size, self.buckets)
+        """The largest of `buckets_of`."""
+        return self.buckets_of(index)[0]
 
     def __getitem__(self, key: Key) -> dict:
         """`pixels` (3, H, W) in [-1, 1], loss weight `mask` (1, H, W) in [unmasked_weight, 1], `sizes` (4,)
@@ -63,6 +79,22 @@ class SubjectDataset(Dataset):
         return {"pixels": pixels, "mask": weight, "sizes": sizes_of(file.size, *bucket), **about}
 
 
+def resolutions(config: DataConfig, factor: int) -> list[int]:
+    """The resolutions of a run, the largest first; UserError for one that is no multiple of `factor`, for a
+    smaller one that is not smaller, and for one that is named twice."""
+    check_resolution(config.resolution, factor)
+    for side in config.smaller_resolutions:
+        check_resolution(side, factor, "smaller_resolutions")
+        if side >= config.resolution:
+            raise UserError(
+                f"--smaller_resolutions {side} is not below --resolution {config.resolution}; leave it out, "
+                "or raise --resolution."
+            )
+        if config.smaller_resolutions.count(side) > 1:
+            raise UserError(f"--smaller_resolutions names {side} twice; name it once.")
+    return [config.resolution, *sorted(config.smaller_resolutions, reverse=True)]
+
+
 def collate(items: Sequence[dict]) -> dict:
     """A batch of B items: `pixels` (B, 3, H, W) or their latents' moments `mean` and `std`, `mask` (B, 1,
     H, W), `sizes` (B, 4), `index`, `concept`, `is_prior`, `is_flipped` (B), `prompt` a list."""
@@ -71,6 +103,17 @@ def collate(items: Sequence[dict]) -> dict:
     kinds = {"index": torch.long, "concept": torch.long, "is_prior": torch.bool, "is_flipped": torch.bool}
     batch |= {name: torch.tensor([item[name] for item in items], dtype=kind) for name, kind in kinds.items()}
     return batch | {"prompt": [item["prompt"] for item in items]}
+
+
+@dataclass
+class Captioned(Dataset):
+    """The items of a `SubjectDataset` or `LatentDataset`, each with the caption that it is shown with."""
+
+    dataset: Any
+
+    def __getitem__(self, showing: tuple[Key, str]) -> dict:
+        key, caption = showing
+        return self.dataset[key] | {"prompt": caption}
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

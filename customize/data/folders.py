@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from customize.data.captions import one_of
 from customize.data.images import ImageFile, find_images, read_image_file
 from customize.data.references import Pixels, ReferenceConfig, References, View, drawn, item, named
 from customize.errors import UserError, shortened
@@ -32,7 +33,7 @@ class Folders(References):
         _, images = self.subjects[index]
         target, *references = (images[i] for i in drawn(rng, len(images)))
         views = [View(*read_image_file(image)) for image in references]
-        prompt = named(target.caption)
+        prompt = named(one_of(target.captions, rng))
         target_view, twice = View(*read_image_file(target)), len(images) < 3
         return item(target_view, [views], prompt, index, rng, self.config, self.pixels, shows_target=twice)
 
@@ -55,8 +56,8 @@ def read_folders(config: ReferenceConfig) -> list[tuple[str, list[ImageFile]]]:
             raise UserError(
                 f"'{folder}' holds one image: an encoder learns from two or more views of every subject."
             )
-        for image in images:
-            named(image.caption)
+        for caption in (caption for image in images for caption in image.captions):
+            named(caption)
         subjects.append((folder.name, images))
     if not subjects:
         raise UserError(f"--train_data_dir '{root}' must hold a folder of images for each subject.")

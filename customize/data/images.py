@@ -35,7 +35,7 @@ Decoded = tuple[Image.Image, Image.Image | None]  # image, mask
 @dataclass(frozen=True)
 class ImageFile:
     """A checked image file; `size` is (width, height) upright, `digest` the sha256 of its and then its
-    mask's bytes."""
+    mask's bytes, `caption` the first of its captions."""
 
     path: Path
     caption: str
@@ -44,6 +44,17 @@ class ImageFile:
     is_prior: bool
     digest: str
     size: tuple[int, int]
+    more_captions: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions; one is drawn each time that the image is shown."""
+        return self.caption, *self.more_captions
+
+    @property
+    def caption_text(self) -> str:
+        """All captions in one text, which differs from any single caption; for digests."""
+        return "\0\0".join(self.captions)
 
 
 class _Unreadable(UserError):
@@ -63,13 +74,13 @@ def find_images(
 ) -> list[ImageFile]:
     """Every image of `folder`, sorted by path and decoded once as a check.
 
-    A caption is the text of NAME.txt or NAME.caption, else of metadata.jsonl or metadata.csv (`file_name`,
-    `text`), else `prompt`. An image that cannot be read, or whose mask or caption file is no file, is skipped
-    with a warning, or a UserError when `strict`. A warning also names the files and subfolders that are not
-    used. UserError for a folder that is missing or has no readable image, an image above `max_pixels`, a
-    mask of another size than its image, or (`masked_only`, where only masks count) a black one, an image
-    without a caption, and a file_name outside the folder unless `allow_outside_files`; it names `flag` as
-    what to correct.
+    The captions are the lines of NAME.txt or NAME.caption, else that of metadata.csv or those of
+    metadata.jsonl (`file_name`, and `text`, which may be a list), else `prompt`. An image that cannot be
+    read, or whose mask or caption file is no file, is skipped with a warning, or a UserError when `strict`.
+    A warning also names the files and subfolders that are not used. UserError for a folder that is missing
+    or has no readable image, an image above `max_pixels`, a mask of another size than its image, or
+    (`masked_only`, where only masks count) a black one, an image without a caption, and a file_name outside
+    the folder unless `allow_outside_files`; it names `flag` as what to correct.
     """
     kind = "class" if is_prior else "instance"
     flag = flag or f"--{kind}_data_dir"
@@ -82,18 +93,18 @@ def find_images(
         used |= {path, *([mask] if mask else []), *sidecars.of(path)}
         try:
             size, digest = _check(path, mask, max_pixels, masked_only)
-            own = sidecars.caption(path)
+            own = sidecars.captions(path)
         except (_Unreadable, NoCaptionFile) as error:
             if strict:
                 raise
             warnings.warn(f"{error} It is skipped.", stacklevel=2)
             continue
-        caption = own or captions.get(path) or prompt
+        caption, *others = own or captions.get(path) or (prompt,)
         if not caption:
             raise UserError(
                 f"{path} has no caption; give --{kind}_prompt, or write {path.with_suffix('.txt')}."
             )
-        images.append(ImageFile(path, caption, mask, concept, is_prior, digest, size))
+        images.append(ImageFile(path, caption, mask, concept, is_prior, digest, size, tuple(others)))
     _tell_unused([path for path in entries if path not in used], used, strict)
     if not images:
         endings = " ".join(sorted(EXTENSIONS))

@@ -17,7 +17,8 @@ class LatentDataset(Dataset):
     `pixels`, and the mask at the latents' size."""
 
     def __init__(self, dataset: SubjectDataset, backbone: Backbone, cache: TensorCache):
-        self.images, self.config, self.bucket_of = dataset.images, dataset.config, dataset.bucket_of
+        self.images, self.config = dataset.images, dataset.config
+        self.buckets_of, self.bucket_of = dataset.buckets_of, dataset.bucket_of
         self.model = key_of("latents of sRGB images", fingerprint(backbone.vae))
         keys = list(all_keys(dataset))
         with tqdm(keys, desc="encoding images", disable=not keys) as bar:
@@ -52,8 +53,8 @@ def all_keys(dataset: SubjectDataset) -> Iterable[Key]:
     used: dict[int, set[Bucket]] = {}
     for i, image in enumerate(dataset.images):
         if not image.is_prior:
-            used.setdefault(image.concept, set()).add(dataset.bucket_of(i))
+            used.setdefault(image.concept, set()).update(dataset.buckets_of(i))
     for i, image in enumerate(dataset.images):
-        for bucket in sorted(used[image.concept]) if image.is_prior else [dataset.bucket_of(i)]:
+        for bucket in sorted(used[image.concept]) if image.is_prior else dataset.buckets_of(i):
             for flip in (False, True) if dataset.config.random_flip else (False,):
                 yield i, bucket, flip

@@ -40,7 +40,8 @@ class ReferenceConfig:
 
     train_data_dir: str = option(
         "",
-        "folder with one folder of images for each subject (NAME.txt: caption with <s>, NAME.mask.png: mask)",
+        "folder with one folder of images for each subject (NAME.txt: captions with <s>, one a line; "
+        "NAME.mask.png: mask)",
         essential=True,
     )
     dataset_name: str = option(
@@ -56,7 +57,9 @@ class ReferenceConfig:
     mask_column: str = option(
         "", "column of masks, white where the subject is; a list where images are lists"
     )
-    caption_column: str = option("text", "column of captions")
+    caption_column: str = option(
+        "text", "column of captions; of a list of captions for one image, one is drawn at each showing"
+    )
     subject_column: str = option(
         "", "column that names the subject; rows of one subject must follow each other"
     )

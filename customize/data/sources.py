@@ -120,7 +120,7 @@ class FolderSubjects(ReferenceSource):
             size=f"{len(train.subjects)} subjects with {sum(len(own) for _, own in train.subjects)} images",
             held_out=batches,
             digests=[digest_of(image.digest for image in images)],
-            captions=[image.caption for image in images],
+            captions=[image.caption_text for image in images],
             epoch=len(train.subjects),
         )
 

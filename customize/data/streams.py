@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset
 
+from customize.data.captions import one_of
 from customize.data.references import Pixels, ReferenceConfig, View, drawn, item, named
 from customize.errors import UserError, first_line, shortened
 from customize.imaging import TooLarge, read_image
@@ -73,7 +74,7 @@ class Streamed(IterableDataset):
                 self.pass_over(error)
 
     def item(self, name: str, views: Sequence[Row], rng: np.random.Generator) -> dict:
-        target, *references = (self.view(name, *views[i]) for i in drawn(rng, len(views)))
+        target, *references = (self.view(name, *views[i], rng) for i in drawn(rng, len(views)))
         number, twice = zlib.crc32(name.encode()), len(views) < 3
         try:
             prompt = named(target.caption or self.config.instance_prompt.replace("{}", name))
@@ -83,15 +84,17 @@ class Streamed(IterableDataset):
         except UserError as error:
             raise Unreadable(f"--dataset_name: of subject '{shortened(name)}', {error}") from error
 
-    def view(self, name: str, image: Any, mask: Any, caption: str | None) -> View:
+    def view(self, name: str, image: Any, mask: Any, caption: Any, rng: np.random.Generator) -> View:
+        """One image with one of its captions."""
         shown = decoded(image, name, self.config)
         cut = None if mask is None else decoded(mask, name, self.config).convert("L").resize(shown.size)
-        if not isinstance(caption or "", str):
+        captions = [text or "" for text in caption] if isinstance(caption, list) else [caption or ""]
+        if not all(isinstance(text, str) for text in captions):
             raise Unreadable(
                 f"--caption_column: subject '{shortened(name)}' has {shortened(repr(caption))}, which is "
                 "no text."
             )
-        return View(shown, cut, caption or "")
+        return View(shown, cut, one_of([text for text in captions if text] or [""], rng))
 
     def subjects(self) -> Iterator[tuple[str, Sequence[Row], np.random.Generator]]:
         """This process's subjects in their order, epoch after epoch, each with a generator of its own."""

@@ -32,9 +32,9 @@ class TrainingData:
         texts = hashlib.sha256("\0".join(self.captions).encode())
         return {"dataset": self.digests, "captions": texts.hexdigest()}
 
-    def batches_in_epoch(self, size: int) -> int:
-        """Batches of `size` items, over all processes, in which every item is shown once; 0 if the data has
-        no end."""
+    def batches_in_epoch(self, size: int) -> float:
+        """Batches of `size` items, over all processes, in which every item is shown once or more, in the
+        mean over epochs; 0 if the data has no end."""
         return 0
 
     def batches(self, start: int, size: int, seed: int, rank: int = 0, world: int = 1) -> DataLoader:

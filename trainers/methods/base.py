@@ -54,6 +54,7 @@ class Method(nn.Module):
 
     Config: type[MethodConfig] = MethodConfig
     Source: type[Source] = SubjectImages  # reads the training data
+    needs_captions: ClassVar[bool] = False  # of every showing, so that --caption_dropout is refused
     defaults: ClassVar[dict[str, Any]] = {}  # settings that suit the method, where the user sets nothing
     embedded_defaults: ClassVar[dict[str, Any]] = {}  # and on the embedded base model
 
@@ -101,8 +102,9 @@ class Method(nn.Module):
         return noise + self.config.noise_offset * torch.randn_like(latents[:, :, :1, :1])
 
     def condition(self, batch: dict, t: Tensor) -> Condition:
-        """What the denoiser is conditioned on; times `t` (batch,) run from 0, data, to 1, noise."""
-        return Condition(self.backbone.encode_prompt(batch["prompt"]))
+        """What the denoiser is conditioned on; times `t` (batch,) run from 0, data, to 1, noise. The prompt
+        of a sample whose caption was dropped is empty."""
+        return Condition(self.backbone.encode_captions(batch["prompt"]))
 
     def without_text(self, text: dict[str, Tensor], dropped: Tensor, dim: int = 0) -> dict[str, Tensor]:
         """The text arguments as the pipeline's unconditional half gets them, where the prompt of a sample is

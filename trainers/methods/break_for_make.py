@@ -96,7 +96,8 @@ class BreakForMake(Method):
                 self.lora.take(Path(name), content)
             sources = {"content_run": Path(config.content_run).name, "style_run": Path(config.style_run).name}
             self.lora.made_from = json.dumps({"how": "break_for_make", **sources})
-        self.sets: list[list[tuple[dict[str, Tensor], str]]] = []  # auxiliary: latents and prompts
+        # auxiliary: latents and captions
+        self.sets: list[list[tuple[dict[str, Tensor], tuple[str, ...]]]] = []
 
     @classmethod
     def check_settings(cls, model_config: Any, train_config: Any, method_config: Any) -> None:
@@ -112,15 +113,24 @@ class BreakForMake(Method):
             if joint:
                 open_run(Path(name))
 
+    @classmethod
+    def prepare_data(
+        cls, source: Any, backbone: Backbone, train_config: Any, method_config: Any, accelerator: Any
+    ) -> None:
+        if method_config.auxiliary_list and source.config.smaller_resolutions:
+            raise UserError("--auxiliary_list needs one size of crops: leave --smaller_resolutions out.")
+
     def use_images(self, images: Sequence[ImageFile]) -> None:
         if not self.config.auxiliary_list:
             return
         data = DataConfig(concepts_list=self.config.auxiliary_list)
         sets = read_concepts(data)
+        if len({concept.weight for concept in sets}) > 1:
+            raise UserError("--auxiliary_list: its sets are taken equally often; leave their weights out.")
         found = read_concept_images(sets, data)
-        for file in found:
-            self.backbone.check_length(f"caption of '{file.path}'", file.caption)
-        encoded = [(self._moments(file), file.caption) for file in found]
+        for file, caption in ((own, caption) for own in found for caption in own.captions):
+            self.backbone.check_length(f"caption of '{file.path}'", caption)
+        encoded = [(self._moments(file), file.captions) for file in found]
         pairs = list(zip(found, encoded, strict=True))
         self.sets = [[entry for file, entry in pairs if file.concept == i] for i in range(len(sets))]
 
@@ -130,7 +140,7 @@ class BreakForMake(Method):
         return self.backbone.moments(pixels.to(self.backbone.device))
 
     def prompts(self) -> list[str]:
-        return [caption for some in self.sets for _, caption in some]
+        return [caption for some in self.sets for _, captions in some for caption in captions]
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         stage = self.config.stage
@@ -165,7 +175,7 @@ class BreakForMake(Method):
         if latents.shape != step.latents.shape:
             raise UserError("--auxiliary_list needs square crops: leave --use_aspect_ratio_buckets out.")
         noisy, target = self.backbone.add_noise(latents, self.noise, step.t)
-        condition = Condition(self.backbone.encode_prompt([caption for _, caption in chosen]))
+        condition = Condition(self.backbone.encode_prompt([_drawn(captions) for _, captions in chosen]))
         self.lora.train_halves(content=self.config.stage == "style", style=self.config.stage == "content")
         return denoising(self.backbone.denoise(noisy, step.t, condition), target).mean()
 
@@ -176,6 +186,11 @@ class BreakForMake(Method):
             trained = [p for p in self.lora.parameters_of(content) if p.requires_grad]
             groups.append({"params": trained, "lr": lr if own else lr * config.auxiliary_rate})
         return [group for group in groups if group["params"]]
+
+
+def _drawn(captions: Sequence[str]) -> str:
+    """A caption at random; where there is only one, no random number is drawn."""
+    return captions[0 if len(captions) == 1 else int(torch.randint(len(captions), ()))]
 
 
 def _check_run(name: str, content: bool, backbone: Backbone) -> None:

@@ -51,6 +51,7 @@ class DomainTuningConfig(MethodConfig):
 
 class DomainTuning(Method):
     Config = DomainTuningConfig
+    needs_captions = True
     defaults = {"learning_rate": 1e-4, "max_train_steps": 12, "train_batch_size": 4}
     embedded_defaults = {"learning_rate": 1e-3, "token_learning_rate": 1e-2}
 

@@ -150,7 +150,7 @@ class DreamBooth(Method):
         own, others = (~prior).nonzero().flatten(), prior.nonzero().flatten()
         others = others[torch.arange(len(own), device=others.device) % len(others)]
         t, prompts = step.t[own], [step.batch["prompt"][i] for i in own.tolist()]
-        text = self.backbone.encode_prompt(prompts)
+        text = self.backbone.encode_captions(prompts)
         sizes = None if step.condition.sizes is None else step.condition.sizes[own]
 
         def errors(images: Tensor) -> Tensor:

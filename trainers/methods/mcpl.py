@@ -56,6 +56,7 @@ class MCPLConfig(WordFields, MethodConfig):
 
 class MCPL(Method):
     Config = MCPLConfig
+    needs_captions = True
     defaults = {"learning_rate": 5e-3, "max_train_steps": 3000, "train_batch_size": 4}
     embedded_defaults = {
         "learning_rate": 1e-2,
@@ -81,8 +82,8 @@ class MCPL(Method):
                 "mcpl learns several words: join them by + in --placeholder_token, or use textual_inversion."
             )
         self.recorder: AttentionRecorder | None = None
-        # by image, and whether it was mirrored: (words, height, width)
-        self.means: dict[tuple[int, bool], Tensor] = {}
+        # by image, and whether it was mirrored: the map (height, width) of each word
+        self.means: dict[tuple[int, bool], dict[str, Tensor]] = {}
 
     def check_caption(self, caption: str) -> None:
         """UserError for a caption that says a word without the adjective that is bound to it."""
@@ -134,17 +135,13 @@ class MCPL(Method):
         """The maps (words, height, width) of an image's learned words, averaged over the steps that
         showed it."""
         assert self.recorder is not None
+        means, memory = self.means.setdefault(image, {}), self.config.attention_memory
         words = [word for word in self.tokens.words if word in prompt]
-        found = [
-            self.recorder.of_tokens(word_positions(self.backbone.pipe, prompt, word), sample, (SIDE, SIDE))
-            for word in words
-        ]
-        maps, memory = torch.stack([own.sum(0) for own in found]), self.config.attention_memory
-        before = self.means.get(image)
-        if before is not None and before.shape == maps.shape:
-            maps = memory * before + (1 - memory) * maps
-        self.means[image] = maps
-        return maps
+        for word in words:
+            positions = word_positions(self.backbone.pipe, prompt, word)
+            found = self.recorder.of_tokens(positions, sample, (SIDE, SIDE)).sum(0)
+            means[word] = memory * means[word] + (1 - memory) * found if word in means else found
+        return torch.stack([means[word] for word in words])
 
     def prompt_contrast(self, step: Step) -> Tensor:
         """PromptCL over the words of all prompts of the batch (of this process)."""

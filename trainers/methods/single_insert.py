@@ -98,6 +98,7 @@ class PredictedWord(LearnedWords):
 
 class SingleInsert(Method):
     Config = SingleInsertConfig
+    needs_captions = True
     defaults = {
         "learning_rate": 1e-4,
         "max_train_steps": 100,

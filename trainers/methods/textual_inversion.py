@@ -99,6 +99,7 @@ def new_words(backbone: Backbone, config: WordFields, kind: Any = LearnedWords, 
 
 class TextualInversion(Method):
     Config = TextualInversionConfig
+    needs_captions = True
     defaults = {"learning_rate": 5e-3, "max_train_steps": 1500}
     embedded_defaults = {
         "learning_rate": 1e-2,

@@ -69,7 +69,7 @@ class ZipLoRA(Method):
         for index in concepts.unique().tolist():
             own, sizes = concepts == index, step.condition.sizes
             prompts = [prompt for prompt, is_own in zip(step.batch["prompt"], own, strict=True) if is_own]
-            condition = Condition(self.backbone.encode_prompt(prompts))
+            condition = Condition(self.backbone.encode_captions(prompts))
             condition.sizes = None if sizes is None else sizes[own]
             with self.lora.only(index):
                 found[own] = self.backbone.denoise(step.noisy[own], step.t[own], condition)
