@@ -16,6 +16,7 @@ from customize.backbones.base import Backbone
 from customize.backbones.families import as_called, wrap
 from customize.backbones.layers import ASSISTANT, activate_assistant
 from customize.backbones.load import load_base
+from customize.backbones.quantize import check_quantization
 from customize.data.concepts import Concept, DataConfig
 from customize.data.crops import check_resolution
 from customize.data.images import ImageFile, find_images
@@ -28,8 +29,13 @@ RECIPE = "Class image"  # what the PNG files of class images hold of how they we
 
 
 def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Accelerator) -> Backbone:
-    """The frozen base model in the training precision (its autoencoder in float32), on the device."""
+    """The frozen base model in the training precision (its autoencoder in float32), on the device, with the
+    weights that are to be quantised so. UserError for a quantisation that does not run here."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    kinds = {flag: getattr(model_config, flag) for flag in ("quantize", "quantize_text_encoder")}
+    for flag, kind in kinds.items():
+        if kind != "none":
+            check_quantization(f"--{flag}", kind, accelerator.device, dtype)
     name = model_config.pretrained_model_name_or_path
     options = {k: v for k in ("revision", "variant") if (v := getattr(model_config, k))}
     vae = model_config.pretrained_vae_model_name_or_path
@@ -46,6 +52,7 @@ def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Acce
             stacklevel=2,
         )
     decode_whole(backbone.vae.float())
+    backbone.quantize(*kinds.values(), accelerator.device)
     return backbone.to(accelerator.device)
 
 

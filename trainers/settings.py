@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 
 from customize import embedded
+from customize.backbones.quantize import Quantization
 from customize.config import option
 from customize.errors import UserError, first_line
 
@@ -54,6 +55,15 @@ class ModelConfig:
         "",
         "LoRA, a run or a file, that undoes a few-step model's distillation while it is trained; images are "
         "drawn without it, and it is not part of what is saved; empty: none",
+    )
+    quantize: Quantization = option(
+        "none",
+        "how the frozen weights of the denoiser's attention and feed-forward layers are held in memory: "
+        "none, as --mixed_precision says; int8 or fp8, 1 byte each; nf4, half a byte. What is saved works "
+        "with the base model as it is",
+    )
+    quantize_text_encoder: Quantization = option(
+        "none", "how the frozen weights of the text encoders' layers are held in memory: none, int8, fp8, nf4"
     )
     cache_latents: bool = option(True, "encode images and prompts once, then free the encoders")
     cache_dir: str = option("", "folder that keeps encoded images and prompts for later runs; empty: none")
