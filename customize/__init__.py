@@ -5,6 +5,7 @@ back.
 seconds.
 """
 
+import logging
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,10 @@ _HOMES = {
     "load_pipeline": ("customize.pipelines", "load_pipeline"),
     "load_subject_pipeline": ("customize.pipelines", "load_subject_pipeline"),
 }
+# what is imported with torchao and bitsandbytes reports kernels that a machine lacks, whether it needs them or
+# not
+for _library in ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers"):
+    logging.getLogger(_library).setLevel(logging.ERROR)
 __all__ = ["load_pipeline", "load_subject_pipeline", "train"]
 
 

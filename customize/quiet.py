@@ -1,14 +1,11 @@
 """Which messages of the libraries reach the screen."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 def quiet_libraries() -> None:
     """Leaves the screen to our own messages; downloads keep their progress bars."""
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # kernels that a machine lacks
-        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers.utils.logging
     import huggingface_hub.utils
     import transformers.utils.logging

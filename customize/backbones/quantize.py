@@ -141,7 +141,7 @@ def _error(kind: str, device: torch.device, dtype: torch.dtype) -> float:
     weight, x = (torch.randn(64, 64, generator=generator) for _ in range(2))
     layer = nn.Linear(64, 64, bias=False, device="meta")  # which draws no random numbers
     layer.weight = nn.Parameter(weight.to(dtype))
-    given = x.to(device, dtype).requires_grad_(True)
+    given = x.to(device, dtype, copy=True).requires_grad_(True)
     output = _quantized(layer, kind, device)(given)
     (gradient,) = torch.autograd.grad(output, given, torch.ones_like(output))
     pairs = (output.detach(), x @ weight.T), (gradient, weight.sum(0).expand(64, -1))
