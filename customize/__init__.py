@@ -14,8 +14,7 @@ _HOMES = {
     "load_pipeline": ("customize.pipelines", "load_pipeline"),
     "load_subject_pipeline": ("customize.pipelines", "load_subject_pipeline"),
 }
-# what is imported with torchao and bitsandbytes reports kernels that a machine lacks, whether it needs them or
-# not
+# torchao and bitsandbytes report at their import which kernels a machine lacks, needed or not
 for _library in ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers"):
     logging.getLogger(_library).setLevel(logging.ERROR)
 __all__ = ["load_pipeline", "load_subject_pipeline", "train"]

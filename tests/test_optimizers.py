@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_loop import FILES, build, go, settings
 
 from customize.errors import UserError
 from customize.trainers import session
@@ -16,7 +17,6 @@ from customize.trainers.methods.core import CoRe
 from customize.trainers.optimizers import KINDS, SETTINGS, at_average, check_optimizer, make_optimizer
 from customize.trainers.resume import load_state, save_state
 from customize.trainers.settings import TrainConfig, make_accelerator
-from test_loop import FILES, build, go, settings
 
 CLASSES = {
     "adamw": "AdamW",

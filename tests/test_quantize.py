@@ -9,26 +9,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from test_family_methods import WORD, draw, levels
 from torch import nn
 
 import customize
 from customize.adapters.components import Components
 from customize.adapters.lora_files import LORA
 from customize.backbones import quantize as quantizing
+from customize.backbones.base import Condition
 from customize.backbones.families import BACKBONES, wrap
 from customize.backbones.load import load_base
 from customize.backbones.quantize import QuantizedLinear, check_quantization, quantize, restored
 from customize.data.concepts import Concept
 from customize.errors import UserError
 from customize.trainers.methods.dreambooth import DreamBooth
-from test_family_methods import WORD, draw, levels
 from tiny import BASES, tiny
 from tiny_families import FAMILIES, tiny_family
 
 KINDS = ("int8", "fp8", "nf4")
 CPU = torch.device("cpu")
 # relative error of a Gaussian weight matrix, and bytes a weight with its scales
-EXPECTED = {"int8": (0.004, 1.02), "fp8": (0.026, 1.02), "nf4": (0.092, 0.6)}
+EXPECTED = {"int8": (0.0075, 1.02), "fp8": (0.026, 1.02), "nf4": (0.092, 0.6)}
 SIZES = {"int8": 1, "fp8": 1, "nf4": 0.5}
 
 
@@ -189,7 +190,7 @@ def test_a_layer_whose_model_casts_to_its_type_is_not_packed():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_embedded_model_predicts_nearly_as_before(kind):
-    """Measured: 0.2 % (int8), 1.3 % (fp8), 5 % (nf4) of the prediction's norm; docs/memory.md has them."""
+    """docs/memory.md has the measured errors."""
     predictions, sizes = [], []
     for own in ("none", kind):
         backbone = wrap(load_base("stickers"), "stickers")
@@ -199,7 +200,7 @@ def test_the_embedded_model_predicts_nearly_as_before(kind):
         with torch.no_grad():
             text = {k: v.repeat_interleave(8, 0) for k, v in backbone.encode_prompt(["a red dog"]).items()}
             t = torch.linspace(0.1, 0.9, 8)
-            condition = quantizing_condition(text)
+            condition = Condition(text)
             predictions.append(backbone.denoise(noisy, backbone.nearest_times(t), condition))
         blocks = [
             layer.weight
@@ -210,12 +211,6 @@ def test_the_embedded_model_predicts_nearly_as_before(kind):
     error = (predictions[1] - predictions[0]).norm() / predictions[0].norm()
     assert 0 < error < 2 * EXPECTED[kind][0]
     assert sizes[1] / sizes[0] < EXPECTED[kind][1] / 4 * 1.1  # of float32's
-
-
-def quantizing_condition(text):
-    from customize.backbones.base import Condition
-
-    return Condition(text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -257,9 +252,9 @@ def test_lora_trains_beside_quantised_weights_and_loads_without_them(kind, base,
     saved = load_file(tmp_path / LORA)
     sums = sorted(float(value.abs().sum()) for value in saved.values())
     assert sums == pytest.approx(sorted(float(p.detach().abs().sum()) for p in loaded), rel=1e-5)
-    assert plain.shape == levels(
-        draw(stock, "a photo of sks dog", num_inference_steps=2, **short(base))
-    ).shape
+    assert (
+        plain.shape == levels(draw(stock, "a photo of sks dog", num_inference_steps=2, **short(base))).shape
+    )
 
 
 def short(base: str) -> dict:
@@ -275,15 +270,15 @@ def train(folder, images, method="dreambooth", **settings):
     return customize.train(method, output_dir=folder, **(own | {"train_batch_size": 2} | settings))
 
 
-def losses(folder) -> list[float]:
-    lines = (folder / "progress.jsonl").read_text().splitlines()
-    return [json.loads(line)["losses"]["denoise"] for line in lines if "losses" in line]
+def validation_losses(folder) -> list[float]:
+    lines = (folder / "validation.jsonl").read_text().splitlines()
+    return [json.loads(line)["validation_loss"] for line in lines]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_says_so_and_draws_with_the_base_model_as_it_is(kind, images, tmp_path):
     made = train(tmp_path / "run", images, quantize=kind, quantize_text_encoder=kind, mixed_precision="bf16")
-    plain = train(tmp_path / "plain", images)
+    plain = train(tmp_path / "plain", images, mixed_precision="bf16")
     infos = [json.loads((folder / "run.json").read_text()) for folder in (made, plain)]
     assert infos[0]["config"]["quantize"] == infos[0]["config"]["quantize_text_encoder"] == kind
     assert infos[0]["base_fingerprint"] == infos[1]["base_fingerprint"]
@@ -311,12 +306,13 @@ def test_a_run_resumes_bit_for_bit_with_the_same_weights(kind, images, tmp_path)
 def test_the_loss_of_a_run_is_near_that_without(kind, images, tmp_path):
     train(tmp_path / "first", images, max_train_steps=1)  # the first run of a process draws other numbers
     options = {"max_train_steps": 20, "learning_rate": 1e-3, "lr_scheduler": "constant"}
-    found = [
-        losses(train(tmp_path / own, images, quantize=own, **options)) for own in ("none", kind)
-    ]
-    means = [float(np.mean(own)) for own in found]
-    assert means[1] == pytest.approx(means[0], rel={"int8": 0.01, "fp8": 0.03, "nf4": 0.1}[kind])
-    assert found[0] != found[1]
+    options |= {"holdout": 1, "validation_steps": 5}
+    plain, found = (
+        validation_losses(train(tmp_path / own, images, quantize=own, **options)) for own in ("none", kind)
+    )
+    assert plain[-1] < 0.95 * plain[0]
+    assert found == pytest.approx(plain, rel={"int8": 0.01, "fp8": 0.02, "nf4": 0.05}[kind])
+    assert found != plain
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -327,8 +323,8 @@ def test_checkpointed_gradients_equal_plain_ones(kind):
         backbone.quantize(kind, "none", CPU)
         torch.manual_seed(0)
         method = DreamBooth(backbone, DreamBooth.Config(rank=2), [Concept("x", "a dog", "a dog")]).train()
-        for name, value in method.trainable().items():
-            nn.init.normal_(value, std=0.1) if "lora_B" in name else None
+        for value in method.trainable().values():
+            nn.init.normal_(value, std=0.1)
         if checkpointing:
             method.enable_gradient_checkpointing()
         torch.manual_seed(1)
@@ -412,7 +408,9 @@ def test_what_is_trained_as_a_whole_is_not_quantised(options, images, tmp_path):
 
 
 def test_a_whole_denoiser_trains_beside_quantised_text_encoders(images, tmp_path):
-    made = train(tmp_path / "run", images, full_finetune=True, quantize_text_encoder="int8", max_train_steps=1)
+    made = train(
+        tmp_path / "run", images, full_finetune=True, quantize_text_encoder="int8", max_train_steps=1
+    )
     assert (made / "unet" / "config.json").exists()
 
 
@@ -430,7 +428,7 @@ def test_a_machine_without_the_kernel_is_refused_before_the_model_is_loaded(imag
 
     monkeypatch.setattr(quantizing._Product, "apply", fails)
     with pytest.raises(
-        UserError, match=r"--quantize nf4 does not run on this machine's cpu \(no kernel .*use int8 or none"
+        UserError, match=r"quantize nf4 does not run on this machine's cpu \(no kernel .*use int8 or none"
     ):
         train(tmp_path / "run", images, quantize="nf4", pretrained_model_name_or_path="/nowhere")
 

@@ -18,8 +18,8 @@ from customize.errors import UserError, first_line
 from customize.tensor_checks import load_whole, misfit
 
 WHOLE = (
-    "--quantize and --quantize_text_encoder hold frozen weights, which cannot be trained as a whole; leave them "
-    "out, or train LoRA."
+    "--quantize and --quantize_text_encoder hold frozen weights, which cannot be trained as a whole; leave "
+    "them out, or train LoRA."
 )
 
 

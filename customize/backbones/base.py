@@ -201,8 +201,8 @@ class Backbone(nn.Module):
         counts = [quantize(encoder, TEXT_LAYERS, text_encoders, device) for encoder in self.text_encoders]
         if not all(counts):
             raise UserError(
-                f"--quantize_text_encoder {text_encoders}: a text encoder of this model has no layers for it; "
-                "leave it out."
+                f"--quantize_text_encoder {text_encoders}: a text encoder of this model has no layers for "
+                "it; leave it out."
             )
 
     @property
