@@ -322,7 +322,7 @@ def test_a_run_of_before_these_names_resumes(images, tmp_path):
 def test_a_resumed_run_keeps_its_optimizer(images, tmp_path):
     place = {"instance_data_dir": images, "instance_prompt": "a red dog", "output_dir": tmp_path / "run"}
     train_method("dreambooth", max_train_steps=1, checkpointing_steps=1, rank=2, train_batch_size=1, **place)
-    with pytest.raises(UserError, match="optimizer lion: .* was written with adamw"):
+    with pytest.raises(UserError, match=r"optimizer lion: .* was written with adamw"):
         train_method(
             "dreambooth",
             resume_from_checkpoint="latest",

@@ -1,5 +1,5 @@
-"""Frozen weights in 8 or 4 bits: which layers, how exact, how small, and that LoRA beside them trains and works
-with the base model as it is."""
+"""Frozen weights in 8 or 4 bits: which layers, how exact, how small, and that LoRA beside them trains and
+works with the base model as it is."""
 
 import json
 import sys
@@ -298,7 +298,7 @@ def test_a_run_resumes_bit_for_bit_with_the_same_weights(kind, images, tmp_path)
     again = train(tmp_path / "again", images, resume_from_checkpoint=whole / "checkpoint-2", **options)
     found = [load_file(folder / LORA) for folder in (whole, again)]
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
-    with pytest.raises(UserError, match="quantize none: .* was written with"):
+    with pytest.raises(UserError, match=r"quantize none: .* was written with"):
         train(tmp_path / "other", images, resume_from_checkpoint=whole / "checkpoint-2", quantize="none")
 
 
