@@ -32,9 +32,8 @@ def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Acce
     """The frozen base model in the training precision (its autoencoder in float32), on the device, with the
     weights that are to be quantised so. UserError for a quantisation that does not run here."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    kinds = {flag: getattr(model_config, flag) for flag in ("quantize", "quantize_text_encoder")}
-    for flag, kind in kinds.items():
-        if kind != "none":
+    for flag in ("quantize", "quantize_text_encoder"):
+        if (kind := getattr(model_config, flag)) != "none":
             check_quantization(f"--{flag}", kind, accelerator.device, dtype)
     name = model_config.pretrained_model_name_or_path
     options = {k: v for k in ("revision", "variant") if (v := getattr(model_config, k))}
@@ -52,7 +51,7 @@ def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Acce
             stacklevel=2,
         )
     decode_whole(backbone.vae.float())
-    backbone.quantize(*kinds.values(), accelerator.device)
+    backbone.quantize(model_config.quantize, model_config.quantize_text_encoder, accelerator.device)
     return backbone.to(accelerator.device)
 
 

@@ -15,6 +15,7 @@ from customize.adapters.attention import use_xformers
 from customize.adapters.base import Adapter
 from customize.adapters.kohya import KohyaLora
 from customize.adapters.merging import FoldedLora
+from customize.backbones.quantize import quantized_names
 from customize.errors import UserError, first_line
 from customize.files import atomic_folder
 from customize.runs import checkpoint
@@ -136,6 +137,8 @@ def begin(
     )
     trained = method.trainable()
     ema = EMAModel(list(trained.values()), decay=config.ema_decay) if config.use_ema else None
+    # frozen weights of these types cannot be sent to other processes, which have read the same ones
+    method._ddp_params_and_buffers_to_ignore = quantized_names(method)  # type: ignore[assignment]
     wrapped, optimizer = accelerator.prepare(method, optimizer)
     optimizer.train()  # a schedule-free one; others know no modes
     parts = {

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from customize.adapters.base import Adapter
 from customize.backbones.base import Backbone
-from customize.backbones.quantize import is_quantized
+from customize.backbones.quantize import quantized_names
 from customize.backbones.text import COMPONENTS
 from customize.errors import UserError, first_line
 from customize.tensor_checks import load_whole, misfit
@@ -33,7 +33,7 @@ class Components(Adapter):
         self.backbone = backbone
         self.trained: list[Any] = [backbone.denoiser, *text_encoders]
         for module in self.trained:
-            if is_quantized(module):
+            if quantized_names(module):
                 raise UserError(WHOLE)
             module.float().requires_grad_(True)
 

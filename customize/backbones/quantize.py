@@ -57,8 +57,9 @@ def restored(weight: Any) -> Tensor:
     return weight.dequantize() if hasattr(weight, "qdata") else weight
 
 
-def is_quantized(module: nn.Module) -> bool:
-    return any(isinstance(layer, QuantizedLinear) for layer in module.modules())
+def quantized_names(module: nn.Module) -> list[str]:
+    """The names of a module's quantised weights."""
+    return [f"{name}.weight" for name, own in module.named_modules() if isinstance(own, QuantizedLinear)]
 
 
 def quantize(module: nn.Module, ends: Collection[str], kind: str, device: torch.device) -> int:

@@ -71,7 +71,7 @@ def card(folder: Path, info: dict[str, Any], concepts: Sequence[Concept]) -> str
     sample = last_sample(folder)
     images = f"## Images\n\n![validation images](samples/{sample.name})\n\n" if sample else ""
     config = sorted(without_places(info["config"]).items())
-    unset = ("", "none", None, [], False, 0)
+    unset: tuple = ("", "none", None, [], False, 0)
     settings = "\n".join(f"| {key} | {value} |" for key, value in config if value not in unset)
     about = f"""{_made(info, base)}
 {"Prompt" if len(prompts) == 1 else "Prompts"} of the subject: {", ".join(f"`{p}`" for p in prompts)}."""
