@@ -126,7 +126,7 @@ class TrainConfig:
     adam_epsilon: float | None = option(
         None, "number that keeps the optimizer from dividing by zero; none: its own, 1e-8", above=0
     )
-    use_8bit_adam: bool = option(False, "the same as --optimizer adamw8bit")
+    use_8bit_adam: bool = option(False, "AdamW with a state of 8 bits, as --optimizer adamw8bit")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: Literal["no", "fp16", "bf16"] = option(
         "no", "precision of the frozen model; trained tensors stay float32", essential=True
