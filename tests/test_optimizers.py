@@ -341,3 +341,11 @@ def test_words_keep_their_own_weight_decay():
         method = Wide()
         method.parameter_groups = words.parameter_groups
         assert make_optimizer(method, config_of(name), 1).param_groups[0]["weight_decay"] == 0.0
+
+
+def test_the_page_says_the_rate_that_the_optimizer_will_have():
+    from customize.app.web.teaching import Case, in_one_sentence
+
+    case = Case("", "dreambooth", "")
+    assert "learning rate of 0.001" in in_one_sentence(case, "stickers")
+    assert "learning rate of 1." in in_one_sentence(case, "stickers", {"optimizer": "prodigy"})
