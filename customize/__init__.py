@@ -5,6 +5,7 @@ back.
 seconds.
 """
 
+import logging
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,9 @@ _HOMES = {
     "load_pipeline": ("customize.pipelines", "load_pipeline"),
     "load_subject_pipeline": ("customize.pipelines", "load_subject_pipeline"),
 }
+# torchao and bitsandbytes report at their import which kernels a machine lacks, needed or not
+for _library in ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers"):
+    logging.getLogger(_library).setLevel(logging.ERROR)
 __all__ = ["load_pipeline", "load_subject_pipeline", "train"]
 
 

@@ -66,6 +66,8 @@ FLAGS = {
     "precision": ("mixed_precision", "dtype"),
     "xformers": ("enable_xformers_memory_efficient_attention",),
     "ema": ("use_ema",),
+    "optimizer_type": ("optimizer",),
+    "weight_decay": ("adam_weight_decay",),
     "output_name": ("output_dir",),
     "output": ("output_dir",),
     "output_dir": ("output",),
@@ -93,8 +95,6 @@ REPEATS = (
 )
 SENTENCES = {
     "prompt": 'The prompt stands after RUN, without a flag: customize generate RUN "PROMPT".',
-    "optimizer": "The optimizer is AdamW; --use_8bit_adam takes less memory.",
-    "optimizer_type": "The optimizer is AdamW; --use_8bit_adam takes less memory.",
     "caption_extension": "Captions in .txt and .caption files are found without a flag.",
     "repeats": REPEATS,
     "num_repeats": REPEATS,

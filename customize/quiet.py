@@ -10,9 +10,9 @@ def quiet_libraries() -> None:
     import huggingface_hub.utils
     import transformers.utils.logging
 
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()
 
 
@@ -25,13 +25,13 @@ def quietly() -> Iterator[None]:
     import transformers.utils.logging
 
     libraries = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in libraries]
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     quiet_libraries()
     try:
         yield
     finally:
-        for logging, (verbosity, bars) in zip(libraries, before, strict=True):
-            logging.set_verbosity(verbosity)
+        for library, (verbosity, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
             if bars:
-                logging.enable_progress_bar()
+                library.enable_progress_bar()
         huggingface_hub.utils.enable_progress_bars()

@@ -130,3 +130,12 @@ def test_a_signal_to_one_process_stops_all_at_one_step(rank, tmp_path, images):
     resumed[resumed.index("--max_train_steps") + 1] = "4"
     found = launch(*resumed, processes=2)
     assert found.returncode == 0, found.stderr[-2000:]
+
+
+def test_two_processes_train_beside_quantised_weights(tmp_path, images):
+    """Weights of torchao's types cannot be sent between processes."""
+    words = ["dreambooth", "--instance_data_dir", str(images), "--instance_prompt", "a red dog"]
+    words += ["--rank", "2", "--train_batch_size", "1", "--max_train_steps", "1", "--quantize", "int8"]
+    made = launch(*words, "--output_dir", str(tmp_path / "run"), processes=2)
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["step"] == 1

@@ -36,8 +36,9 @@ from customize.trainers.launch import run
 from customize.trainers.loop import accumulate_gradients, train
 from customize.trainers.methods.dreambooth import DreamBooth
 from customize.trainers.methods.textual_inversion import TextualInversion
+from customize.trainers.optimizers import make_optimizer
 from customize.trainers.session import Session
-from customize.trainers.settings import TrainConfig, make_accelerator, make_optimizer
+from customize.trainers.settings import TrainConfig, make_accelerator
 from customize.trainers.validation import sample, validation_loss
 from tiny import BASES, tiny
 

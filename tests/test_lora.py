@@ -21,8 +21,9 @@ from customize.files import header
 from customize.pipelines import load_pipeline
 from customize.runs import checkpoint
 from customize.trainers.methods.dreambooth import DreamBooth, DreamBoothConfig
+from customize.trainers.optimizers import make_optimizer
 from customize.trainers.prepare import add_assistant
-from customize.trainers.settings import TrainConfig, make_optimizer
+from customize.trainers.settings import TrainConfig
 from tiny import BASES, draw, lora_of, tiny
 
 RANK, ALPHA = 4, 6.0

@@ -23,6 +23,7 @@ from customize.trainers.continuation import PLACES, check_same_inputs, check_sam
 from customize.trainers.interruption import interruption
 from customize.trainers.loop import train
 from customize.trainers.methods.base import Method
+from customize.trainers.optimizers import check_optimizer, optimizer_defaults
 from customize.trainers.prepare import add_assistant, load_backbone
 from customize.trainers.registry import display_name, find_method, general_usage
 from customize.trainers.scorers import make_scorer
@@ -107,7 +108,7 @@ def complete(name: str, given: Mapping[str, Any]) -> tuple[Configs, dict[str, An
         raise UserError("--max_train_steps and --num_train_epochs both say when to stop; leave one out.")
     earlier = earlier_settings(given, table(kinds))
     base = (earlier | given).get("pretrained_model_name_or_path", embedded.NAME)
-    defaults = {} if earlier else method.defaults_for(base, given)
+    defaults = {} if earlier else optimizer_defaults(given, method.defaults_for(base, given))
     used = {setting: value for setting, value in defaults.items() if setting not in given}
     model, data, train, own = (build(kind, defaults | earlier | given) for kind in kinds)
     return (model, data, train, own), used
@@ -132,6 +133,7 @@ def launch(
     for part in parts:
         check_config(part)
     check_settings(kind, model_config, data_config, train_config)
+    check_optimizer(train_config)
     kind.check_settings(model_config, train_config, method_config)
     config = {k: v for part in parts for k, v in asdict(part).items()}
     with claimed_output(model_config, train_config, config):

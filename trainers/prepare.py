@@ -16,6 +16,7 @@ from customize.backbones.base import Backbone
 from customize.backbones.families import as_called, wrap
 from customize.backbones.layers import ASSISTANT, activate_assistant
 from customize.backbones.load import load_base
+from customize.backbones.quantize import check_quantization
 from customize.data.concepts import Concept, DataConfig
 from customize.data.crops import check_resolution
 from customize.data.images import ImageFile, find_images
@@ -29,9 +30,13 @@ RECIPE = "Class image"  # what the PNG files of class images hold of how they we
 
 
 def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Accelerator) -> Backbone:
-    """The frozen base model in the training precision (its autoencoder in float32); all but the denoiser is
-    on the device."""
+    """The frozen base model in the training precision (its autoencoder in float32), with the weights that are
+    to be quantised so; all but the denoiser is on the device. UserError for a quantisation that does not run
+    here."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    for flag in ("quantize", "quantize_text_encoder"):
+        if (kind := getattr(model_config, flag)) != "none":
+            check_quantization(f"--{flag}", kind, accelerator.device, dtype)
     name = model_config.pretrained_model_name_or_path
     backbone = wrap(load_base(name, dtype, **base_options(vars(model_config))), name)
     names = ("guidance_scale", "max_sequence_length", "timestep_sampling", "timestep_shift")
@@ -46,6 +51,7 @@ def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Acce
             stacklevel=2,
         )
     decode_whole(backbone.vae.float())
+    backbone.quantize(model_config.quantize, model_config.quantize_text_encoder, accelerator.device)
     with backbone.denoiser_left_out():
         return backbone.to(accelerator.device)
 

@@ -142,12 +142,26 @@ def _check_part(name: str, part: Any, state: dict) -> None:
     )
     parameters = [parameter for group in groups for parameter in group["params"]]
     for index, own in state["state"].items():
+        wanted = _state_shapes(parameters[int(index)].shape)
         for key, value in own.items():
-            if not key.startswith("exp_avg"):  # those of an 8-bit optimizer are packed
-                continue
-            fits = value.is_floating_point() and value.shape == parameters[int(index)].shape
+            fits = key not in wanted or (value.is_floating_point() and value.shape in wanted[key])
             if not fits:
                 raise ValueError(f"{name}.{key} is {tuple(value.shape)} of {value.dtype}")
+
+
+def _state_shapes(shape: torch.Size) -> dict[str, tuple[torch.Size, ...]]:
+    """The shapes that the tensors of the optimizers' states may have, by name, for a parameter of `shape`.
+    Those of bitsandbytes are packed, and it checks them itself."""
+    flat = torch.Size([shape.numel()])
+    return {
+        "exp_avg": (shape,),
+        "exp_avg_sq": (shape,),
+        "exp_avg_sq_row": (shape[:-1],),  # Adafactor's
+        "exp_avg_sq_col": (shape[:-2] + shape[-1:],),
+        "z": (shape,),  # of schedule-free AdamW
+        "s": (flat,),  # Prodigy's
+        "p0": (flat, torch.Size()),  # a single 0 for a parameter that started at 0
+    }
 
 
 def _check_alike(name: str, now: Any, then: Any) -> None:

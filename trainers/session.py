@@ -15,6 +15,7 @@ from customize.adapters.attention import use_xformers
 from customize.adapters.base import Adapter
 from customize.adapters.kohya import KohyaLora
 from customize.adapters.merging import FoldedLora
+from customize.backbones.quantize import quantized_names
 from customize.errors import UserError, first_line
 from customize.files import atomic_folder
 from customize.runs import checkpoint
@@ -22,9 +23,10 @@ from customize.runs.folder import LOGS
 from customize.runs.privacy import without_places
 from customize.trainers.claim import drop_old_checkpoints, forget_later, resumed_folder
 from customize.trainers.methods.base import Method
+from customize.trainers.optimizers import at_average, make_optimizer
 from customize.trainers.resume import good_checkpoint, load_state, save_state
 from customize.trainers.scorers import Scorer
-from customize.trainers.settings import TrainConfig, make_optimizer
+from customize.trainers.settings import TrainConfig
 
 
 class Best:
@@ -66,9 +68,11 @@ class Session:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Context in which the trained parameters hold their running average, if there is one."""
+        """Context in which the trained parameters hold their running average, or that of a schedule-free
+        optimizer, if there is one."""
         if (ema := self.train_state["ema"]) is None:
-            yield
+            with at_average(self.train_state["optimizer"]):
+                yield
             return
         ema.store(self.trained.values())
         ema.copy_to(self.trained.values())
@@ -133,7 +137,10 @@ def begin(
     )
     trained = method.trainable()
     ema = EMAModel(list(trained.values()), decay=config.ema_decay) if config.use_ema else None
+    # frozen weights of these types cannot be sent to other processes, which have read the same ones
+    method._ddp_params_and_buffers_to_ignore = quantized_names(method)  # type: ignore[assignment]
     wrapped, optimizer = accelerator.prepare(method, optimizer)
+    optimizer.train()  # a schedule-free one; others know no modes
     parts = {
         "optimizer": optimizer,
         "schedule": schedule,

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 
 from customize import embedded
-from customize.adapters.lora import with_own_rates
+from customize.backbones.quantize import Quantization
 from customize.config import option
 from customize.errors import UserError, first_line
 from customize.trainers.methods.base import Method
@@ -62,6 +62,15 @@ class ModelConfig:
         "LoRA, a run or a file, that undoes a few-step model's distillation while it is trained; images are "
         "drawn without it, and it is not part of what is saved; empty: none",
     )
+    quantize: Quantization = option(
+        "none",
+        "how the frozen weights of the denoiser's attention and feed-forward layers are held in memory: "
+        "none, as --mixed_precision says; int8 or fp8, 1 byte each; nf4, half a byte. What is saved works "
+        "with the base model as it is",
+    )
+    quantize_text_encoder: Quantization = option(
+        "none", "how the frozen weights of the text encoders' layers are held in memory: none, int8, fp8, nf4"
+    )
     cache_latents: bool = option(True, "encode images and prompts once, then free the encoders")
     cache_dir: str = option("", "folder that keeps encoded images and prompts for later runs; empty: none")
     push_to_hub: bool = option(False, "upload the finished run to the Hugging Face Hub")
@@ -74,6 +83,8 @@ class ModelConfig:
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
 ]
+
+OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedule_free_adamw"]
 
 
 @dataclass
@@ -100,11 +111,31 @@ class TrainConfig:
     lr_warmup_steps: int = option(0, "steps in which the learning rate rises from 0", least=0)
     lr_num_cycles: int = option(1, "restarts of the schedule cosine_with_restarts", least=1)
     lr_power: float = option(1.0, "power of the schedule polynomial", least=0)
-    adam_beta1: float = option(0.9, "AdamW's beta1", least=0, below=1)
-    adam_beta2: float = option(0.999, "AdamW's beta2", least=0, below=1)
-    adam_weight_decay: float = option(1e-2, "AdamW's weight decay", least=0)
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
-    use_8bit_adam: bool = option(False, "AdamW of bitsandbytes, which takes less memory")
+    optimizer: OptimizerName = option(
+        "adamw",
+        "what updates the trained weights: adamw; adamw8bit, with a state of 8 bits; prodigy, which finds "
+        "its learning rate; adafactor, which keeps almost no state; lion, which keeps half of it; "
+        "schedule_free_adamw, which averages its steps instead of following a schedule",
+    )
+    adam_beta1: float | None = option(
+        None,
+        "decay of the optimizer's average of gradients; none: its own, 0.9 (adafactor: no average)",
+        least=0,
+        below=1,
+    )
+    adam_beta2: float | None = option(
+        None,
+        "decay of the optimizer's average of squared gradients; none: its own, 0.999 (lion: 0.99)",
+        least=0,
+        below=1,
+    )
+    adam_weight_decay: float | None = option(
+        None, "weight decay of the optimizer; none: its own, 0.01", least=0
+    )
+    adam_epsilon: float | None = option(
+        None, "number that keeps the optimizer from dividing by zero; none: its own, 1e-8", above=0
+    )
+    use_8bit_adam: bool = option(False, "AdamW with a state of 8 bits, as --optimizer adamw8bit")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: Literal["no", "fp16", "bf16"] = option(
         "no", "precision of the frozen model; trained tensors stay float32", essential=True
@@ -179,25 +210,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ) from error
     set_seed(config.seed, device_specific=True)
     return accelerator
-
-
-def make_optimizer(method: Method, config: TrainConfig, processes: int) -> torch.optim.Optimizer:
-    lr = config.learning_rate
-    if config.scale_lr:
-        lr *= processes * config.train_batch_size * config.gradient_accumulation_steps
-    options: dict[str, Any] = {
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-    groups = with_own_rates(method.parameter_groups(lr))
-    if not config.use_8bit_adam:
-        return torch.optim.AdamW(groups, **options, fused=True)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from None
-    return AdamW8bit(groups, **options)
 
 
 def check_settings(

@@ -11,6 +11,7 @@ from customize.config import Flag, build, flags_of, members
 from customize.embedded import RARE, is_embedded
 from customize.errors import UserError
 from customize.trainers.launch import configs
+from customize.trainers.optimizers import optimizer_defaults
 from customize.trainers.registry import find_method
 
 
@@ -130,7 +131,8 @@ def _is_safe(flag: Flag) -> bool:
 
 def in_one_sentence(case: Case, base: str, changed: Mapping[str, Any] | None = None) -> str:
     """The settings that matter, for the page; `changed` are those of the expert form."""
-    own = defaults_for(case.method, base) | {k: v for k, v in (changed or {}).items() if v is not None}
+    given = {k: v for k, v in (changed or {}).items() if v is not None}
+    own = optimizer_defaults(given, defaults_for(case.method, base)) | given
     where = "the embedded model" if is_embedded(base) else base
     trains = {"dreambooth": "a LoRA", "single_insert": "a word and a LoRA", "mcpl": "words"}[case.method]
     batch = own["train_batch_size"]

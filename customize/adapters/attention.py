@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
+from customize.backbones.quantize import restored
 from customize.errors import UserError
 
 TextGate = Literal["none", "same", "complement"]
@@ -106,7 +107,7 @@ class SubjectBranch(nn.Module):
         self.to_k_ip = nn.Linear(dim, attn.inner_dim, bias=False)
         self.to_v_ip = nn.Linear(dim, attn.inner_dim, bias=False)
         if attn.to_k.in_features == dim:  # the text's own keys are a good start
-            self.to_k_ip.weight.data.copy_(attn.to_k.weight)
+            self.to_k_ip.weight.data.copy_(restored(attn.to_k.weight))
         nn.init.zeros_(self.to_v_ip.weight)  # before training the base model is unchanged
         self.location = Location(attn.query_dim, location_dim) if location_dim else None
 

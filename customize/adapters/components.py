@@ -12,14 +12,20 @@ from transformers import PreTrainedModel
 
 from customize.adapters.base import Adapter
 from customize.backbones.base import Backbone
+from customize.backbones.quantize import quantized_names
 from customize.backbones.text import COMPONENTS
 from customize.errors import UserError, first_line
 from customize.tensor_checks import load_whole, misfit
 
+WHOLE = (
+    "--quantize and --quantize_text_encoder hold frozen weights, which cannot be trained as a whole; leave "
+    "them out, or train LoRA."
+)
+
 
 class Components(Adapter):
     """The denoiser and, if they are named, text encoders, trained in float32; each is saved as a diffusers
-    folder."""
+    folder. UserError for one whose weights are quantised."""
 
     files = COMPONENTS
 
@@ -27,6 +33,8 @@ class Components(Adapter):
         self.backbone = backbone
         self.trained: list[Any] = [backbone.denoiser, *text_encoders]
         for module in self.trained:
+            if quantized_names(module):
+                raise UserError(WHOLE)
             module.float().requires_grad_(True)
 
     @property

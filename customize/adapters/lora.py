@@ -64,9 +64,8 @@ def add_lora(
     preset = targets or presets.get(settings.lora_layers)
     rates = dict.fromkeys(preset, 1.0) if preset else _rates(settings.lora_layers)
     wanted = list(rates)
-    layers = [*layers_of(module)]
-    if preset:
-        layers = [name for name in layers if name not in without]
+    own = layers_of(module)
+    layers = [name for name in own if not preset or name not in without]
     # a preset's `proj_out` is that of a block, never the model's own last layer
     found = {
         t: [n for n in layers if fnmatchcase(n, f"*.{t}") or (fnmatchcase(n, t) and not preset)]
@@ -84,7 +83,7 @@ def add_lora(
             "use attention, or name modules."
         )
     check_ranges(settings)
-    check_rank(settings.rank, [module.get_submodule(name).weight for name in names])
+    check_rank(settings.rank, [own[name] for name in names])
     module.add_adapter(
         LoraConfig(
             r=settings.rank,
@@ -97,8 +96,8 @@ def add_lora(
     )
     cast_training_params(module, dtype=torch.float32)
     activate_assistant(module)
-    for target, own in found.items():  # of a layer that several name, the last counts
-        for parameter in (p for name in own for p in module.get_submodule(name).parameters()):
+    for target, named in found.items():  # of a layer that several name, the last counts
+        for parameter in (p for name in named for p in module.get_submodule(name).parameters()):
             parameter.lr_scale = rates[target]  # type: ignore[attr-defined]
 
 
@@ -127,11 +126,18 @@ def with_own_rates(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def check_rank(rank: int, weights: list[Tensor]) -> None:
+def check_rank(rank: int, layers: Iterable[nn.Linear | nn.Conv2d]) -> None:
     """UserError for a rank above that of every layer, which would cost memory without a use."""
-    largest = max(min(len(weight), weight[0].numel()) for weight in weights)
+    largest = max(map(_largest_rank, layers))
     if rank > largest:
         raise UserError(f"--rank {rank} is more than any layer of this model has; choose {largest} at most.")
+
+
+def _largest_rank(layer: nn.Linear | nn.Conv2d) -> int:
+    """That of the weight; a quantised one does not show its shape."""
+    if isinstance(layer, nn.Linear):
+        return min(layer.out_features, layer.in_features)
+    return min(len(layer.weight), layer.weight[0].numel())
 
 
 def has_lora(module: ModelMixin) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from customize.backbones.layers import PRESETS, without_lora
+from customize.backbones.quantize import quantize
 from customize.backbones.text import ENCODER_NAMES, SUFFIXES, expand_words, expanded, text_parts
 from customize.cache import TensorCache, fingerprint, key_of
 from customize.errors import UserError, shortened
@@ -115,6 +116,8 @@ class Backbone(nn.Module):
         self.prompts: dict[str, dict[str, Tensor]] = {}  # text embeddings of prompts that were cached
         self.register_buffer("place", torch.empty(0), persistent=False)
         self.negative: dict[str, Tensor] = {}  # and of no prompt, as `_encode_negative` gives them
+        self._as_loaded = ""  # the denoiser's fingerprint
+        self._quantized_encoders: list[str] = []  # what tells the text encoders apart, once quantised
         self._check_latents()
         self._check_chat_template()
         self.requires_grad_(False).eval()
@@ -193,8 +196,27 @@ class Backbone(nn.Module):
         self.text_length = max_sequence_length or self.text_length
 
     def fingerprint(self) -> str:
-        """sha256 hex of the denoiser's configuration and weights; before adapters are added."""
-        return fingerprint(self.denoiser)
+        """sha256 hex of the denoiser's configuration and weights as they were loaded: first called before
+        adapters are added."""
+        self._as_loaded = self._as_loaded or fingerprint(self.denoiser)
+        return self._as_loaded
+
+    def quantize(self, denoiser: str, text_encoders: str, device: torch.device) -> None:
+        """Holds the weights of the blocks of the denoiser and of the text encoders in int8, fp8 or nf4, on
+        the device; `none` leaves them. Before adapters are added. UserError if there are no such layers."""
+        self.fingerprint()
+        if denoiser != "none" and not quantize(self.denoiser, denoiser, device):
+            raise UserError(f"--quantize {denoiser}: this model has no layers for it; leave it out.")
+        self.denoiser.cpu()  # until the text encoders have gone
+        if text_encoders == "none":
+            return
+        self._quantized_encoders = [f"{fingerprint(own)} {text_encoders}" for own in self.text_encoders]
+        counts = [quantize(encoder, text_encoders, device) for encoder in self.text_encoders]
+        if not all(counts):
+            raise UserError(
+                f"--quantize_text_encoder {text_encoders}: a text encoder of this model has no layers for "
+                "it; leave it out."
+            )
 
     @property
     def shifts_by_size(self) -> bool:
@@ -339,7 +361,7 @@ class Backbone(nn.Module):
     def cache_prompts(self, prompts: Iterable[str], cache: TensorCache) -> None:
         """Encodes every prompt once; only for encoders that no longer change."""
         recipe = type(self).__name__, str(self.text_length)
-        encoders = (fingerprint(encoder) for encoder in self.text_encoders)
+        encoders = self._quantized_encoders or map(fingerprint, self.text_encoders)
         model = key_of("text", self.name, *recipe, *encoders)
         for prompt in dict.fromkeys(prompts):
             self.prompts[prompt] = cache.get(key_of(model, prompt), partial(self._encode_prompt, [prompt]))

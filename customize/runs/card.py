@@ -71,7 +71,8 @@ def card(folder: Path, info: dict[str, Any], concepts: Sequence[Concept]) -> str
     sample = last_sample(folder)
     images = f"## Images\n\n![validation images](samples/{sample.name})\n\n" if sample else ""
     config = sorted(without_places(info["config"]).items())
-    settings = "\n".join(f"| {key} | {value} |" for key, value in config if value not in ("", [], False, 0))
+    unset: tuple = ("", "none", None, [], False, 0)
+    settings = "\n".join(f"| {key} | {value} |" for key, value in config if value not in unset)
     about = f"""{_made(info, base)}
 {"Prompt" if len(prompts) == 1 else "Prompts"} of the subject: {", ".join(f"`{p}`" for p in prompts)}."""
     use = USE.format(folder=name, prompt=json.dumps(prompts[0]))
@@ -81,6 +82,7 @@ def card(folder: Path, info: dict[str, Any], concepts: Sequence[Concept]) -> str
         about = (
             f"An encoder of subjects for `{base}`, trained by **{info['method']}** in {info['step']} steps."
         )
+        about = " ".join([about, *_quantized(info["config"])])
         prompts = ["a photo of <s>"]
         use = USE_ENCODER.format(folder=name, prompt="a photo of a <s> dog on the beach")
     text = f"""# {name}
@@ -115,9 +117,20 @@ def card(folder: Path, info: dict[str, Any], concepts: Sequence[Concept]) -> str
 def _made(info: dict[str, Any], base: str) -> str:
     """How a run came about, in a sentence."""
     if "step" in info:
-        return f"A subject taught to `{base}` by **{info['method']}** in {info['step']} steps."
+        taught = f"A subject taught to `{base}` by **{info['method']}** in {info['step']} steps."
+        return " ".join([taught, *_quantized(info["config"])])
     sources = " and ".join(map(str, info["config"]["merged"]))
     return f"LoRA of {sources} for `{base}`, joined by `customize merge --how {info['config']['how']}`."
+
+
+def _quantized(config: dict[str, Any]) -> list[str]:
+    """A sentence for each kind of weights that were quantised in training."""
+    parts = {"quantize": "denoiser", "quantize_text_encoder": "text encoder"}
+    return [
+        f"In training the {part}'s frozen weights were held in {kind}; draw with them as they are."
+        for flag, part in parts.items()
+        if (kind := config.get(flag, "none")) != "none"
+    ]
 
 
 def is_local(base: str) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from customize import embedded
-from customize.adapters.components import Components
+from customize.adapters.components import WHOLE, Components
 from customize.adapters.lora import Lora, LoraFields
 from customize.backbones.base import Backbone, Condition, Step
 from customize.config import option
@@ -92,6 +92,13 @@ class DreamBooth(Method):
     def defaults_for(cls, base: str, given: Mapping[str, Any]) -> dict[str, Any]:
         whole = given.get("full_finetune") and not embedded.is_embedded(base)
         return super().defaults_for(base, given) | ({"learning_rate": 5e-6} if whole else {})
+
+    @classmethod
+    def check_settings(cls, model_config: Any, train_config: Any, method_config: Any) -> None:
+        kinds = [model_config.quantize]
+        kinds += [model_config.quantize_text_encoder] * method_config.train_text_encoder
+        if method_config.full_finetune and any(kind != "none" for kind in kinds):
+            raise UserError(WHOLE)
 
     @classmethod
     def prepare_data(
