@@ -1,6 +1,7 @@
 """Tiny pipelines of today's flow models, with the true layouts and key names, from configurations alone."""
 
 import torch
+import transformers
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -18,6 +19,7 @@ from diffusers import (
     Krea2Transformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -34,6 +36,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -71,7 +75,7 @@ TEMPLATE_WORDS = [
     "are",
     "an",
 ]
-MARKS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+MARKS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 THINKING = ["<think>", "</think>"]
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
@@ -195,17 +199,32 @@ def flux2() -> Flux2Pipeline:
     )
 
 
+class ImageAndTextProcessor(Qwen2VLProcessor):
+    """Qwen2-VL's processor without its video processor, which needs torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+# saved and loaded in its place
+ImageAndTextProcessor.__module__, ImageAndTextProcessor.__name__ = "transformers", "Qwen2VLProcessor"
+transformers.Qwen2VLProcessor = ImageAndTextProcessor
+
+
 def qwen_image() -> QwenImagePipeline:
     rope = {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     text = {"num_hidden_layers": 2, "rope_parameters": rope, **SIZES}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    tokenizer = chat_tokenizer()
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    marks = dict(zip(names, map(tokenizer.convert_tokens_to_ids, MARKS[2:]), strict=True))
     return QwenImagePipeline(
         scheduler=flow(use_dynamic_shifting=True),
         vae=qwen_vae(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
         ),
-        tokenizer=chat_tokenizer(),
+        tokenizer=tokenizer,
         transformer=QwenImageTransformer2DModel(
             patch_size=2,
             in_channels=16,
@@ -217,6 +236,13 @@ def qwen_image() -> QwenImagePipeline:
             axes_dims_rope=(8, 4, 4),
         ),
     )
+
+
+def qwen_image_edit() -> QwenImageEditPlusPipeline:
+    """Its language model sees images of 2 x 2 tokens, whatever their size."""
+    image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)
+    processor = ImageAndTextProcessor(image_processor, chat_tokenizer())
+    return QwenImageEditPlusPipeline(processor=processor, **qwen_image().components)
 
 
 def z_image() -> ZImagePipeline:
@@ -372,6 +398,7 @@ FAMILIES = {
     "klein": klein,
     "flux2": flux2,
     "qwen_image": qwen_image,
+    "qwen_image_edit": qwen_image_edit,
     "z_image": z_image,
     "krea2": krea2,
     "chroma": chroma,

@@ -12,13 +12,13 @@ from customize.imaging import to_tensor
 Bucket = tuple[int, int]  # height, width
 
 
-def check_resolution(resolution: int, factor: int) -> None:
-    """UserError unless `resolution` is a positive multiple of `factor`, both in pixels."""
+def check_resolution(resolution: int, factor: int, flag: str = "--resolution") -> None:
+    """UserError, naming `flag`, unless `resolution` is a positive multiple of `factor`, both in pixels."""
     if resolution <= 0 or resolution % factor:
         lower = max(resolution // factor, 0) * factor
         valid = f"{lower} or {lower + factor}" if lower else f"{factor}"
         raise UserError(
-            f"--resolution {resolution} is not a positive multiple of {factor}; the nearest valid is {valid}."
+            f"{flag} {resolution} is not a positive multiple of {factor}; the nearest valid is {valid}."
         )
 
 

@@ -54,6 +54,7 @@ class Method(nn.Module):
 
     Config: type[MethodConfig] = MethodConfig
     Source: type[Source] = SubjectImages  # reads the training data
+    shows_references = False  # whether the model is shown images of the subject beside the prompt
     defaults: ClassVar[dict[str, Any]] = {}  # settings that suit the method, where the user sets nothing
     embedded_defaults: ClassVar[dict[str, Any]] = {}  # and on the embedded base model
 
