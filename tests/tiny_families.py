@@ -1,7 +1,8 @@
 """Tiny pipelines of today's flow models, with the true layouts and key names, from configurations alone."""
 
+import sys
+
 import torch
-import transformers
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -206,9 +207,9 @@ class ImageAndTextProcessor(Qwen2VLProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
-# saved and loaded in its place
+# saved and loaded in its place; diffusers' imports may replace the module
 ImageAndTextProcessor.__module__, ImageAndTextProcessor.__name__ = "transformers", "Qwen2VLProcessor"
-transformers.Qwen2VLProcessor = ImageAndTextProcessor
+sys.modules["transformers"].Qwen2VLProcessor = ImageAndTextProcessor
 
 
 def qwen_image() -> QwenImagePipeline:
