@@ -326,7 +326,9 @@ def set_up(pipe: Any, config: GenerateConfig) -> Any:
         from customize.backbones.text import expand_words
 
         if family_of(pipe).needs_references:
-            raise UserError("--init_image: this model edits images; name yours with --subject_images instead.")
+            raise UserError(
+                "--init_image: this model edits images; name yours with --subject_images instead."
+            )
 
         pipe = AutoPipelineForImage2Image.from_pipe(pipe)
         expand_words(pipe)

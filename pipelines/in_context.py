@@ -59,7 +59,9 @@ class InContextMixin(Stock):
                 options["image"] = self._shown(images)
                 prompt = without_words(prompt) if isinstance(prompt, str) else [*map(without_words, prompt)]
             elif family_of(self).needs_references and options.get("image") is None:
-                raise UserError("subject_images: this model draws from images alone; give one of the subject.")
+                raise UserError(
+                    "subject_images: this model draws from images alone; give one of the subject."
+                )
             return self._drawn(stock, prompt=prompt, **options)
 
         call.__signature__ = inspect.Signature([*parameters, more])  # type: ignore[attr-defined]

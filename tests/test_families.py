@@ -173,7 +173,7 @@ def test_the_resolution_of_references_is_the_runs_and_else_the_stock_pipelines(m
 
     found = drawn(with_references(stock, 64), subject_images=[image])
     module = sys.modules[type(stock).__module__]
-    assert module.VAE_IMAGE_SIZE == backbone_of(EDIT).reference_resolution ** 2
+    assert backbone_of(EDIT).reference_resolution ** 2 == module.VAE_IMAGE_SIZE
     monkeypatch.setattr(module, "VAE_IMAGE_SIZE", 64**2)
     assert abs(found - drawn(stock, image=[square])).max() == 0
     assert abs(found - drawn(with_references(stock, 32), subject_images=[image])).max() > 1e-4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, Flux2KleinPipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, QwenImageEditPlusPipeline
 from PIL import Image
 
 import customize
@@ -14,7 +14,7 @@ from conftest import write_noise
 from customize.app.cli import main
 from customize.backbones.families import as_called, wrap
 from customize.errors import UserError
-from customize.pipelines.in_context import reference_pixels
+from customize.pipelines.in_context import reference_image, reference_pixels, with_references
 from customize.trainers.methods.in_context import InContext, InContextConfig
 from tiny import random, tiny
 from tiny_families import tiny_family
@@ -203,9 +203,13 @@ def test_a_run_draws_from_images(base, place, tmp_path, capsys):
     if base == "qwen_image_edit":
         with pytest.raises(UserError, match="draws from images alone"):
             draw()
+        assert main(["generate", str(run), prompt, "--init_image", *shown]) == 2
+        assert "name yours with --subject_images instead" in capsys.readouterr().err
     else:
         assert np.abs(drawn - draw()).max() > 1
-    assert "subject_images" in (run / "README.md").read_text()
+    card = (run / "README.md").read_text()
+    assert "subject_images" in card
+    assert "DiffusionPipeline.from_pretrained" in card
     capsys.readouterr()
     words = ["generate", str(run), prompt, "--subject_images", *shown, "--num_inference_steps", "2"]
     words += ["--height", "32", "--width", "32", "--output", str(tmp_path / "out")]
@@ -235,6 +239,24 @@ def test_a_run_draws_from_images(base, place, tmp_path, capsys):
 def test_bad_input(more, message, place, tmp_path):
     with pytest.raises(UserError, match=message):
         customize.train("in_context", output_dir=tmp_path / "run", **settings(place, "klein") | more)
+
+
+def test_an_edit_model_is_shown_images_without_training(place, tmp_path):
+    """At its own resolution; what is saved is the stock pipeline with the same weights."""
+    pipe = customize.load_subject_pipeline(place / "qwen_image_edit")
+    assert pipe.reference_resolution == 1024
+    pipe.save_pretrained(tmp_path / "saved")
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert type(stock) is QwenImageEditPlusPipeline
+    image = Image.open(place / "subjects" / "dog" / "0.png")
+    padded = reference_image(image, 64)
+    pipe.reference_resolution = 64
+    found = []
+    for own, shown in ((pipe, {"subject_images": image}), (with_references(stock, 64), {"image": padded})):
+        own.set_progress_bar_config(disable=True)
+        sides = {"height": 32, "width": 32, "num_inference_steps": 2}
+        found.append(own("a dog", generator=torch.Generator().manual_seed(0), **sides, **shown).images[0])
+    assert np.array_equal(*map(np.asarray, found))
 
 
 def test_a_base_model_is_shown_images_without_training(place):

@@ -147,8 +147,8 @@ def launch(
         backbone = load_backbone(model_config, data_config, accelerator)
         if backbone.needs_references and not kind.shows_references:
             raise UserError(
-                f"'{base}' edits images and draws nothing without one: train it with in_context, or use another "
-                "base model."
+                f"'{base}' edits images and draws nothing without one: train it with in_context, or use "
+                "another base model."
             )
         source.check(backbone)
         info: dict[str, Any] = {"base_model": embedded.lasting_name(base), "method": display_name(name)}

@@ -48,7 +48,8 @@ def as_called(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     family = family_of(pipe)
     if family.needs_references and not (arguments.get("subject_images") or arguments.get("image")):
         raise UserError(
-            f"a {type(pipe).__name__} draws from images alone: name some of the subject with --subject_images."
+            f"a {type(pipe).__name__} draws from images alone: name those of the subject with "
+            "--subject_images."
         )
     given = {family.guidance_name if k == "guidance_scale" else k: v for k, v in arguments.items()}
     known = signature(pipe.__call__).parameters

@@ -69,7 +69,9 @@ class InContext(Method):
                 "Qwen-Image-Edit-Plus); custom_contrast and ip_adapter teach other models to read them."
             )
         if config.dropout_image and backbone.needs_references:
-            raise UserError("--dropout_image: this base model draws nothing without references; leave it out.")
+            raise UserError(
+                "--dropout_image: this base model draws nothing without references; leave it out."
+            )
         if config.reference_contrast_weight and backbone.takes_references < 2:
             raise UserError(
                 "--reference_contrast_weight needs a base model that is shown two images; leave it out here."
