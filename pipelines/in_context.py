@@ -103,7 +103,7 @@ class InContextFluxKontextPipeline(InContextMixin, FluxKontextPipeline): ...
 class InContextQwenImageEditPlusPipeline(InContextMixin, QwenImageEditPlusPipeline):
     """References keep the resolution of the run; the language model is shown them at the stock pipeline's."""
 
-    def _drawn(self, stock, **options):
+    def _drawn(self, stock: Callable, **options: Any) -> Any:
         """The stock call, but for the constant by which it resizes references for the autoencoder: a copy of
         the function has its own, so that other pipelines keep theirs."""
         call: Any = inspect.unwrap(stock)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -195,7 +195,7 @@ def _check_torchvision(name: str, listed: dict[str, list]) -> None:
         reads_videos = (
             isinstance(kind, type)
             and issubclass(kind, ProcessorMixin)
-            and "video_processor" in kind.get_attributes()
+            and "video_processor" in cast(Any, kind).get_attributes()
         )
         # what transformers leaves out for lack of a library is a placeholder that names it
         needed = reads_videos or "torchvision" in getattr(kind, "_backends", ())
