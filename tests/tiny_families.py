@@ -16,6 +16,8 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxKontextPipeline,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
     Lumina2Pipeline,
@@ -30,8 +32,12 @@ from diffusers import (
 )
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -48,7 +54,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tiny import WORDS, flux, woken_at_zero
+from tiny import WORDS, flux, t5, tokenizer, woken_at_zero
 
 SIGNS = [".", ",", ":", "\n", "'s", "'", "(", ")", "/", "-", ">", "<"]
 TEMPLATE_WORDS = [
@@ -391,6 +397,46 @@ def lumina2() -> Lumina2Pipeline:
     )
 
 
+def hidream() -> HiDreamImagePipeline:
+    clip = CLIPTextConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        projection_dim=16,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return HiDreamImagePipeline(
+        scheduler=flow(shift=3.0),
+        vae=vae(),
+        text_encoder=CLIPTextModelWithProjection(clip),
+        tokenizer=tokenizer(128),
+        text_encoder_2=CLIPTextModelWithProjection(clip),
+        tokenizer_2=tokenizer(128),
+        text_encoder_3=t5(),
+        tokenizer_3=tokenizer(128),
+        text_encoder_4=LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES)),
+        tokenizer_4=chat_tokenizer(ends=True),
+        transformer=HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            caption_channels=[32, 16],
+            text_emb_dim=32,
+            axes_dims_rope=(4, 2, 2),
+            max_resolution=(32, 32),
+            llama_layers=[0, 1],
+        ),
+    )
+
+
 def kontext() -> FluxKontextPipeline:
     return FluxKontextPipeline(**flux().components)
 
@@ -405,6 +451,7 @@ FAMILIES = {
     "chroma": chroma,
     "sana": sana,
     "lumina2": lumina2,
+    "hidream": hidream,
     "kontext": kontext,
 }
 

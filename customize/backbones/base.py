@@ -365,6 +365,10 @@ class Backbone(nn.Module):
         """More arguments of the pipeline's call, without which it would not draw what `arguments` ask for."""
         return {}
 
+    @classmethod
+    def prepare_call(cls, pipe: Any, arguments: Mapping[str, Any]) -> None:
+        """Settings of the pipeline itself, without which it would not draw what `arguments` ask for."""
+
     def release_text_encoders(self) -> None:
         """Frees the memory of encoders whose prompts are all cached."""
         self.text_encoders = nn.ModuleList()

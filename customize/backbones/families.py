@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from customize.backbones.base import Backbone
 from customize.backbones.flux import Chroma, Flux, FluxKontext
 from customize.backbones.flux2 import Flux2, Flux2Klein
+from customize.backbones.hidream import HiDream
 from customize.backbones.qwen_image import Krea2, QwenImage, QwenImageEditPlus
 from customize.backbones.sana import Lumina2, Sana
 from customize.backbones.sd3 import SD3
@@ -31,6 +32,7 @@ BACKBONES: dict[str, type[Backbone]] = {
     "ChromaPipeline": Chroma,
     "SanaPipeline": Sana,
     "Lumina2Pipeline": Lumina2,
+    "HiDreamImagePipeline": HiDream,
 }
 
 
@@ -56,6 +58,7 @@ def as_called(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     takes_all = any(own.kind is Parameter.VAR_KEYWORD for own in known.values())
     if unknown := [name for name in given if name not in known and not takes_all]:
         raise UserError(f"--{unknown[0]}: a {type(pipe).__name__} takes none; leave it out.")
+    family.prepare_call(pipe, given)
     return given | family.call_options(given)
 
 
