@@ -20,6 +20,7 @@ from customize.cache import TensorCache
 from customize.errors import UserError
 from customize.pipelines.in_context import reference_image, reference_pixels, with_references
 from customize.trainers.methods.base import Method, MethodConfig
+from customize.trainers.methods.dreambooth import DreamBooth, DreamBoothConfig
 from customize.trainers.validation import sample
 from tiny import random
 from tiny_families import FAMILIES, tiny_family
@@ -398,6 +399,42 @@ def test_a_missing_chat_template_is_told(family):
     pipe.tokenizer.chat_template = None
     with pytest.raises(UserError, match="its tokenizer has no chat template"):
         wrap(pipe, family)
+
+
+@pytest.mark.parametrize("family", ["hidream", "qwen_image"])
+def test_text_encoders_whose_lora_is_not_loaded_are_not_trained(family):
+    with pytest.raises(UserError, match="train_text_encoder is for models whose pipeline loads LoRA of CLIP"):
+        DreamBooth(backbone_of(family), DreamBoothConfig(train_text_encoder=True), [])
+
+
+def test_hidream_draws_at_the_size_that_is_asked_for():
+    """Its pipeline rescales all images to one area."""
+    backbone = backbone_of("hidream")
+    assert backbone.native_resolution == 256
+    for height, width in ((32, 32), (64, 16), (32, 64), (36, 52)):
+        sides = {"height": height, "width": width}
+        assert draw(backbone, 1, prompt=PROMPTS[0], **sides).shape == (1, height, width, 3)
+
+
+def test_hidreams_experts_get_the_gradients_of_their_outputs():
+    """By finite differences; diffusers runs experts without gradients in evaluation mode."""
+    backbone = backbone_of("hidream")
+    noisy, t = latents_of(backbone).double(), torch.tensor([0.5], dtype=torch.double)
+    backbone.denoiser.double()
+    text = {name: own.detach().double() for name, own in backbone.encode_prompt(PROMPTS[:1]).items()}
+    weight = next(p for n, p in backbone.denoiser.named_parameters() if "experts.0.w1.weight" in n)
+    weight.requires_grad_(True)
+
+    def loss():
+        return backbone.denoise(noisy, t, Condition(text)).square().mean()
+
+    loss().backward()
+    with torch.no_grad():
+        step = 1e-6 * weight.grad / weight.grad.norm()
+        higher = (weight.add_(step), loss())[1]
+        lower = (weight.sub_(2 * step), loss())[1]
+    assert (higher - lower).item() / 2e-6 == pytest.approx(weight.grad.norm().item(), rel=1e-3)
+    assert weight.grad.norm() > 0
 
 
 def test_flux2_refuses_another_length_of_its_prompts():

@@ -157,6 +157,12 @@ class Backbone(nn.Module):
         }
         return {self.denoiser_name: self.denoiser, **encoders}
 
+    @property
+    def clip_encoders(self) -> list[nn.Module]:
+        """The CLIP text encoders that may be trained: the stock pipeline loads their LoRA."""
+        loadable = self.pipe._lora_loadable_modules
+        return [m for name, m in self.components().items() if name in loadable and "CLIP" in type(m).__name__]
+
     def enable_gradient_checkpointing(self, checkpoint: Callable | None = None) -> None:
         """Makes the denoiser recompute activations in the backward pass instead of keeping them, by
         `checkpoint(function, *args)` if it is given."""

@@ -18,18 +18,18 @@ class HiDream(Flow):
     batch first here and layer first in diffusers. It predicts the way to the data."""
 
     text_length = 128
-    embedding_names = ("clip_l", "clip_g", "t5", "llama3")
     call_arguments = {
         "encoder_hidden_states": "prompt_embeds_t5",
         "encoder_hidden_states_llama3": "prompt_embeds_llama3",
-        "pooled_embeds": "pooled_prompt_embeds",
+        "pooled_projections": "pooled_prompt_embeds",
     }
     lora_presets = presets(
         ["to_q", "to_k", "to_v", "to_out", "to_q_t", "to_k_t", "to_v_t", "to_out_t"], ["w1", "w2", "w3"]
     )
 
     def train(self, mode: bool = True) -> "HiDream":
-        """diffusers runs experts without gradients in evaluation mode, and in no other way their outputs."""
+        """Experts stay in training mode, which changes gradients alone: in evaluation mode diffusers runs
+        them without gradients."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, MOEFeedForwardSwiGLU):
@@ -46,16 +46,20 @@ class HiDream(Flow):
             do_classifier_free_guidance=False,
             max_sequence_length=self.text_length,
         )
-        text = {"encoder_hidden_states": t5, "encoder_hidden_states_llama3": llama, "pooled_embeds": pooled}
-        return _swapped(text)
+        text = {"encoder_hidden_states": t5, "pooled_projections": pooled}
+        return _swapped(text | {"encoder_hidden_states_llama3": llama})
 
     def _embedded(self, text: dict[str, Tensor], prefix: str) -> dict[str, Any]:
         return super()._embedded(_swapped(text), prefix)
 
     def denoise(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
         text = _swapped(condition.text)
-        t5 = text.pop("encoder_hidden_states")
-        return -self.denoiser(noisy, timesteps=1000 * t, encoder_hidden_states_t5=t5, **text).sample
+        arguments = {
+            "encoder_hidden_states_t5": text["encoder_hidden_states"],
+            "encoder_hidden_states_llama3": text["encoder_hidden_states_llama3"],
+            "pooled_embeds": text["pooled_projections"],
+        }
+        return -self.denoiser(noisy, timesteps=1000 * t, **arguments).sample
 
     def dynamic_shift(self) -> float:
         return calculate_shift(self.denoiser.max_seq)
