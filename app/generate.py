@@ -322,7 +322,13 @@ def set_up(pipe: Any, config: GenerateConfig) -> Any:
     if config.init_image and not config.subject_images:
         from diffusers import AutoPipelineForImage2Image
 
+        from customize.backbones.families import family_of
         from customize.backbones.text import expand_words
+
+        if family_of(pipe).needs_references:
+            raise UserError(
+                "--init_image: this model edits images; name yours with --subject_images instead."
+            )
 
         pipe = AutoPipelineForImage2Image.from_pipe(pipe)
         expand_words(pipe)

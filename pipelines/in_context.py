@@ -5,12 +5,19 @@ pipe("a dog on the beach", subject_images=["a.png", "b.png"]).images[0]
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from types import FunctionType
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline, FluxKontextPipeline
+from diffusers import (
+    DiffusionPipeline,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    FluxKontextPipeline,
+    QwenImageEditPlusPipeline,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -51,10 +58,18 @@ class InContextMixin(Stock):
             if images := options.pop("subject_images", None):
                 options["image"] = self._shown(images)
                 prompt = without_words(prompt) if isinstance(prompt, str) else [*map(without_words, prompt)]
-            return stock(self, prompt=prompt, **options)
+            elif family_of(self).needs_references and options.get("image") is None:
+                raise UserError(
+                    "subject_images: this model draws from images alone; give one of the subject."
+                )
+            return self._drawn(stock, prompt=prompt, **options)
 
         call.__signature__ = inspect.Signature([*parameters, more])  # type: ignore[attr-defined]
         cls.__call__ = call  # type: ignore[method-assign]
+
+    def _drawn(self, stock: Callable, **options: Any) -> Any:
+        """The stock pipeline's call."""
+        return stock(self, **options)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """Saves the pipeline as the stock one, which stock diffusers reads."""
@@ -85,9 +100,26 @@ class InContextFlux2KleinPipeline(InContextMixin, Flux2KleinPipeline): ...
 class InContextFluxKontextPipeline(InContextMixin, FluxKontextPipeline): ...
 
 
+class InContextQwenImageEditPlusPipeline(InContextMixin, QwenImageEditPlusPipeline):
+    """References keep the resolution of the run; the language model is shown them at the stock pipeline's."""
+
+    def _drawn(self, stock: Callable, **options: Any) -> Any:
+        """The stock call, but for the constant by which it resizes references for the autoencoder: a copy of
+        the function has its own, so that other pipelines keep theirs."""
+        call: Any = inspect.unwrap(stock)
+        own = call.__globals__ | {"VAE_IMAGE_SIZE": self.reference_resolution**2}
+        with torch.no_grad():
+            return FunctionType(call.__code__, own, call.__name__, call.__defaults__)(self, **options)
+
+
 KINDS: dict[Any, Any] = {
     kind.__mro__[2]: kind
-    for kind in (InContextFlux2Pipeline, InContextFlux2KleinPipeline, InContextFluxKontextPipeline)
+    for kind in (
+        InContextFlux2Pipeline,
+        InContextFlux2KleinPipeline,
+        InContextFluxKontextPipeline,
+        InContextQwenImageEditPlusPipeline,
+    )
 }
 
 

@@ -118,8 +118,8 @@ def load_subject_pipeline(
 ) -> Any:
     """A pipeline that draws subjects from images, without tuning.
 
-    `run` is a run of custom_contrast or ip_adapter, or a base model (folder, hub id, `stickers`); Flux.2 and
-    Flux.1 Kontext, and runs on them, are shown the images themselves. Else,
+    `run` is a run of custom_contrast or ip_adapter, or a base model (folder, hub id, `stickers`); Flux.2,
+    Flux.1 Kontext and Qwen-Image-Edit-Plus, and runs on them, are shown the images themselves. Else,
     with a base model, or a run of a method that trains no encoder (LoRA, words), `adapter` names the encoder
     (run, file, released IP-Adapter), by default that of the embedded stickers. The pipeline's call is that of
     diffusers' pipeline for the `task`; "controlnet" needs `controlnet`, a ControlNetModel or a list of them.
@@ -135,7 +135,8 @@ def load_subject_pipeline(
     if family_of(stock).takes_references:
         if task != "text-to-image" or adapter:
             raise UserError(f"'{run}' reads subject_images without an encoder: leave task and adapter out.")
-        return with_references(stock, info.get("in_context", {}).get("reference_resolution", 512))
+        untrained = {"reference_resolution": family_of(stock).reference_resolution}
+        return with_references(stock, info.get("in_context", untrained)["reference_resolution"])
     pipe = _for_task(stock, task, controlnet)
     base = info["base_model"]
     if not adapter and holds(run, "subject"):

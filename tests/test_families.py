@@ -2,28 +2,34 @@
 by stock diffusers."""
 
 import inspect
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
 from customize.adapters.lora import Lora, LoraFields
 from customize.adapters.words import LearnedWords, load_words
+from customize.backbones import load
 from customize.backbones.base import Condition
 from customize.backbones.families import as_called, wrap
 from customize.backbones.load import load_base
 from customize.cache import TensorCache
 from customize.errors import UserError
-from customize.pipelines.in_context import reference_pixels, with_references
+from customize.pipelines.in_context import reference_image, reference_pixels, with_references
 from customize.trainers.methods.base import Method, MethodConfig
+from customize.trainers.methods.dreambooth import DreamBooth, DreamBoothConfig
 from customize.trainers.validation import sample
 from tiny import random
 from tiny_families import FAMILIES, tiny_family
 
 PROMPTS = ["a photo of sks dog", "the cat on grass in red style"]
 SIDES = {"height": 32, "width": 64}
+EDIT = "qwen_image_edit"  # is always shown images, and encodes prompts together with them
 families = pytest.mark.parametrize("family", FAMILIES)
+families_of_text = pytest.mark.parametrize("family", [name for name in FAMILIES if name != EDIT])
 
 
 def backbone_of(family: str):
@@ -44,12 +50,31 @@ def unguided(family: str) -> dict:
     return {"guidance_scale": 0.0 if family in ("z_image", "krea2") else 1.0}
 
 
+def images_of(count: int) -> list[Image.Image]:
+    pixels = np.random.default_rng(0).integers(0, 255, (count, 80, 64, 3), dtype=np.uint8)
+    return [Image.fromarray(own) for own in pixels]
+
+
+def condition_of(backbone, prompts: list[str], first: int = 0) -> Condition:
+    """The prompts, beside an image for each where the model needs it: number `first` and those that follow;
+    `draw` shows number 0."""
+    if not backbone.needs_references:
+        return Condition(backbone.encode_prompt(prompts))
+    pixels = reference_pixels(images_of(first + len(prompts))[first:], 64).unsqueeze(1)
+    text = backbone.encode_prompt_with_references(prompts, pixels)
+    return Condition(text, references=backbone.encode_references(pixels[:, 0]).unsqueeze(1))
+
+
 def draw(backbone, steps: int = 2, **arguments):
+    pipe = backbone.pipe
     arguments = {**SIDES, "num_inference_steps": steps, "output_type": "np", **arguments}
     if "kontext" in backbone.name:
         arguments["max_sequence_length"] = 16
+    if backbone.needs_references:
+        pipe = with_references(pipe, 64)
+        arguments["subject_images"] = images_of(1)
     arguments["generator"] = torch.Generator().manual_seed(1)
-    return backbone.pipe(**as_called(backbone.pipe, arguments)).images
+    return pipe(**as_called(pipe, arguments)).images
 
 
 def as_latents(backbone, packed):
@@ -81,20 +106,32 @@ def test_the_velocity_equals_the_pipelines(family):
     for output, t, latents in steps:
         noisy, wanted = as_latents(backbone, latents), as_latents(backbone, output)
         with torch.no_grad():
-            text = Condition(backbone.encode_prompt(PROMPTS[:1]))
-            ours = backbone.denoise(noisy, t.view(1) / 1000, text)
+            ours = backbone.denoise(noisy, t.view(1) / 1000, condition_of(backbone, PROMPTS[:1]))
         assert torch.allclose(ours, wanted, atol=1e-5)
         assert wanted.std() > 1e-3
     assert len(steps) == 3
 
 
-SHOWN = [("klein", 2), ("flux2", 1), ("flux2", 2), ("kontext", 1)]
+SHOWN = [("klein", 2), ("flux2", 1), ("flux2", 2), ("kontext", 1), (EDIT, 1), (EDIT, 2)]
 
 
 @pytest.mark.parametrize(("family", "count"), SHOWN)
 def test_the_velocity_with_references_equals_the_pipelines(family, count):
     """The pipeline that is shown images, by our call, and ours with their latents."""
-    backbone, steps = backbone_of(family), []
+    compare_with_references(backbone_of(family), family, count)
+
+
+def test_references_at_time_zero():
+    """Qwen-Image-Edit 2511 modulates the tokens of references as clean ones."""
+    pipe = tiny_family(EDIT)
+    stock = pipe.transformer
+    pipe.transformer = type(stock).from_config(stock.config, zero_cond_t=True).eval()
+    pipe.transformer.load_state_dict(stock.state_dict())
+    compare_with_references(wrap(pipe, EDIT), EDIT, 2)
+
+
+def compare_with_references(backbone, family, count):
+    steps: list = []
     stock = backbone.pipe.scheduler.step
 
     def step(output, t, latents, **options):
@@ -104,18 +141,18 @@ def test_the_velocity_with_references_equals_the_pipelines(family, count):
     pipe = with_references(backbone.pipe, 64)
     pipe.scheduler.step = step
     pipe.set_progress_bar_config(disable=True)
-    pixels = np.random.default_rng(0).integers(0, 255, (count, 80, 64, 3), dtype=np.uint8)
-    images = [Image.fromarray(own) for own in pixels]
+    images = images_of(count)
     arguments = {"prompt": "a photo of a <s> dog", "subject_images": images, **SIDES, **unguided(family)}
     if family == "kontext":
         arguments["max_sequence_length"] = 16
     arguments |= {"num_inference_steps": 2, "output_type": "np"}
     drawn = pipe(**as_called(pipe, arguments)).images
-    references = backbone.encode_references(reference_pixels(images, 64)).unsqueeze(0)
+    shown = reference_pixels(images, 64)
+    references = backbone.encode_references(shown).unsqueeze(0)
     output, t, latents = steps[1]
     noisy, wanted = as_latents(backbone, latents), as_latents(backbone, output)
     with torch.no_grad():
-        text = backbone.encode_prompt(["a photo of a dog"])
+        text = backbone.encode_prompt_with_references(["a photo of a dog"], shown.unsqueeze(0))
         ours, without = (
             backbone.denoise(noisy, t.view(1) / 1000, Condition(text, references=own))
             for own in (references, None)
@@ -123,6 +160,46 @@ def test_the_velocity_with_references_equals_the_pipelines(family, count):
     assert torch.allclose(ours, wanted, atol=1e-5)
     assert not torch.allclose(without, wanted, atol=1e-3)
     assert drawn.shape == (1, 32, 64, 3)
+
+
+def test_the_resolution_of_references_is_the_runs_and_else_the_stock_pipelines(monkeypatch):
+    """Only the constant differs between the stock pipeline's call and ours."""
+    stock, [image] = tiny_family(EDIT), images_of(1)
+    square = reference_image(image, 64)
+
+    def drawn(pipe, **shown):
+        generator = torch.Generator().manual_seed(1)
+        arguments = {"prompt": PROMPTS[0], **SIDES, "num_inference_steps": 2, "output_type": "np", **shown}
+        return pipe(**as_called(pipe, arguments | {"generator": generator})).images
+
+    found = drawn(with_references(stock, 64), subject_images=[image])
+    module = sys.modules[type(stock).__module__]
+    assert backbone_of(EDIT).reference_resolution ** 2 == module.VAE_IMAGE_SIZE
+    monkeypatch.setattr(module, "VAE_IMAGE_SIZE", 64**2)
+    assert abs(found - drawn(stock, image=[square])).max() == 0
+    assert abs(found - drawn(with_references(stock, 32), subject_images=[image])).max() > 1e-4
+
+
+def test_a_model_that_needs_images_says_so():
+    backbone = backbone_of(EDIT)
+    pipe = with_references(backbone.pipe, 64)
+    for draws in (lambda: pipe("a dog"), lambda: as_called(backbone.pipe, {"prompt": "a dog"})):
+        with pytest.raises(UserError, match="draws from images alone"):
+            draws()
+    with pytest.raises(UserError, match="together with images: train it with in_context"):
+        backbone.cache_prompts(["a dog"], TensorCache())
+    with pytest.raises(UserError, match="prompts of any length; leave it out"):
+        backbone.configure(1.0, 256)
+    with pytest.raises(UserError, match="shown 3 at most, not 4"):
+        pipe("a dog", subject_images=images_of(4))
+
+
+def test_torchvision_is_asked_for(tmp_path, monkeypatch):
+    tiny_family(EDIT).save_pretrained(tmp_path)
+    monkeypatch.setattr(sys.modules["transformers"], "Qwen2VLProcessor", Qwen2VLProcessor)
+    monkeypatch.setattr(load, "is_torchvision_available", lambda: False)
+    with pytest.raises(UserError, match=r"its processor needs torchvision: pip install 'customize\[edit\]'"):
+        load_base(tmp_path)
 
 
 def test_more_references_than_a_model_is_shown_are_refused():
@@ -173,16 +250,16 @@ def test_a_batch_equals_its_samples(family):
     backbone, t = backbone_of(family), torch.tensor([0.2, 0.7])
     noisy = latents_of(backbone, count=2)
     with torch.no_grad():
-        both = backbone.denoise(noisy, t, Condition(backbone.encode_prompt(PROMPTS)))
+        both = backbone.denoise(noisy, t, condition_of(backbone, PROMPTS))
         for i in range(2):
-            text = Condition(backbone.encode_prompt(PROMPTS[i : i + 1]))
-            alone = backbone.denoise(noisy[i : i + 1], t[i : i + 1], text)
+            own = condition_of(backbone, PROMPTS[i : i + 1], i)
+            alone = backbone.denoise(noisy[i : i + 1], t[i : i + 1], own)
             assert torch.allclose(both[i], alone[0], atol=1e-5)
-        swapped = backbone.denoise(noisy, t, Condition(backbone.encode_prompt(PROMPTS[::-1])))
+        swapped = backbone.denoise(noisy, t, condition_of(backbone, PROMPTS[::-1]))
     assert not torch.allclose(both, swapped, atol=1e-4)
 
 
-@families
+@families_of_text
 def test_encoding_prompts_leaves_the_list_as_it_was(family):
     backbone, prompts = backbone_of(family), list(PROMPTS)
     with torch.no_grad():
@@ -191,7 +268,7 @@ def test_encoding_prompts_leaves_the_list_as_it_was(family):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@families
+@families_of_text
 def test_cached_prompts_equal_fresh_ones(family):
     backbone = backbone_of(family)
     with torch.no_grad():
@@ -203,7 +280,7 @@ def test_cached_prompts_equal_fresh_ones(family):
         assert torch.allclose(cached[name].float(), value.float(), atol=1e-5), name
 
 
-@families
+@families_of_text
 def test_drawing_with_the_encoders_freed(family):
     """As validation draws, with the pipeline's own guidance and negative prompt."""
     backbone = backbone_of(family)
@@ -218,8 +295,7 @@ def test_drawing_with_the_encoders_freed(family):
 
 
 def gradients(backbone, noisy, t):
-    text = Condition(backbone.encode_prompt(PROMPTS))
-    backbone.denoise(noisy, t, text).square().mean().backward()
+    backbone.denoise(noisy, t, condition_of(backbone, PROMPTS)).square().mean().backward()
     found = {n: p.grad.clone() for n, p in backbone.named_parameters() if p.grad is not None}
     backbone.zero_grad()
     return found
@@ -276,7 +352,7 @@ def test_presets_grow(family):
     assert 0 < counts[0] < counts[1] <= counts[2]
 
 
-@families
+@families_of_text
 def test_a_learned_word_starts_as_its_initializer(family):
     backbone = backbone_of(family)
     prompts = ["a photo of dog on grass", "a photo of <thing> on grass"]
@@ -292,7 +368,7 @@ def test_a_learned_word_starts_as_its_initializer(family):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@families
+@families_of_text
 def test_learned_words_reload(family, count, tmp_path):
     backbone = backbone_of(family)
     words = LearnedWords(backbone, {"<thing>": "dog"}, count)
@@ -323,6 +399,51 @@ def test_a_missing_chat_template_is_told(family):
     pipe.tokenizer.chat_template = None
     with pytest.raises(UserError, match="its tokenizer has no chat template"):
         wrap(pipe, family)
+
+
+@pytest.mark.parametrize("family", ["hidream", "qwen_image"])
+def test_text_encoders_whose_lora_is_not_loaded_are_not_trained(family):
+    with pytest.raises(UserError, match="train_text_encoder is for models whose pipeline loads LoRA of CLIP"):
+        DreamBooth(backbone_of(family), DreamBoothConfig(train_text_encoder=True), [])
+
+
+def test_hidream_draws_at_the_size_that_is_asked_for():
+    """Its pipeline rescales all images to one area."""
+    backbone = backbone_of("hidream")
+    assert backbone.native_resolution == 256
+    for height, width in ((32, 32), (64, 16), (32, 64), (36, 52)):
+        sides = {"height": height, "width": width}
+        assert draw(backbone, 1, prompt=PROMPTS[0], **sides).shape == (1, height, width, 3)
+
+
+@pytest.mark.parametrize("name", ["ff_i.experts.0.w1.weight", "attn1.to_q.weight"])
+def test_gradients_through_hidreams_experts(name):
+    """By finite differences; diffusers' evaluation mode leaves the experts out of the gradients. Smaller
+    steps would measure the rounding of its rotary embeddings, which are float32 always."""
+    backbone = backbone_of("hidream")
+    noisy, t = latents_of(backbone).double(), torch.tensor([0.5], dtype=torch.double)
+    backbone.denoiser.double()
+    text = {key: own.detach().double() for key, own in backbone.encode_prompt(PROMPTS[:1]).items()}
+    weight = backbone.denoiser.get_parameter(f"double_stream_blocks.0.block.{name}").requires_grad_(True)
+
+    def loss():
+        return backbone.denoise(noisy, t, Condition(text)).square().mean()
+
+    [gradient] = torch.autograd.grad(loss(), weight)
+    with torch.no_grad():
+        step = 1e-3 * gradient / gradient.norm()
+        higher = (weight.add_(step), loss())[1]
+        lower = (weight.sub_(2 * step), loss())[1]
+        weight.add_(step)
+    slope = (higher - lower).item() / 2e-3
+    assert gradient.norm().item() == pytest.approx(slope, rel=1e-5)
+    backbone.denoiser.eval()
+    error = loss()
+    if "experts" in name:
+        assert not error.requires_grad
+    else:
+        [without] = torch.autograd.grad(error, weight)
+        assert without.norm().item() != pytest.approx(slope, rel=1e-3)
 
 
 def test_flux2_refuses_another_length_of_its_prompts():

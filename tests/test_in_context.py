@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, Flux2KleinPipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, QwenImageEditPlusPipeline
 from PIL import Image
 
 import customize
@@ -14,7 +14,7 @@ from conftest import write_noise
 from customize.app.cli import main
 from customize.backbones.families import as_called, wrap
 from customize.errors import UserError
-from customize.pipelines.in_context import reference_pixels
+from customize.pipelines.in_context import reference_image, reference_pixels, with_references
 from customize.trainers.methods.in_context import InContext, InContextConfig
 from tiny import random, tiny
 from tiny_families import tiny_family
@@ -27,7 +27,7 @@ def place(tmp_path_factory):
     (place / "subjects").mkdir()
     for name in ("dog", "cat"):
         write_noise(place / "subjects" / name)
-    for base in ("klein", "kontext"):
+    for base in ("klein", "kontext", "qwen_image_edit"):
         tiny_family(base).save_pretrained(place / base)
     return place
 
@@ -104,6 +104,34 @@ def test_how_many_references_are_shown(config, training, batch, count):
     assert (0 if condition.references is None else condition.references.shape[1]) == count
 
 
+def test_an_edit_model_reads_its_references_and_is_always_shown_some():
+    """The text of each sample, and of a dropped prompt, is the pipeline's for the image at full precision."""
+    method = method_of("qwen_image_edit", dropout_text=0.0, multi_reference_rate=1.0).train()
+    backbone, batch = method.backbone, batch_of()
+    for _ in range(8):
+        [condition] = seen_by(method, batch)
+        assert condition.references.shape[1] == 2
+    method.config.dropout_text = 1.0
+    [dropped] = seen_by(method, batch)
+    for given, prompts in ((condition, ["a photo of a dog", "a cat on grass"]), (dropped, [" ", " "])):
+        for i, prompt in enumerate(prompts):
+            images = [
+                Image.fromarray(((own + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).resize(
+                    (384, 384), Image.Resampling.LANCZOS
+                )
+                for own in batch["references"][i, 0]
+            ]
+            with torch.no_grad():
+                wanted, _ = backbone.pipe.encode_prompt(prompt, image=images)
+            found = given.text["encoder_hidden_states"][i, : wanted.shape[1]]
+            assert torch.allclose(found, wanted[0], atol=1e-5)
+            assert given.text["encoder_hidden_states_mask"][i].sum() == wanted.shape[1]
+    with pytest.raises(UserError, match="dropout_image"):
+        method_of("qwen_image_edit", dropout_image=0.1)
+    with pytest.raises(UserError, match="reference_resolution 80 is not a positive multiple of 32"):
+        InContext(backbone, InContextConfig(reference_resolution=80))
+
+
 def test_kontext_is_shown_one():
     method = method_of("kontext", multi_reference_rate=1.0, dropout_image=0.0).train()
     method.backbone.configure(1.0, 16)
@@ -147,7 +175,7 @@ def test_only_the_image_has_a_loss():
     assert found.item() == pytest.approx(error.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("base", ["klein", "kontext"])
+@pytest.mark.parametrize("base", ["klein", "kontext", "qwen_image_edit"])
 def test_a_run_draws_from_images(base, place, tmp_path, capsys):
     shown = [str(place / "subjects" / "dog" / "0.png")]
     prompt = "a photo of a <s> dog"
@@ -172,8 +200,16 @@ def test_a_run_draws_from_images(base, place, tmp_path, capsys):
     sheet = np.asarray(Image.open(run / "samples" / "step-000002.png")).astype(int)
     drawn = draw(subject_images=shown)
     assert np.abs(drawn - sheet).max() <= 1
-    assert np.abs(drawn - draw()).max() > 1
-    assert "subject_images" in (run / "README.md").read_text()
+    if base == "qwen_image_edit":
+        with pytest.raises(UserError, match="draws from images alone"):
+            draw()
+        assert main(["generate", str(run), prompt, "--init_image", *shown]) == 2
+        assert "name yours with --subject_images instead" in capsys.readouterr().err
+    else:
+        assert np.abs(drawn - draw()).max() > 1
+    card = (run / "README.md").read_text()
+    assert "subject_images" in card
+    assert "DiffusionPipeline.from_pretrained" in card
     capsys.readouterr()
     words = ["generate", str(run), prompt, "--subject_images", *shown, "--num_inference_steps", "2"]
     words += ["--height", "32", "--width", "32", "--output", str(tmp_path / "out")]
@@ -205,6 +241,24 @@ def test_bad_input(more, message, place, tmp_path):
         customize.train("in_context", output_dir=tmp_path / "run", **settings(place, "klein") | more)
 
 
+def test_an_edit_model_is_shown_images_without_training(place, tmp_path):
+    """At its own resolution; what is saved is the stock pipeline with the same weights."""
+    pipe = customize.load_subject_pipeline(place / "qwen_image_edit")
+    assert pipe.reference_resolution == 1024
+    pipe.save_pretrained(tmp_path / "saved")
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert type(stock) is QwenImageEditPlusPipeline
+    image = Image.open(place / "subjects" / "dog" / "0.png")
+    padded = reference_image(image, 64)
+    pipe.reference_resolution = 64
+    found = []
+    for own, shown in ((pipe, {"subject_images": image}), (with_references(stock, 64), {"image": padded})):
+        own.set_progress_bar_config(disable=True)
+        sides = {"height": 32, "width": 32, "num_inference_steps": 2}
+        found.append(own("a dog", generator=torch.Generator().manual_seed(0), **sides, **shown).images[0])
+    assert np.array_equal(*map(np.asarray, found))
+
+
 def test_a_base_model_is_shown_images_without_training(place):
     pipe = customize.load_subject_pipeline(place / "klein")
     pipe.set_progress_bar_config(disable=True)
@@ -223,7 +277,7 @@ def test_a_base_model_is_shown_images_without_training(place):
 
 
 def test_models_that_are_shown_no_images_are_refused():
-    with pytest.raises(UserError, match=r"shown images \(Flux\.2, Flux\.1 Kontext\)"):
+    with pytest.raises(UserError, match=r"shown images \(Flux\.2, Flux\.1 Kontext, Qwen"):
         InContext(wrap(tiny("flux")), InContextConfig())
     with pytest.raises(UserError, match="shown two images"):
         method_of("kontext", reference_contrast_weight=0.1)

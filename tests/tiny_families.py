@@ -1,5 +1,7 @@
 """Tiny pipelines of today's flow models, with the true layouts and key names, from configurations alone."""
 
+import sys
+
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -14,10 +16,13 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxKontextPipeline,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -27,13 +32,19 @@ from diffusers import (
 )
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -43,7 +54,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tiny import WORDS, flux, woken_at_zero
+from tiny import WORDS, flux, t5, tokenizer, woken_at_zero
 
 SIGNS = [".", ",", ":", "\n", "'s", "'", "(", ")", "/", "-", ">", "<"]
 TEMPLATE_WORDS = [
@@ -71,7 +82,7 @@ TEMPLATE_WORDS = [
     "are",
     "an",
 ]
-MARKS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+MARKS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 THINKING = ["<think>", "</think>"]
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
@@ -195,17 +206,32 @@ def flux2() -> Flux2Pipeline:
     )
 
 
+class ImageAndTextProcessor(Qwen2VLProcessor):
+    """Qwen2-VL's processor without its video processor, which needs torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+# saved and loaded in its place; diffusers' imports may replace the module
+ImageAndTextProcessor.__module__, ImageAndTextProcessor.__name__ = "transformers", "Qwen2VLProcessor"
+sys.modules["transformers"].Qwen2VLProcessor = ImageAndTextProcessor
+
+
 def qwen_image() -> QwenImagePipeline:
     rope = {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     text = {"num_hidden_layers": 2, "rope_parameters": rope, **SIZES}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    tokenizer = chat_tokenizer()
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    marks = dict(zip(names, map(tokenizer.convert_tokens_to_ids, MARKS[2:]), strict=True))
     return QwenImagePipeline(
         scheduler=flow(use_dynamic_shifting=True),
         vae=qwen_vae(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
         ),
-        tokenizer=chat_tokenizer(),
+        tokenizer=tokenizer,
         transformer=QwenImageTransformer2DModel(
             patch_size=2,
             in_channels=16,
@@ -217,6 +243,13 @@ def qwen_image() -> QwenImagePipeline:
             axes_dims_rope=(8, 4, 4),
         ),
     )
+
+
+def qwen_image_edit() -> QwenImageEditPlusPipeline:
+    """Its language model sees images of 2 x 2 tokens, whatever their size."""
+    image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)
+    processor = ImageAndTextProcessor(image_processor, chat_tokenizer())
+    return QwenImageEditPlusPipeline(processor=processor, **qwen_image().components)
 
 
 def z_image() -> ZImagePipeline:
@@ -364,6 +397,46 @@ def lumina2() -> Lumina2Pipeline:
     )
 
 
+def hidream() -> HiDreamImagePipeline:
+    clip = CLIPTextConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        projection_dim=16,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return HiDreamImagePipeline(
+        scheduler=flow(shift=3.0),
+        vae=vae(),
+        text_encoder=CLIPTextModelWithProjection(clip),
+        tokenizer=tokenizer(128),
+        text_encoder_2=CLIPTextModelWithProjection(clip),
+        tokenizer_2=tokenizer(128),
+        text_encoder_3=t5(),
+        tokenizer_3=tokenizer(128),
+        text_encoder_4=LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES)),
+        tokenizer_4=chat_tokenizer(ends=True),
+        transformer=HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            caption_channels=[32, 16],
+            text_emb_dim=32,
+            axes_dims_rope=(4, 2, 2),
+            max_resolution=(32, 32),
+            llama_layers=[0, 1],
+        ),
+    )
+
+
 def kontext() -> FluxKontextPipeline:
     return FluxKontextPipeline(**flux().components)
 
@@ -372,11 +445,13 @@ FAMILIES = {
     "klein": klein,
     "flux2": flux2,
     "qwen_image": qwen_image,
+    "qwen_image_edit": qwen_image_edit,
     "z_image": z_image,
     "krea2": krea2,
     "chroma": chroma,
     "sana": sana,
     "lumina2": lumina2,
+    "hidream": hidream,
     "kontext": kontext,
 }
 

@@ -69,7 +69,7 @@ METHODS: dict[str, Entry] = {
     ),
     "in_context": Entry(
         "customize.trainers.methods.in_context:InContext",
-        "LoRA for models that are shown images of the subject: Flux.2, Flux.1 Kontext",
+        "LoRA for models that are shown images of the subject: Flux.2, Flux.1 Kontext, Qwen-Image-Edit-Plus",
     ),
     "ip_adapter": Entry(
         "customize.trainers.methods.ip_adapter:IPAdapter",

@@ -39,6 +39,11 @@ class Condition:
     def attention_arguments(self) -> dict | None:
         return None if self.injected is None else {"ip_hidden_states": self.injected}
 
+    @property
+    def shown(self) -> list[Tensor]:
+        """The latents (batch, channels, height, width) of each image that the model is shown."""
+        return [] if self.references is None else [*self.references.unbind(1)]
+
 
 @dataclass
 class Step:
@@ -91,7 +96,10 @@ class Backbone(nn.Module):
     ]  # the denoiser's text arguments, as the pipeline's call names them
     needs_chat_template = False  # of its tokenizer
     takes_negative_prompt = True
+    empty_prompt = ""  # of an image that is drawn under guidance without a negative prompt
     takes_references = 0  # images at most that the model is shown beside the prompt
+    needs_references = False  # whether it draws nothing without one
+    reference_resolution = 512  # side in pixels at which an untrained model is shown them
     guidance_name = "guidance_scale"  # of classifier-free guidance, in the pipeline's call
     text_length = 0  # tokens of a prompt given to T5 or a language model, of models that have one
     packing = 0  # sides of the patches that latents are packed into; 0: as the denoiser's patch_size says
@@ -152,6 +160,12 @@ class Backbone(nn.Module):
             f"text_encoder{s}": encoder for s, encoder in zip(SUFFIXES, self.text_encoders, strict=False)
         }
         return {self.denoiser_name: self.denoiser, **encoders}
+
+    @property
+    def clip_encoders(self) -> list[nn.Module]:
+        """The CLIP text encoders that may be trained: the stock pipeline loads their LoRA."""
+        loadable = self.pipe._lora_loadable_modules
+        return [m for name, m in self.components().items() if name in loadable and "CLIP" in type(m).__name__]
 
     def enable_gradient_checkpointing(self, checkpoint: Callable | None = None) -> None:
         """Makes the denoiser recompute activations in the backward pass instead of keeping them, by
@@ -236,6 +250,11 @@ class Backbone(nn.Module):
         return self.pipe.vae_scale_factor * packing
 
     @property
+    def reference_factor(self) -> int:
+        """Sides of a reference must be multiples of this many pixels."""
+        return self.factor
+
+    @property
     def native_resolution(self) -> int:
         """The side, in pixels, of the images that the model was trained on."""
         latents = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.get("sample_size")
@@ -318,12 +337,17 @@ class Backbone(nn.Module):
             raise RuntimeError(f"the text encoders were released before this prompt was cached: {prompts}")
         return self._encode_prompt(list(prompts))  # a copy: some pipelines write into it
 
+    def encode_prompt_with_references(self, prompts: list[str], pixels: Tensor) -> dict[str, Tensor]:
+        """The same for prompts whose images the model is shown: pixels (batch, count, 3, height, width) in
+        [-1, 1]. Most models encode the prompts alone."""
+        return self.encode_prompt(prompts)
+
     def _encode_prompt(self, prompts: list[str]) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def _encode_negative(self) -> dict[str, Tensor]:
         """The text arguments of an image that is drawn without a negative prompt, under guidance."""
-        return self._encode_prompt([""])
+        return self._encode_prompt([self.empty_prompt])
 
     def encode_unconditional(self) -> dict[str, Tensor]:
         """The text arguments, for a batch of 1, of the pipeline's unconditional half under guidance: zeros on
@@ -366,7 +390,8 @@ class Backbone(nn.Module):
         for prompt in dict.fromkeys(prompts):
             self.prompts[prompt] = cache.get(key_of(model, prompt), partial(self._encode_prompt, [prompt]))
         own = type(self)._encode_negative is not Backbone._encode_negative
-        self.negative = cache.get(key_of(model, *["negative"] * own, ""), self._encode_negative)
+        key = key_of(model, *["negative"] * own, self.empty_prompt)
+        self.negative = cache.get(key, self._encode_negative)
 
     def prompt_arguments(self, prompt: str) -> dict[str, str | Tensor]:
         """The prompt as arguments of the pipeline's call: the text, or cached embeddings once the text
@@ -385,6 +410,10 @@ class Backbone(nn.Module):
     def call_options(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """More arguments of the pipeline's call, without which it would not draw what `arguments` ask for."""
         return {}
+
+    @classmethod
+    def prepare_call(cls, pipe: Any, arguments: Mapping[str, Any]) -> None:
+        """Settings of the pipeline itself, without which it would not draw what `arguments` ask for."""
 
     def release_text_encoders(self) -> None:
         """Frees the memory of encoders whose prompts are all cached."""

@@ -9,7 +9,8 @@ from diffusers import DiffusionPipeline
 from customize.backbones.base import Backbone
 from customize.backbones.flux import Chroma, Flux, FluxKontext
 from customize.backbones.flux2 import Flux2, Flux2Klein
-from customize.backbones.qwen_image import Krea2, QwenImage
+from customize.backbones.hidream import HiDream
+from customize.backbones.qwen_image import Krea2, QwenImage, QwenImageEditPlus
 from customize.backbones.sana import Lumina2, Sana
 from customize.backbones.sd3 import SD3
 from customize.backbones.stable_diffusion import SD, SDXL
@@ -25,11 +26,13 @@ BACKBONES: dict[str, type[Backbone]] = {
     "Flux2Pipeline": Flux2,
     "Flux2KleinPipeline": Flux2Klein,
     "QwenImagePipeline": QwenImage,
+    "QwenImageEditPlusPipeline": QwenImageEditPlus,
     "ZImagePipeline": ZImage,
     "Krea2Pipeline": Krea2,
     "ChromaPipeline": Chroma,
     "SanaPipeline": Sana,
     "Lumina2Pipeline": Lumina2,
+    "HiDreamImagePipeline": HiDream,
 }
 
 
@@ -42,14 +45,20 @@ def family_of(pipe: Any) -> type[Backbone]:
 def as_called(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a text-to-image pipeline as this one names them, with what it needs beside them.
 
-    UserError for an argument that it does not take, such as a negative prompt.
+    UserError for an argument that it does not take, such as a negative prompt, and where it needs images.
     """
     family = family_of(pipe)
+    if family.needs_references and not (arguments.get("subject_images") or arguments.get("image")):
+        raise UserError(
+            f"a {type(pipe).__name__} draws from images alone: name those of the subject with "
+            "--subject_images."
+        )
     given = {family.guidance_name if k == "guidance_scale" else k: v for k, v in arguments.items()}
     known = signature(pipe.__call__).parameters
     takes_all = any(own.kind is Parameter.VAR_KEYWORD for own in known.values())
     if unknown := [name for name in given if name not in known and not takes_all]:
         raise UserError(f"--{unknown[0]}: a {type(pipe).__name__} takes none; leave it out.")
+    family.prepare_call(pipe, given)
     return given | family.call_options(given)
 
 

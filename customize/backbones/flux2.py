@@ -64,7 +64,7 @@ class Flux2(Flow):
         return {"encoder_hidden_states": embeds}
 
     def denoise(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        text, references = condition.text["encoder_hidden_states"], self._references(condition)
+        text, references = condition.text["encoder_hidden_states"], condition.shown
         packed = torch.cat([self.pipe._pack_latents(own) for own in (noisy, *references)], 1)
         ids = [self.pipe._prepare_latent_ids(noisy)]
         if references:
@@ -78,10 +78,6 @@ class Flux2(Flow):
         }
         velocity = self.denoiser(packed, timestep=t, encoder_hidden_states=text, **arguments).sample
         return velocity[:, : noisy[0, 0].numel()].mT.unflatten(2, noisy.shape[2:])
-
-    def _references(self, condition: Condition) -> list[Tensor]:
-        """The latents (batch, channels, height, width) of each image that is shown."""
-        return [] if condition.references is None else [*condition.references.unbind(1)]
 
     def dynamic_shift(self) -> float:
         return compute_empirical_mu((self.resolution // self.factor) ** 2, num_steps=50)

@@ -7,14 +7,15 @@ import os
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import is_torchvision_available
 
 from customize import embedded
 from customize.backbones.families import BACKBONES
@@ -67,6 +68,7 @@ def load_base(
     if vae_name:
         options["vae"] = _autoencoder(vae_name, dtype)
     listed = _components(folder)
+    _check_torchvision(str(name), listed)
     try:
         kinds = _model_kinds(listed, options)
         if file:
@@ -184,6 +186,24 @@ def _components(folder: Path) -> dict[str, list]:
             )
         _check_settings(folder / part)
     return found
+
+
+def _check_torchvision(name: str, listed: dict[str, list]) -> None:
+    """UserError for a processor of images or videos that transformers builds with torchvision, without it."""
+    for part, (library, kind_name) in listed.items():
+        kind = getattr(LIBRARIES.get(library), kind_name, None)
+        reads_videos = (
+            isinstance(kind, type)
+            and issubclass(kind, ProcessorMixin)
+            and "video_processor" in cast(Any, kind).get_attributes()
+        )
+        # what transformers leaves out for lack of a library is a placeholder that names it
+        needed = reads_videos or "torchvision" in getattr(kind, "_backends", ())
+        if needed and not is_torchvision_available():
+            raise UserError(
+                f"base model '{name}': its {part} needs torchvision: pip install 'customize[edit]' "
+                "(or torchvision)."
+            )
 
 
 def _check_settings(folder: Path) -> None:

@@ -1,14 +1,21 @@
-"""Qwen-Image, and Krea 2, which has its autoencoder."""
+"""Qwen-Image, Qwen-Image-Edit-Plus, and Krea 2, which has their autoencoder."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
+    CONDITION_IMAGE_SIZE,
+    calculate_dimensions,
+)
+from PIL import Image
 from torch import Tensor
 
-from customize.backbones.base import Condition, unsupported
+from customize.backbones.base import Condition, joined, unsupported
 from customize.backbones.flow import Flow
 from customize.backbones.layers import ATTENTION, presets
+from customize.errors import UserError
 
 
 class VideoLatents(Flow):
@@ -43,6 +50,7 @@ class VideoLatents(Flow):
 
 class QwenImage(VideoLatents):
     guidance_name = "true_cfg_scale"
+    empty_prompt = " "
     embedding_names = ("qwen25vl",)
     call_arguments = {
         "encoder_hidden_states": "prompt_embeds",
@@ -61,17 +69,16 @@ class QwenImage(VideoLatents):
         return {f"{last}.{name}" for name in names}
 
     def _encode_prompt(self, prompts):
-        embeds, mask = self.pipe.encode_prompt(
-            prompts, device=self.device, max_sequence_length=self.text_length
-        )
+        return self._encoded(prompts, max_sequence_length=self.text_length)
+
+    def _encoded(self, prompts: list[str], **options: Any) -> dict[str, Tensor]:
+        """What the pipeline makes of the prompts, with a mask also where it leaves it out."""
+        embeds, mask = self.pipe.encode_prompt(prompts, device=self.device, **options)
         whole = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         return {
             "encoder_hidden_states": embeds,
             "encoder_hidden_states_mask": whole if mask is None else mask,
         }
-
-    def _encode_negative(self):
-        return self._encode_prompt([" "])
 
     @classmethod
     def call_options(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,20 +87,61 @@ class QwenImage(VideoLatents):
         if told or arguments.get("true_cfg_scale", 4.0) <= 1:
             return {}
         prompt = arguments.get("prompt")
-        return {"negative_prompt": [" "] * len(prompt) if isinstance(prompt, list) else " "}
+        empty = cls.empty_prompt
+        return {"negative_prompt": [empty] * len(prompt) if isinstance(prompt, list) else empty}
 
     def denoise(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        b, c, h, w = noisy.shape
-        mask = condition.text["encoder_hidden_states_mask"]
+        b, _, h, w = noisy.shape
+        mask, images = condition.text["encoder_hidden_states_mask"], [noisy, *condition.shown]
         arguments = {
             "encoder_hidden_states": condition.text["encoder_hidden_states"],
             "encoder_hidden_states_mask": None if mask.all() else mask,  # as the pipeline gives it
-            "img_shapes": [[(1, h // 2, w // 2)]] * b,
+            "img_shapes": [[(1, own.shape[2] // 2, own.shape[3] // 2) for own in images]] * b,
         }
-        packed = self.pipe._pack_latents(noisy, b, c, h, w)
-        velocity = self.denoiser(packed, timestep=t, **arguments).sample
+        packed = torch.cat([self.pipe._pack_latents(own.contiguous(), *own.shape) for own in images], 1)
+        velocity = self.denoiser(packed, timestep=t, **arguments).sample[:, : h * w // 4]
         scale = self.pipe.vae_scale_factor
         return self.pipe._unpack_latents(velocity, h * scale, w * scale, scale).squeeze(2)
+
+
+class QwenImageEditPlus(QwenImage):
+    """Qwen-Image-Edit-Plus, which is always shown images. Its language model sees them too, so the
+    embeddings of a prompt depend on them and are never cached."""
+
+    takes_references = 3  # as many as its authors recommend
+    needs_references = True
+    reference_resolution = 1024
+    text_length = 1024
+
+    def configure(self, guidance_scale=1.0, max_sequence_length=0, *times: Any, **named: Any) -> None:
+        if max_sequence_length:
+            raise UserError(
+                "--max_sequence_length: Qwen-Image-Edit-Plus reads prompts of any length; leave it out."
+            )
+        super().configure(guidance_scale, 0, *times, **named)
+
+    @property
+    def reference_factor(self) -> int:
+        """The pipeline rounds the sides of references to multiples of 32 pixels."""
+        return math.lcm(self.factor, 32)
+
+    def _encode_prompt(self, prompts):
+        raise UserError(
+            "Qwen-Image-Edit-Plus reads each prompt together with images: train it with in_context, and draw "
+            "with images of the subject (--subject_images)."
+        )
+
+    def encode_prompt_with_references(self, prompts: list[str], pixels: Tensor) -> dict[str, Tensor]:
+        """One by one, as the pipeline takes one prompt at a time."""
+        pairs = zip(prompts, pixels, strict=True)
+        return joined([self._encoded([prompt], image=self._as_read(shown)) for prompt, shown in pairs])
+
+    def _as_read(self, pixels: Tensor) -> list[Image.Image]:
+        """References (count, 3, height, width) in [-1, 1] as the pipeline gives them to the language
+        model."""
+        width, height = calculate_dimensions(CONDITION_IMAGE_SIZE, pixels.shape[3] / pixels.shape[2])
+        processor = self.pipe.image_processor
+        return [processor.resize(image, height, width) for image in processor.postprocess(pixels)]
 
 
 class Krea2(VideoLatents):

@@ -19,6 +19,7 @@ ENCODER_NAMES = (
     "clip_l",
     "clip_g",
     "t5",
+    "llama3",
 )  # in files of learned words, in the order in which pipelines hold the encoders
 
 

@@ -38,9 +38,9 @@ STOCK_WORDS = ("clip_l", "t5")  # text encoders of models whose stock pipelines 
 STOCK = """The files are diffusers' own{where}:
 
 ```python
-from diffusers import AutoPipelineForText2Image
+from diffusers import {kind}
 {imports}
-pipe = AutoPipelineForText2Image.from_pretrained({base})
+pipe = {kind}.from_pretrained({base})
 {loads}
 ```"""
 
@@ -152,4 +152,7 @@ def _stock(folder: Path, info: dict[str, Any]) -> str:
         if is_embedded(base)
         else "; without this toolkit"
     )
-    return STOCK.format(where=where, base=shown, imports=imports, loads="\n".join(loads)) if loads else ""
+    # the automatic one knows no models that only edit images
+    kind = "DiffusionPipeline" if "in_context" in info else "AutoPipelineForText2Image"
+    parts = {"where": where, "base": shown, "imports": imports, "kind": kind}
+    return STOCK.format(loads="\n".join(loads), **parts) if loads else ""

@@ -55,6 +55,7 @@ class Method(nn.Module):
     Config: type[MethodConfig] = MethodConfig
     Source: type[Source] = SubjectImages  # reads the training data
     needs_captions: ClassVar[bool] = False  # of every showing, so that --caption_dropout is refused
+    shows_references = False  # whether the model is shown images of the subject beside the prompt
     defaults: ClassVar[dict[str, Any]] = {}  # settings that suit the method, where the user sets nothing
     embedded_defaults: ClassVar[dict[str, Any]] = {}  # and on the embedded base model
 

@@ -83,8 +83,11 @@ class DreamBooth(Method):
     def __init__(self, backbone, config: DreamBoothConfig, concepts):
         super().__init__(backbone, config, concepts)
         self._check()
-        clip = [encoder for encoder in backbone.text_encoders if "CLIP" in type(encoder).__name__]
-        encoders = clip if config.train_text_encoder else []
+        encoders = backbone.clip_encoders if config.train_text_encoder else []
+        if config.train_text_encoder and not encoders:
+            raise UserError(
+                "--train_text_encoder is for models whose pipeline loads LoRA of CLIP; leave it out here."
+            )
         full = config.full_finetune
         self.adapters.append(Components(backbone, encoders) if full else Lora(backbone, config, encoders))
 

@@ -1,5 +1,5 @@
 """In-context references: LoRA for models that are shown images, which learns to draw the subject of one or
-several of them (Flux.1 Kontext, arXiv 2506.15742; UNO, arXiv 2504.02160).
+several of them (Flux.1 Kontext, arXiv 2506.15742; UNO, arXiv 2504.02160; Qwen-Image, arXiv 2508.02324).
 
 The references' latents follow the noisy latents in the denoiser's sequence; only the noisy ones are predicted
 and have a loss. Two references of a subject may also be held together, and apart from those of other
@@ -37,7 +37,13 @@ class InContextConfig(LoraFields, MethodConfig):
     dropout_text: float = option(
         0.05, "share of samples trained without their prompt, for classifier-free guidance", least=0, most=1
     )
-    dropout_image: float = option(0.05, "share of batches trained without references", least=0, most=1)
+    dropout_image: float | None = option(
+        None,
+        "share of batches trained without references; none means 0.05, or 0 for a model that draws nothing "
+        "without them",
+        least=0,
+        most=1,
+    )
     multi_reference_rate: float = option(
         0.25, "share of batches that show two references of a subject", least=0, most=1
     )
@@ -52,20 +58,27 @@ class InContextConfig(LoraFields, MethodConfig):
 class InContext(Method):
     Config = InContextConfig
     Source = ReferenceSource
+    shows_references = True
     defaults = {"learning_rate": 1e-4, "max_train_steps": 5000, "rank": 16}
 
     def __init__(self, backbone, config: InContextConfig, concepts=()):
         super().__init__(backbone, config, list(concepts))
         if not backbone.takes_references:
             raise UserError(
-                "in_context needs a base model that is shown images (Flux.2, Flux.1 Kontext); "
-                "custom_contrast and ip_adapter teach other models to read them."
+                "in_context needs a base model that is shown images (Flux.2, Flux.1 Kontext, "
+                "Qwen-Image-Edit-Plus); custom_contrast and ip_adapter teach other models to read them."
+            )
+        if config.dropout_image and backbone.needs_references:
+            raise UserError(
+                "--dropout_image: this base model draws nothing without references; leave it out."
             )
         if config.reference_contrast_weight and backbone.takes_references < 2:
             raise UserError(
                 "--reference_contrast_weight needs a base model that is shown two images; leave it out here."
             )
-        check_resolution(config.reference_resolution, backbone.factor)
+        check_resolution(config.reference_resolution, backbone.reference_factor, "reference_resolution")
+        usual = 0.0 if backbone.needs_references else 0.05
+        self.dropout_image = usual if config.dropout_image is None else config.dropout_image
         self.adapters.append(Lora(backbone, config))
         self.tokens: Tensor | None = None  # (batch, tokens, dim), as the denoiser's last norm reads them
 
@@ -91,9 +104,10 @@ class InContext(Method):
             references = latents.unflatten(0, views.shape[:2])
         dropped = torch.rand(len(t)) < self.config.dropout_text * self.training
         pairs = zip(batch["prompt"], dropped.tolist(), strict=True)
-        prompts = ["" if drop else without_words(prompt) for prompt, drop in pairs]
-        text = self.without_text(self.backbone.encode_prompt(prompts), dropped.to(t.device))
-        return Condition(text, references=references)
+        empty = self.backbone.empty_prompt
+        prompts = [empty if drop else without_words(prompt) for prompt, drop in pairs]
+        text = self.backbone.encode_prompt_with_references(prompts, views)
+        return Condition(self.without_text(text, dropped.to(t.device)), references=references)
 
     def _references_shown(self, batch: dict) -> int:
         """How many references this batch shows; one in evaluation mode."""
@@ -102,7 +116,7 @@ class InContext(Method):
             return 1
         if config.reference_contrast_weight:
             return 2
-        if torch.rand(()).item() < config.dropout_image:
+        if torch.rand(()).item() < self.dropout_image:
             return 0
         # a second reference may be the image to be drawn itself, as for subjects with two images
         several = self.backbone.takes_references > 1 and not batch["shows_target"].any()

@@ -126,8 +126,7 @@ class SingleInsert(Method):
                 )
         if config.encoder_dim % 64:
             raise UserError(f"--encoder_dim must be a multiple of 64, not {config.encoder_dim}.")
-        encoders = [e for e in backbone.text_encoders if "CLIP" in type(e).__name__]
-        self.lora = Lora(backbone, config, encoders if config.train_text_encoder else [])
+        self.lora = Lora(backbone, config, backbone.clip_encoders if config.train_text_encoder else [])
         self.tokens = new_words(
             backbone, config, PredictedWord, dim=config.encoder_dim, depth=config.encoder_depth
         )
