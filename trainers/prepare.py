@@ -3,6 +3,7 @@
 import itertools
 import json
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,17 @@ from customize.trainers.settings import ModelConfig
 RECIPE = "Class image"  # what the PNG files of class images hold of how they were drawn
 
 
-def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Accelerator) -> Backbone:
-    """The frozen base model in the training precision (its autoencoder in float32), on the device."""
+def load_backbone(
+    model_config: ModelConfig, data_config: Any, accelerator: Accelerator, empty: bool = False
+) -> Backbone:
+    """The frozen base model in the training precision (its autoencoder in float32), on the device; without
+    weights, on the meta device, if `empty`."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     name = model_config.pretrained_model_name_or_path
     options = {k: v for k in ("revision", "variant") if (v := getattr(model_config, k))}
     vae = model_config.pretrained_vae_model_name_or_path
-    backbone = wrap(load_base(name, dtype, vae_name=vae, **options), name)
+    backbone = wrap(load_base(name, dtype, vae_name=vae, empty=empty, **options), name)
+    backbone.is_empty = empty
     names = ("guidance_scale", "max_sequence_length", "timestep_sampling", "timestep_shift")
     backbone.configure(**{name: getattr(model_config, name) for name in names})
     data_config.resolution = data_config.resolution or backbone.native_resolution
@@ -46,7 +51,7 @@ def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Acce
             stacklevel=2,
         )
     decode_whole(backbone.vae.float())
-    return backbone.to(accelerator.device)
+    return backbone if empty else backbone.to(accelerator.device)
 
 
 def add_assistant(backbone: Backbone, name: str) -> None:
@@ -84,8 +89,11 @@ def class_images(
     prompt, so call this before any adapter is added.
 
     The user's own images there are used as they are. Images that an earlier run has drawn are drawn anew if
-    it had another class prompt, resolution or base model; whatever its seed, they are used again.
+    it had another class prompt, resolution or base model; whatever its seed, they are used again. For an empty
+    base model, of a dry run, nothing is drawn or written: `stand_ins` take the place of what is missing.
     """
+    if backbone.is_empty:
+        return stand_ins(concept, index, folder, count, config)
     folder.mkdir(parents=True, exist_ok=True)
     recipe = json.dumps(
         {
@@ -119,6 +127,20 @@ def class_images(
         for i, image in zip(numbers, images, strict=True):
             save_image(image, folder / f"class-{i:05d}.png", texts={RECIPE: recipe})
     return (have if len(have) >= count else read())[:count]
+
+
+def stand_ins(
+    concept: Concept, index: int, folder: Path, count: int, config: DataConfig
+) -> list[ImageFile]:
+    """The class images that are there, with the first image of the subject under the name of each missing one,
+    whose size they will have."""
+    options = {"strict": config.strict, "max_pixels": config.max_pixels}
+    options["allow_outside_files"] = config.allow_outside_files
+    is_used = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    have = find_images(folder, concept.class_prompt, index, True, **options) if is_used else []
+    own = find_images(concept.instance_data_dir, concept.class_prompt, index, **options)[0]
+    missing = replace(own, caption=concept.class_prompt, mask=None, is_prior=True, digest="")
+    return (have + [missing] * (count - len(have)))[:count]
 
 
 def remove_others(folder: Path, recipe: str, prompt: str) -> None:

@@ -101,6 +101,7 @@ class Backbone(nn.Module):
     ] = {}  # of the components in kohya's LoRA files; none: it has no such layout
     timestep_sampling: TimestepSampling = "uniform"  # as the family's official training script draws times
     timestep_shift = 0.0  # of the times of flow models; 0: the scheduler's
+    is_empty = False  # whether it has no weights, for a dry run
     resolution = 0  # side of the images that this run trains on and draws, in pixels
 
     def __init__(self, pipe: DiffusionPipeline, name: str = ""):
@@ -311,6 +312,13 @@ class Backbone(nn.Module):
         if self.takes_negative_prompt:
             own = type(self)._encode_negative is not Backbone._encode_negative
             self.negative = cache.get(key_of(model, *["negative"] * own, ""), self._encode_negative)
+
+    @torch.no_grad()
+    def keep_prompts(self, prompts: Iterable[str]) -> None:
+        """As `cache_prompts`, without a cache: the encoders of a dry run have no weights to know them by."""
+        self.prompts |= {prompt: self._encode_prompt([prompt]) for prompt in dict.fromkeys(prompts)}
+        if self.takes_negative_prompt:
+            self.negative = self._encode_negative()
 
     def prompt_arguments(self, prompt: str) -> dict[str, str | Tensor]:
         """The prompt as arguments of the pipeline's call: the text, or cached embeddings once the text

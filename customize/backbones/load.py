@@ -13,6 +13,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,7 +21,7 @@ from customize import embedded
 from customize.backbones.families import BACKBONES
 from customize.backbones.text import SUFFIXES, clip_skip_works, text_parts
 from customize.errors import UserError, first_line, nearest, shortened
-from customize.tensor_checks import load_whole
+from customize.tensor_checks import load_whole, reads_weights, without_weights
 
 FLAG = "--pretrained_model_name_or_path"
 
@@ -31,16 +32,24 @@ LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 SETTINGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
+CONFIGURATIONS = ("*.json", "*.txt", "*.model", "*.jinja")  # all files of a model but its weights
+
+
 UNUSED = "safety_checker"  # it would paint images black, and training has no use for it
 
 
 def load_base(
-    name: str | Path, dtype: torch.dtype = torch.float32, vae_name: str = "", **options
+    name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    vae_name: str = "",
+    empty: bool = False,
+    **options,
 ) -> DiffusionPipeline:
     """The diffusers pipeline of a base model: a folder, a hub id, or `stickers`, the embedded one.
 
     Only safetensors are read. `vae_name` is the folder or hub id of an autoencoder to use instead of the
-    model's; `options` go to diffusers (`revision`, `variant`). Raises UserError for a
+    model's; `options` go to diffusers (`revision`, `variant`). An `empty` pipeline has models without weights,
+    of the meta device; their configurations are enough. Raises UserError for a
     missing or incomplete folder, for weights that do not all load or are not finite, for settings that
     diffusers cannot use, and for a kind of pipeline that no backbone wraps.
     """
@@ -49,11 +58,16 @@ def load_base(
             f"{FLAG}: a base model is named by text, not by a {type(name).__name__}; give a folder or a "
             "hub id."
         )
+    if empty:
+        with without_weights():
+            return load_base(name, dtype, vae_name, **options)
     _check_options(options)
     folder = _folder(str(name), options)
     if vae_name:
         options["vae"] = _autoencoder(vae_name, dtype)
     listed = _components(folder)
+    if not reads_weights():
+        options.pop("variant", None)  # of weight files
     try:
         models = {
             part: _model(folder / part, kind, dtype, options)
@@ -139,6 +153,9 @@ def _folder(name: str, options: dict[str, Any]) -> Path:
             raise UserError(
                 f"{FLAG}: there is no folder '{name}'; give a diffusers folder, a hub id or 'stickers'."
             )
+        if not reads_weights():
+            found = {"revision": options["revision"]} if "revision" in options else {}
+            return Path(snapshot_download(name, allow_patterns=CONFIGURATIONS, **found))
         return Path(DiffusionPipeline.download(name, use_safetensors=True, **({UNUSED: None} | options)))
     except Exception as error:
         raise _failed(name, error) from error
