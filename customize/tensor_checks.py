@@ -72,15 +72,14 @@ def empty_model(kind: Any, place: str | Path, dtype: torch.dtype = torch.float32
         config = kind.config_class.from_pretrained(place, **options)
     with torch.device("meta"):
         model = kind.from_config(config) if of_diffusers else kind._from_config(config)
-    model.to(dtype)
     if not of_diffusers:
         model.tie_weights()
     kept = set(getattr(kind, "_keep_in_fp32_modules_strict", None) or ())
     if of_diffusers or dtype == torch.float16:
         kept |= set(kind._keep_in_fp32_modules or ())
     for name, parameter in model.named_parameters():
-        if kept & set(name.split(".")):
-            parameter.data = parameter.data.float()
+        if not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,10 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
 
 aten = torch.ops.aten
 Kind = Literal["cuda", "cpu"]  # whose allocator, autocast and attention kernels are assumed
@@ -64,13 +65,17 @@ def rounded(size: int, kind: Kind) -> int:
     return -(-size // BLOCK[kind]) * BLOCK[kind]
 
 
+def known(tensor: Tensor) -> Tensor | None:
+    """The values of a simulated tensor, if they do not depend on weights."""
+    return tensor.__dict__.get("known")
+
+
 class Simulation(TorchDispatchMode):
     """Runs all operations on shapes. `measured()` counts bytes; `place(module)` takes a module in."""
 
     def __init__(self, fake: FakeTensorMode, kind: Kind):
         super().__init__()
         self.fake, self.kind = fake, kind
-        self.known = WeakTensorKeyDictionary()  # values of tensors that do not depend on weights
         self.tallies: list[Tally] = []
 
     @contextmanager
@@ -103,12 +108,12 @@ class Simulation(TorchDispatchMode):
 
     def _remember(self, tensor: Any, value: Any) -> None:
         if isinstance(tensor, FakeTensor) and isinstance(value, Tensor) and value.numel() <= MOST_KNOWN:
-            self.known[tensor] = value
+            tensor.known = value  # type: ignore[attr-defined]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(self.taken_in, (args, kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        values = [self.known.get(tensor) for tensor in tensors]
+        values = [known(tensor) for tensor in tensors]
         real = None
         if all(value is not None for value in values) and (tensors or _is_small(args)):
             real = self._really(func, args, kwargs)
@@ -147,7 +152,7 @@ class Simulation(TorchDispatchMode):
     def _really(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operation on values; None where it cannot be had."""
         def value(leaf: Any) -> Any:
-            return self.known[leaf] if isinstance(leaf, Tensor) else leaf
+            return known(leaf) if isinstance(leaf, Tensor) else leaf
 
         with _disable_current_modes():
             try:
@@ -165,8 +170,8 @@ class Simulation(TorchDispatchMode):
 
     def _forget(self, args: Any) -> None:
         for leaf in tree_leaves(args[:1]):
-            if isinstance(leaf, Tensor) and leaf in self.known:
-                del self.known[leaf]
+            if isinstance(leaf, Tensor):
+                leaf.__dict__.pop("known", None)
 
     def _split_masks(self, indices: Any) -> list[Any]:
         """Indices with every mask as the positions where it holds; all of them where that is not known."""
@@ -187,9 +192,9 @@ def _is_small(args: Any) -> bool:
 
 def _positions(simulation: Simulation, mask: Tensor) -> Tensor:
     """Where a mask holds (n, dimensions); everywhere if that is not known."""
-    known = simulation.known.get(mask)
+    holds = known(mask)
     with _disable_current_modes():
-        found = (torch.ones(mask.shape, dtype=torch.bool) if known is None else known).nonzero()
+        found = (torch.ones(mask.shape, dtype=torch.bool) if holds is None else holds).nonzero()
     return simulation.taken_in(found)
 
 
@@ -227,9 +232,18 @@ class OnCuda(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if func is Tensor.backward:
+            with self:  # for the layers that gradient checkpointing runs again
+                return _backward(*args)
         if func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map(_in_float32, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _backward(loss: Tensor) -> None:
+    """`loss.backward()`, which would leave the function mode."""
+    ones = torch.ones_like(loss)
+    _engine_run_backward((loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 IN_FLOAT32 = {
@@ -285,12 +299,20 @@ def _bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     return mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
 
 
+def _swap(first: Tensor, second: Tensor) -> None:
+    """torch's `swap_tensors`, by which modules change their precision, without its objection to weak references:
+    those to a simulated tensor only save work."""
+    first.__dict__, second.__dict__ = second.__dict__, first.__dict__
+    torch._C._swap_tensor_impl(first, second)
+
+
 @contextmanager
 def simulated(kind: Kind = "cuda") -> Iterator[Simulation]:
     """Context in which tensors are simulated, as those of an NVIDIA GPU or of a CPU."""
     with ExitStack() as stack:
         simulation = Simulation(stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)), kind)
         stack.enter_context(simulation)
+        stack.enter_context(patch.object(torch.utils, "swap_tensors", _swap))
         if kind == "cuda":
             stack.enter_context(OnCuda())
         yield simulation
