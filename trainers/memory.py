@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -88,6 +88,7 @@ class Estimate:
     parameters: dict[str, int]  # by component
     trained: int  # parameters
     phases: list[Phase]
+    linear: dict[str, tuple[int, int]]  # bytes and number of the linear layers' weights, by component
     cached: int = 0  # of encoded images and prompts: in main memory, and on disk with --cache_dir
     kind: Kind = "cuda"
     data_size: str = ""
@@ -127,20 +128,27 @@ class Simulated:
             yield
 
 
-def estimate(plan: RunPlan, accelerator: Accelerator, kind: Kind = "cuda") -> Estimate:
-    """Simulates the run from loading to the last training step, on an NVIDIA GPU or on a CPU.
+def estimate(
+    plan: RunPlan,
+    accelerator: Accelerator,
+    kind: Kind = "cuda",
+    check: Callable[[Method, TrainingData], None] | None = None,
+) -> Estimate:
+    """Simulates the run from loading to the last training step, on an NVIDIA GPU or on a CPU; `priced` adds the
+    optimizer's state.
 
-    UserError for what the real run refuses once its base model is loaded.
+    UserError for what the real run refuses once its base model is loaded, also by `check`.
     """
-    plan = plan.changed(**_worst_case(plan.own))
+    asked, plan = plan, plan.changed(**_worst_case(plan.own))
     with without_weights():
         backbone = load_backbone(_unquantized(plan.model), plan.data, _as(accelerator, plan), empty=True)
+        asked.data.resolution = plan.data.resolution  # as it is now known
         plan.source.check(backbone)
         if plan.model.assistant_lora:
             add_assistant(backbone, plan.model.assistant_lora)
         with simulated(kind) as simulation:
             simulation.place(backbone)
-            return _simulate(Simulated(plan, simulation, backbone, accelerator))
+            return _simulate(Simulated(plan, simulation, backbone, accelerator), check)
 
 
 def _as(accelerator: Accelerator, plan: RunPlan) -> Any:
@@ -161,7 +169,7 @@ def _worst_case(own: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if getattr(own, name, 0) not in (0, 1)}
 
 
-def _simulate(run: Simulated) -> Estimate:
+def _simulate(run: Simulated, check: Callable[[Method, TrainingData], None] | None) -> Estimate:
     plan, backbone = run.plan, run.backbone
     plan.method.prepare_data(plan.source, backbone, plan.train, plan.own, run.accelerator)
     draw_class_images(run)
@@ -172,6 +180,7 @@ def _simulate(run: Simulated) -> Estimate:
     data = plan.source.prepare(method, preparation)
     batch = first_batch(data, plan)
     count = {name: _count(module) for name, module in components(method).items()}
+    linear = {name: _linear(module) for name, module in components(method).items()}
     if isinstance(data, SubjectData) and plan.model.cache_latents:
         batch = encode(run, method, data, batch)
     method.train()
@@ -181,8 +190,25 @@ def _simulate(run: Simulated) -> Estimate:
     run.phases.append(training(run, method, batch, [*trained.values()]))
     if plan.train.validation_prompt:
         run.phases.append(validation(run, method))
+    if check:
+        check(method, data)
     number = sum(p.numel() for p in trained.values())
-    return Estimate(count, number, run.phases, run.cached, run.simulation.kind, data.size)
+    return Estimate(count, number, run.phases, linear, run.cached, run.simulation.kind, data.size)
+
+
+def priced(found: Estimate, plan: RunPlan) -> Estimate:
+    """The estimate with the optimizer's state, and with the linear layers of quantized components in their
+    size."""
+    state = math.ceil(OPTIMIZERS[optimizer_of(plan)] * found.trained)
+    phases = []
+    for phase in found.phases:
+        weights = dict(phase.weights)
+        for name, (held, number) in found.linear.items():
+            if name in weights and (scale := _quantization(plan, name)):
+                weights[name] += int(scale * number) - held
+        others = {k: state if k == "optimizer" else v for k, v in phase.others.items()}
+        phases.append(Phase(phase.name, weights, others))
+    return replace(found, phases=phases)
 
 
 def stages(run: Simulated, method: Method) -> Iterator[int]:
@@ -220,6 +246,13 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if not p.requires_grad)
 
 
+def _linear(module: nn.Module) -> tuple[int, int]:
+    """Bytes and number of the frozen weights of linear layers."""
+    linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    own = {id(part.weight): part.weight for part in linear if not part.weight.requires_grad}.values()
+    return sum(map(_bytes, own)), sum(weight.numel() for weight in own)
+
+
 def weights_of(run: Simulated, method: Method | None) -> dict[str, int]:
     """Bytes of the weights on the device, by component; what is trained under a name of its own."""
     backbone, kind = run.backbone, run.simulation.kind
@@ -230,11 +263,7 @@ def weights_of(run: Simulated, method: Method | None) -> dict[str, int]:
     for name, module in parts.items():
         own = [t for t in _held(module) if id(t) not in seen and not t.requires_grad]
         seen |= {id(tensor) for tensor in own}
-        scale = _quantization(run.plan, name)
-        linear = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)} if scale else {}
-        found[name] = sum(
-            int(scale * t.numel()) if id(t) in linear else rounded(_bytes(t), kind) for t in own
-        )
+        found[name] = sum(rounded(_bytes(tensor), kind) for tensor in own)
     rest = [t for t in _held(method or backbone) if id(t) not in seen and not t.requires_grad]
     if frozen := sum(rounded(_bytes(tensor), kind) for tensor in rest):
         found["other modules"] = frozen
@@ -264,6 +293,10 @@ def encode(run: Simulated, method: Method, data: SubjectData, batch: dict) -> di
     """Encodes one image and the prompts of the batch, frees what is not needed any more, and returns the
     batch as training gets it from the cache."""
     backbone, plan = run.backbone, run.plan
+    with _disable_current_modes():
+        for key in all_keys(data.dataset):  # a crop may lose its mask
+            if data.dataset.images[key[0]].mask is not None:
+                data.dataset[key]
     prompts = [] if method.trains_text else _prompts(method, plan, batch["prompt"])
     with run.simulation.measured() as tally:
         moments = backbone.moments(batch["pixels"][:1])
@@ -294,8 +327,7 @@ def training(run: Simulated, method: Method, batch: dict, trained: list[nn.Param
         weights = {name: size for name, size in weights.items() if size}
     peak, gradients = max(step(run, method, batch) for _ in stages(run, method))
     sizes = [rounded(4 * p.numel(), kind) for p in trained]
-    states = math.ceil(OPTIMIZERS[optimizer_of(run.plan)] * sum(p.numel() for p in trained))
-    others = {"gradients": gradients, "optimizer": states, "activations": max(peak - gradients, 0)}
+    others = {"gradients": gradients, "optimizer": 0, "activations": max(peak - gradients, 0)}
     if run.plan.train.use_ema:
         others["running average"] = sum(sizes)
     held = sum(_bytes(value) for value in batch.values() if isinstance(value, Tensor))
