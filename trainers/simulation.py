@@ -119,7 +119,7 @@ class Simulation(TorchDispatchMode):
             real = self._really(func, args, kwargs)
         if func in STEERING:
             result = STEERING[func](self, real, args)
-            self._note(result, None)
+            self._note(result, None, tensors)
             return result
         if func in INDEXED:
             args = args[0], self._split_masks(args[1]), *args[2:]
@@ -131,7 +131,7 @@ class Simulation(TorchDispatchMode):
             result = tree_map(self.taken_in, real)
         if real is None and func._schema.is_mutable:
             self._forget(args)
-        self._note(result, real)
+        self._note(result, real, tensors)
         return result
 
     def taken_in(self, leaf: Any) -> Any:
@@ -160,11 +160,13 @@ class Simulation(TorchDispatchMode):
             except (RuntimeError, NotImplementedError, IndexError):
                 return None
 
-    def _note(self, result: Any, real: Any) -> None:
+    def _note(self, result: Any, real: Any, given: list[Tensor]) -> None:
+        """Counts what is new in a result; a view of what was `given` is not."""
         for made, value in zip(tree_leaves(result), tree_leaves(real) or [], strict=False):
             self._remember(made, value)
+        old = {tensor.untyped_storage()._cdata for tensor in given} if self.tallies else set()
         for made in tree_leaves(result):
-            if isinstance(made, FakeTensor):
+            if isinstance(made, FakeTensor) and made.untyped_storage()._cdata not in old:
                 for tally in self.tallies:
                     tally.add(made)
 
