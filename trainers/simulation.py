@@ -308,6 +308,14 @@ def _swap(first: Tensor, second: Tensor) -> None:
     torch._C._swap_tensor_impl(first, second)
 
 
+def _numpy(tensor: Tensor, **options: Any) -> Any:
+    """The values of a tensor that does not depend on weights, such as a scheduler's, as an array."""
+    if (value := known(tensor)) is None:
+        raise RuntimeError("a simulated tensor that depends on weights has no values")
+    with _disable_current_modes():
+        return value.detach().numpy()
+
+
 @contextmanager
 def simulated(kind: Kind = "cuda") -> Iterator[Simulation]:
     """Context in which tensors are simulated, as those of an NVIDIA GPU or of a CPU."""
@@ -315,6 +323,7 @@ def simulated(kind: Kind = "cuda") -> Iterator[Simulation]:
         simulation = Simulation(stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)), kind)
         stack.enter_context(simulation)
         stack.enter_context(patch.object(torch.utils, "swap_tensors", _swap))
+        stack.enter_context(patch.object(FakeTensor, "numpy", _numpy, create=True))
         if kind == "cuda":
             stack.enter_context(OnCuda())
         yield simulation
