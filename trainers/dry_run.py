@@ -110,7 +110,7 @@ def verdict(found: Estimate, plan: RunPlan, limit: int, search: Search) -> str:
     if found.peak <= limit:
         return f"{asked}: it fits."
     chosen, best = remedies(plan, limit, search)
-    flags = " ".join(flag for settings in chosen for flag in _flags(settings))
+    flags = shown(chosen)
     if best.peak > limit:
         least = f" the least is {size(best.peak)}, with {flags}." if flags else ""
         return f"{asked}: it does not fit, and no settings bring it below:{least or ' none helps.'}"
@@ -121,7 +121,8 @@ def remedies(plan: RunPlan, limit: int, search: Search) -> tuple[list[Settings],
     """Changes that bring a run below the limit, in the order of least harm, and its memory with them. Where
     none suffices, all that help."""
     chosen: list[Settings] = []
-    best = search({})
+    if (best := search({})).peak <= limit:
+        return chosen, best
     for settings in changes(plan):
         found = _tried(search, [*chosen, settings])
         if found and _excess(found, limit) < HELPS * _excess(best, limit):
@@ -180,6 +181,11 @@ def _quantizations(plan: RunPlan) -> Iterator[Settings]:
     for name in ("quantize", "quantize_text_encoder"):
         if plan.setting(name) in ("none", "int8", "fp8") and not plan.setting("full_finetune"):
             yield {name: "nf4"}
+
+
+def shown(chosen: list[Settings]) -> str:
+    """Settings as flags; of one that was changed twice, the last counts."""
+    return " ".join(_flags({name: value for own in chosen for name, value in own.items()}))
 
 
 def _flags(settings: Settings) -> Iterator[str]:
