@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -26,6 +27,8 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+
+from customize import files
 
 aten = torch.ops.aten
 Kind = Literal["cuda", "cpu"]  # whose allocator, autocast and attention kernels are assumed
@@ -308,6 +311,12 @@ def _swap(first: Tensor, second: Tensor) -> None:
     torch._C._swap_tensor_impl(first, second)
 
 
+def _read(path: Any) -> dict[str, Tensor]:
+    """The tensors of a file, such as a run to go on from, with their values."""
+    with _disable_current_modes():
+        return load_file(path)
+
+
 def _numpy(tensor: Tensor, **options: Any) -> Any:
     """The values of a tensor that does not depend on weights, such as a scheduler's, as an array."""
     if (value := known(tensor)) is None:
@@ -323,6 +332,7 @@ def simulated(kind: Kind = "cuda") -> Iterator[Simulation]:
         simulation = Simulation(stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)), kind)
         stack.enter_context(simulation)
         stack.enter_context(patch.object(torch.utils, "swap_tensors", _swap))
+        stack.enter_context(patch.object(files, "load_file", _read))
         stack.enter_context(patch.object(FakeTensor, "numpy", _numpy, create=True))
         if kind == "cuda":
             stack.enter_context(OnCuda())
