@@ -27,7 +27,14 @@ MAY_CHANGE = {
 # Paths of what is compared by its contents: it may have moved.
 COMPARED = {"instance_data_dir", "class_data_dir", "concepts_list", "train_data_dir", "domain_encoder"}
 # of each command
-OWN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "dry_run", "memory_limit"}
+OWN = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "dry_run",
+    "memory_limit",
+}
 
 
 def earlier_settings(given: Mapping[str, Any], known: Mapping[str, Flag]) -> dict[str, Any]:

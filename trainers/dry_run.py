@@ -99,8 +99,12 @@ def _key(plan: RunPlan) -> tuple:
     """The settings that change what a simulation finds."""
     train = plan.train
     precision = train.mixed_precision, train.gradient_checkpointing
-    return *precision, train.train_batch_size, plan.data.resolution, plan.model.cache_latents, bool(
-        train.validation_prompt
+    return (
+        *precision,
+        train.train_batch_size,
+        plan.data.resolution,
+        plan.model.cache_latents,
+        bool(train.validation_prompt),
     )
 
 

@@ -19,7 +19,13 @@ from customize.quiet import quiet_libraries
 from customize.randomness import fixed_randomness
 from customize.runs.card import write_card
 from customize.runs.output import check_writable
-from customize.trainers.claim import check_output, check_progress, claimed_output, clear_output, resumed_folder
+from customize.trainers.claim import (
+    check_output,
+    check_progress,
+    claimed_output,
+    clear_output,
+    resumed_folder,
+)
 from customize.trainers.continuation import check_same_inputs, check_same_settings, earlier_settings
 from customize.trainers.dry_run import dry_run
 from customize.trainers.interruption import interruption

@@ -153,7 +153,9 @@ def estimate(
 
 def _as(accelerator: Accelerator, plan: RunPlan) -> Any:
     """What `load_backbone` asks an accelerator for, in the plan's precision."""
-    return type("Precision", (), {"mixed_precision": plan.train.mixed_precision, "device": accelerator.device})
+    return type(
+        "Precision", (), {"mixed_precision": plan.train.mixed_precision, "device": accelerator.device}
+    )
 
 
 def _unquantized(model: ModelConfig) -> ModelConfig:
@@ -352,7 +354,9 @@ def step(run: Simulated, method: Method, batch: dict) -> tuple[int, int]:
 
 def draw_class_images(run: Simulated) -> None:
     """Adds the phase in which missing class images are drawn, if there are any."""
-    missing = [image for image in getattr(run.plan.source, "images", []) if image.is_prior and not image.digest]
+    missing = [
+        image for image in getattr(run.plan.source, "images", []) if image.is_prior and not image.digest
+    ]
     if not missing:
         return
     pipe, at_once = run.backbone.pipe, run.plan.own.sample_batch_size
@@ -383,6 +387,7 @@ def validation(run: Simulated, method: Method) -> Phase:
 @contextmanager
 def drawing() -> Iterator[None]:
     """Context in which a pipeline ends once its image is decoded: a simulated one has no pixels."""
+
     def decoded(self: Any, image: Any, *args: Any, **named: Any) -> list:
         return [image]
 

@@ -129,9 +129,7 @@ def class_images(
     return (have if len(have) >= count else read())[:count]
 
 
-def stand_ins(
-    concept: Concept, index: int, folder: Path, count: int, config: DataConfig
-) -> list[ImageFile]:
+def stand_ins(concept: Concept, index: int, folder: Path, count: int, config: DataConfig) -> list[ImageFile]:
     """The class images that are there, with the first image of the subject under the name of each missing one,
     whose size they will have."""
     options = {"strict": config.strict, "max_pixels": config.max_pixels}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from unittest.mock import patch
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -154,6 +155,7 @@ class Simulation(TorchDispatchMode):
     @torch.no_grad()
     def _really(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operation on values; None where it cannot be had."""
+
         def value(leaf: Any) -> Any:
             return known(leaf) if isinstance(leaf, Tensor) else leaf
 
@@ -332,7 +334,8 @@ def simulated(kind: Kind = "cuda") -> Iterator[Simulation]:
         simulation = Simulation(stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)), kind)
         stack.enter_context(simulation)
         stack.enter_context(patch.object(torch.utils, "swap_tensors", _swap))
-        stack.enter_context(patch.object(files, "load_file", _read))
+        for reader in (files, safetensors.torch):
+            stack.enter_context(patch.object(reader, "load_file", _read))
         stack.enter_context(patch.object(FakeTensor, "numpy", _numpy, create=True))
         if kind == "cuda":
             stack.enter_context(OnCuda())

@@ -32,15 +32,14 @@ from transformers import CLIPTextConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwe
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-from tiny import tokenizer
-from tiny_families import chat_tokenizer
-
 from customize.quiet import quiet_libraries
 from customize.trainers.dry_run import Search, remedies, shown, size
 from customize.trainers.launch import complete
 from customize.trainers.memory import RunPlan, estimate, priced
 from customize.trainers.registry import find_method
 from customize.trainers.settings import make_accelerator, size_of
+from tiny import tokenizer
+from tiny_families import chat_tokenizer
 
 LIMITS = ("8GB", "12GB", "16GB", "24GB")
 Parts = dict[str, Any]
@@ -166,7 +165,9 @@ def write(folder: Path, make: Callable[[], tuple[str, Parts]]) -> None:
 def main(names: list[str]) -> None:
     quiet_libraries()
     warnings.simplefilter("ignore")
-    print("| model | parameters, billions | as asked |", " | ".join(LIMITS), "|\n|---|---|---|---|---|---|---|")
+    print(
+        "| model | parameters, billions | as asked |", " | ".join(LIMITS), "|\n|---|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as place:
         images = Path(place) / "images"
         images.mkdir()
