@@ -67,7 +67,7 @@ PAIRS |= {(base, method) for base in (*BASES, *FAMILIES) for method in ("dreambo
 
 @pytest.mark.parametrize(("base", "method"), sorted(PAIRS))
 def test_a_table_for_every_method_and_base(base, method, places, bases, tmp_path, capsys):
-    """From configurations alone; a method that the model cannot be trained with is refused as in a real run."""
+    """From configurations alone; a method that the model cannot be trained with is refused as ever."""
     settings = settings_of(method, places) | {"pretrained_model_name_or_path": bases(base)}
     if method not in ENCODERS:
         settings["validation_prompt"] = [METHODS[method]["instance_prompt"]]
@@ -133,7 +133,7 @@ def test_sizes():
 
 
 def test_a_limit_is_for_dry_runs(places, tmp_path):
-    with pytest.raises(UserError, match="memory_limit is for --dry_run"):
+    with pytest.raises(UserError, match="memory_limit is for dry_run"):
         dreambooth(places, tmp_path / "run", memory_limit="12GB", dry_run=False)
 
 
@@ -174,9 +174,9 @@ def test_an_earlier_run_is_refused_resumed_and_left_alone(places, tmp_path, caps
 def test_a_folder_that_is_being_written_is_refused(places, tmp_path):
     from customize.runs.output import locked, make_folder
 
-    with locked(make_folder(tmp_path / "run", "--output_dir"), "--output_dir"):
-        with pytest.raises(UserError, match="is being written by"):
-            dreambooth(places, tmp_path / "run")
+    made = make_folder(tmp_path / "run", "--output_dir")
+    with locked(made, "--output_dir"), pytest.raises(UserError, match="is being written by"):
+        dreambooth(places, made)
     dreambooth(places, tmp_path / "run")
     assert listing(tmp_path / "run") == set()
 
@@ -358,11 +358,9 @@ def test_attention_keeps_no_pairs_and_half_precision_is_less():
                 model = unet()
             simulation.place(model)
             inputs = torch.zeros(1, 4, 64, 64), torch.tensor([1]), torch.zeros(1, 7, 16)
-            with simulation.measured() as tally:
-                with torch.autocast("cpu", torch.bfloat16, enabled=precision):
-                    model(
-                        inputs[0], inputs[1], encoder_hidden_states=inputs[2]
-                    ).sample.float().sum().backward()
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision)
+            with simulation.measured() as tally, autocast:
+                model(inputs[0], inputs[1], encoder_hidden_states=inputs[2]).sample.float().sum().backward()
             return tally.peak
 
     pairs = 4 * (64 * 64) ** 2  # bytes of one head's weights

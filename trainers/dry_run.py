@@ -1,4 +1,4 @@
-"""`customize train METHOD ... --dry_run`: checks a run, says how much memory it would take, and writes nothing."""
+"""`customize train METHOD ... --dry_run`: checks a run, says what memory it would take, writes nothing."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +29,7 @@ Check = Callable[[Method, TrainingData], None]
 def dry_run(name: str, plan: RunPlan, accelerator: Accelerator, check: Check) -> str:
     """The report on a run that is planned: a table and, under `--memory_limit`, what would bring it below.
 
-    `check` is called with the method and its data, and raises UserError for what the real run would refuse.
+    `check` is called with the method and its data; it raises UserError for what the real run would refuse.
     """
     found = priced(estimate(plan, accelerator, check=check), plan)
     lines = [f"dry run of {name} on {plan.model.pretrained_model_name_or_path}: nothing is written", ""]
@@ -79,8 +79,8 @@ def size(count: float) -> str:
 
 
 class Search:
-    """Prices runs with other settings; what only changes the optimizer or the precision of frozen weights needs
-    no further simulation."""
+    """Prices runs with other settings; what only changes the optimizer or the precision of frozen weights
+    needs no further simulation."""
 
     def __init__(self, plan: RunPlan, accelerator: Accelerator, first: Estimate):
         self.plan, self.accelerator = plan, accelerator

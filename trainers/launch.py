@@ -94,8 +94,8 @@ def _run(words: list[str]) -> tuple[Path, bool]:
 
 
 def train_method(method: str, **settings: Any) -> Path:
-    """Trains a method from Python; returns the run folder, which `dry_run` does not make. `settings` have the names of the command line's
-    flags.
+    """Trains a method from Python; returns the run folder, which a dry run does not make. `settings` have the
+    names of the command line's flags.
 
     UserError for a method or a setting that does not exist, and for what the user can mend.
     """
@@ -201,14 +201,14 @@ def report(
 ) -> Path:
     """Prints what a run would be and how much memory it would take; returns the folder that it would be
     written to. UserError for what the run would refuse, as far as weights do not decide it."""
-    model_config, data_config, train_config, method_config = parts
+    model_config, data_config, train_config, _ = parts
     base = model_config.pretrained_model_name_or_path
     check_output(model_config, train_config, config)
     if model_config.cache_dir:
         check_writable(Path(model_config.cache_dir), "--cache_dir")
     resumed = resumed_folder(train_config)
     check_same_settings(resumed, config, table(configs(kind)))
-    source = kind.Source.read(data_config, base, train_config.seed)
+    source: Any = kind.Source.read(data_config, base, train_config.seed)
     if train_config.validation_metric == "score":
         check_scored(train_config, source.concepts)
     accelerator = make_accelerator(train_config)

@@ -1,4 +1,4 @@
-"""How much memory a run takes, from a simulation of its parts: nothing is computed and no weights are read."""
+"""How much memory a run takes, from a simulation of its parts: no weights are read, nothing is computed."""
 
 import copy
 import math
@@ -134,8 +134,8 @@ def estimate(
     kind: Kind = "cuda",
     check: Callable[[Method, TrainingData], None] | None = None,
 ) -> Estimate:
-    """Simulates the run from loading to the last training step, on an NVIDIA GPU or on a CPU; `priced` adds the
-    optimizer's state.
+    """Simulates the run from loading to the last training step, on an NVIDIA GPU or on a CPU; `priced` adds
+    the optimizer's state.
 
     UserError for what the real run refuses once its base model is loaded, also by `check`.
     """
@@ -160,7 +160,9 @@ def _as(accelerator: Accelerator, plan: RunPlan) -> Any:
 
 def _unquantized(model: ModelConfig) -> ModelConfig:
     """Quantized weights are counted, not made."""
-    off = {name: "none" for name in ("quantize", "quantize_text_encoder") if hasattr(model, name)}
+    off: dict[str, Any] = {
+        name: "none" for name in ("quantize", "quantize_text_encoder") if hasattr(model, name)
+    }
     return replace(model, **off)
 
 
@@ -233,7 +235,7 @@ def first_batch(data: TrainingData, plan: RunPlan) -> dict:
 def components(method: Method) -> dict[str, nn.Module]:
     """The parts of a method: those of the base model, the method's own modules, and what is trained."""
     backbone = method.backbone
-    found: dict[str, nn.Module] = {**backbone.components(), "vae": backbone.vae}
+    found: dict[str, Any] = {**backbone.components(), "vae": backbone.vae}
     if hasattr(method, "image_encoder"):
         found["image_encoder"] = method.image_encoder
     return found

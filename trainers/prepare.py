@@ -89,8 +89,8 @@ def class_images(
     prompt, so call this before any adapter is added.
 
     The user's own images there are used as they are. Images that an earlier run has drawn are drawn anew if
-    it had another class prompt, resolution or base model; whatever its seed, they are used again. For an empty
-    base model, of a dry run, nothing is drawn or written: `stand_ins` take the place of what is missing.
+    it had another class prompt, resolution or base model; whatever its seed, they are used again. For an
+    empty base model, of a dry run, nothing is drawn or written: `stand_ins` take the place of what is missing.
     """
     if backbone.is_empty:
         return stand_ins(concept, index, folder, count, config)
@@ -130,8 +130,8 @@ def class_images(
 
 
 def stand_ins(concept: Concept, index: int, folder: Path, count: int, config: DataConfig) -> list[ImageFile]:
-    """The class images that are there, with the first image of the subject under the name of each missing one,
-    whose size they will have."""
+    """The class images that are there, and for each missing one the first image of the subject, whose size it
+    will have; stand-ins have no digest."""
     options = {"strict": config.strict, "max_pixels": config.max_pixels}
     options["allow_outside_files"] = config.allow_outside_files
     is_used = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())

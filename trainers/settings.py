@@ -220,9 +220,7 @@ def check_settings(model_config: ModelConfig, data_config: Any, train_config: Tr
     if train_config.memory_limit:
         size_of(train_config.memory_limit)
         if not train_config.dry_run:
-            raise UserError(
-                "--memory_limit is for --dry_run, which compares with it; add that, or leave it out."
-            )
+            raise UserError("--memory_limit is for --dry_run, which compares with it; add that one.")
     scored = train_config.validation_metric == "score"
     if scored and not train_config.validation_prompt:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Runs a model without computing it: tensors have shapes and types but no values, and their bytes are counted.
+"""Runs a model without computing it: tensors have shapes and types but no values; their bytes are counted.
 
 A training step of the largest model runs so on any machine. It is the method's own step, so that what is
 counted is what a real step would allocate, not a formula. Tensors whose values steer the program (tokens,
@@ -307,16 +307,16 @@ def _bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
 
 
 def _swap(first: Tensor, second: Tensor) -> None:
-    """torch's `swap_tensors`, by which modules change their precision, without its objection to weak references:
-    those to a simulated tensor only save work."""
+    """torch's `swap_tensors`, by which modules change their precision, without its objection to weak
+    references: those to a simulated tensor only save work."""
     first.__dict__, second.__dict__ = second.__dict__, first.__dict__
     torch._C._swap_tensor_impl(first, second)
 
 
-def _read(path: Any) -> dict[str, Tensor]:
+def _read(path: Any, **options: Any) -> dict[str, Tensor]:
     """The tensors of a file, such as a run to go on from, with their values."""
     with _disable_current_modes():
-        return load_file(path)
+        return load_file(path, **options)
 
 
 def _numpy(tensor: Tensor, **options: Any) -> Any:

@@ -32,7 +32,7 @@ LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 SETTINGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
-CONFIGURATIONS = ("*.json", "*.txt", "*.model", "*.jinja")  # all files of a model but its weights
+CONFIGURATIONS = ["*.json", "*.txt", "*.model", "*.jinja"]  # all files of a model but its weights
 
 
 UNUSED = "safety_checker"  # it would paint images black, and training has no use for it
@@ -154,8 +154,8 @@ def _folder(name: str, options: dict[str, Any]) -> Path:
                 f"{FLAG}: there is no folder '{name}'; give a diffusers folder, a hub id or 'stickers'."
             )
         if not reads_weights():
-            found = {"revision": options["revision"]} if "revision" in options else {}
-            return Path(snapshot_download(name, allow_patterns=CONFIGURATIONS, **found))
+            revision = options.get("revision")
+            return Path(snapshot_download(name, revision=revision, allow_patterns=CONFIGURATIONS))
         return Path(DiffusionPipeline.download(name, use_safetensors=True, **({UNUSED: None} | options)))
     except Exception as error:
         raise _failed(name, error) from error
