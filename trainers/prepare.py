@@ -89,8 +89,8 @@ def class_images(
     prompt, so call this before any adapter is added.
 
     The user's own images there are used as they are. Images that an earlier run has drawn are drawn anew if
-    it had another class prompt, resolution or base model; whatever its seed, they are used again. For an
-    empty base model, of a dry run, nothing is drawn or written: `stand_ins` take the place of what is missing.
+    it had another class prompt, resolution or base model; whatever its seed, they are used again. In a dry
+    run, whose base model is empty, nothing is drawn or written: `stand_ins` replace what is missing.
     """
     if backbone.is_empty:
         return stand_ins(concept, index, folder, count, config)

@@ -146,8 +146,8 @@ class TrainConfig:
     )
     memory_limit: str = option(
         "",
-        "memory of a device, such as 12GB (of 10^9 bytes) or 12GiB: --dry_run says which settings bring a run "
-        "below it; empty: none",
+        "memory of a device, such as 12GB (of 10^9 bytes) or 12GiB: --dry_run says which settings bring a "
+        "run below it; empty: none",
     )
 
 

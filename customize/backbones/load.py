@@ -48,8 +48,8 @@ def load_base(
     """The diffusers pipeline of a base model: a folder, a hub id, or `stickers`, the embedded one.
 
     Only safetensors are read. `vae_name` is the folder or hub id of an autoencoder to use instead of the
-    model's; `options` go to diffusers (`revision`, `variant`). An `empty` pipeline has models without weights,
-    of the meta device; their configurations are enough. Raises UserError for a
+    model's; `options` go to diffusers (`revision`, `variant`). An `empty` pipeline has
+    models without weights, of the meta device; their configurations are enough. Raises UserError for a
     missing or incomplete folder, for weights that do not all load or are not finite, for settings that
     diffusers cannot use, and for a kind of pipeline that no backbone wraps.
     """
