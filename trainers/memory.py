@@ -282,8 +282,9 @@ def _bytes(tensor: Tensor) -> int:
 
 def _quantization(plan: RunPlan, name: str) -> float:
     """Bytes for each weight of the linear layers of a component; 0 if it is not quantized."""
-    setting = "quantize_text_encoder" if name.startswith("text_encoder") else "quantize"
-    return 0.0 if name == "vae" else QUANTIZED.get(plan.setting(setting, "none"), 0.0)
+    names = {"unet": "quantize", "transformer": "quantize"}
+    setting = "quantize_text_encoder" if name.startswith("text_encoder") else names.get(name, "")
+    return QUANTIZED.get(plan.setting(setting, "none"), 0.0) if setting else 0.0
 
 
 def optimizer_of(plan: RunPlan) -> str:
@@ -304,7 +305,8 @@ def encode(run: Simulated, method: Method, data: SubjectData, batch: dict) -> di
     prompts = [] if method.trains_text else _prompts(method, plan, batch["prompt"])
     with run.simulation.measured() as tally:
         moments = backbone.moments(batch["pixels"][:1])
-        backbone.keep_prompts(prompts) if prompts else None
+        if prompts:
+            backbone.keep_prompts(prompts)
     run.phases.append(Phase("encoding", weights_of(run, method), {"activations": tally.peak}))
     run.cached = len([*all_keys(data.dataset)]) * sum(map(_bytes, moments.values()))
     if prompts:
