@@ -76,26 +76,20 @@ def train_command(words: list[str]) -> None:
     if HELP & set(words):
         return print(usage(words[0]))
     quiet_libraries()
-    folder, is_dry = _run(words)
-    if not is_dry:
+    if folder := run(words):
         print(f"the run is in {folder}")
 
 
-def run(words: list[str]) -> Path:
-    """Trains the method `words[0]` under the settings of the other words; returns the run folder, which a dry
-    run does not make."""
-    return _run(words)[0]
-
-
-def _run(words: list[str]) -> tuple[Path, bool]:
-    """The run folder, and whether nothing was written."""
+def run(words: list[str]) -> Path | None:
+    """Trains the method `words[0]` under the settings of the other words; returns the run folder, None for a
+    dry run, which makes none."""
     made, defaults = complete(words[0], read_given(configs(find_method(words[0])), words[1:]))
-    return launch(words[0], *made, defaults=defaults), made[2].dry_run
+    return launch(words[0], *made, defaults=defaults)
 
 
-def train_method(method: str, **settings: Any) -> Path:
-    """Trains a method from Python; returns the run folder, which a dry run does not make. `settings` have the
-    names of the command line's flags.
+def train_method(method: str, **settings: Any) -> Path | None:
+    """Trains a method from Python; returns the run folder, None for a dry run, which makes none. `settings`
+    have the names of the command line's flags.
 
     UserError for a method or a setting that does not exist, and for what the user can mend.
     """
@@ -144,7 +138,7 @@ def launch(
     train_config: TrainConfig,
     method_config: Any,
     defaults: Mapping[str, Any] | None = None,
-) -> Path:
+) -> Path | None:
     """Checks what can be checked, prepares, trains, and writes the run folder with its model card.
 
     `data_config` and `method_config` are instances of the method's `Source.Config` and `Config`; `defaults`
@@ -159,7 +153,8 @@ def launch(
     kind.check_settings(model_config, train_config, method_config)
     config = {k: v for part in parts for k, v in asdict(part).items()}
     if train_config.dry_run:
-        return report(name, kind, parts, config, defaults or {})
+        report(name, kind, parts, config, defaults or {})
+        return None
     with claimed_output(model_config, train_config, config):
         resumed = resumed_folder(train_config)
         check_same_settings(resumed, config, table(configs(kind)))
@@ -198,9 +193,9 @@ def launch(
 
 def report(
     name: str, kind: type[Method], parts: Configs, config: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> Path:
-    """Prints what a run would be and how much memory it would take; returns the folder that it would be
-    written to. UserError for what the run would refuse, as far as weights do not decide it."""
+) -> None:
+    """Prints what a run would be and how much memory it would take. UserError for what the run would refuse,
+    as far as weights do not decide it."""
     model_config, data_config, train_config, _ = parts
     base = model_config.pretrained_model_name_or_path
     check_output(model_config, train_config, config)
@@ -229,7 +224,6 @@ def report(
 
     planned = RunPlan(kind, *parts, source)
     print(dry_run(display_name(name), planned, accelerator, check))
-    return Path(train_config.output_dir)
 
 
 def warn_of_words(source: Any, method: Method, base: str, config: TrainConfig) -> None:
