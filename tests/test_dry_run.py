@@ -281,7 +281,7 @@ def test_quantized_linear_layers_are_counted_in_their_size(places):
 
 
 def test_remedies_are_few_and_suffice(places):
-    plan, accelerator = planned(places, train_batch_size=8, resolution=64)
+    plan, accelerator = planned(places, train_batch_size=8, resolution=128)
     first = priced(estimate(plan, accelerator), plan)
     search = Search(plan, accelerator, first)
     checkpointed = search({"gradient_checkpointing": True})
