@@ -1,9 +1,13 @@
-"""Checks of tensors that were read from files."""
+"""Models from files, and checks of tensors that were read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import ModelMixin
 from torch import Tensor
 
 from customize.errors import UserError
@@ -40,9 +44,51 @@ def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     return ""
 
 
+_EMPTY: ContextVar[bool] = ContextVar("empty", default=False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Context in which `load_whole` reads configurations alone and makes models of the meta device."""
+    token = _EMPTY.set(True)
+    try:
+        yield
+    finally:
+        _EMPTY.reset(token)
+
+
+def reads_weights() -> bool:
+    """Whether models are loaded with their weights, as they are outside of `without_weights`."""
+    return not _EMPTY.get()
+
+
+def empty_model(kind: Any, place: str | Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A model as `from_pretrained` would load it in this precision, but on the meta device: its configuration
+    alone is read."""
+    of_diffusers = issubclass(kind, ModelMixin)
+    if of_diffusers:
+        config = kind.load_config(place, **options)
+    else:
+        config = kind.config_class.from_pretrained(place, **options)
+    with torch.device("meta"):
+        model = kind.from_config(config) if of_diffusers else kind._from_config(config)
+    if not of_diffusers:
+        model.tie_weights()
+    kept = set(getattr(kind, "_keep_in_fp32_modules_strict", None) or ())
+    if of_diffusers or dtype == torch.float16:
+        kept |= set(kind._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        if not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
 def load_whole(kind: Any, place: str | Path, **options: Any) -> Any:
     """`kind.from_pretrained(place)`; ValueError unless all of its weights are there and finite. diffusers
-    and transformers leave missing weights at random values."""
+    and transformers leave missing weights at random values. An `empty_model` within `without_weights`."""
+    if not reads_weights():
+        named = {name: value for name, value in options.items() if name in ("dtype", "subfolder", "revision")}
+        return empty_model(kind, place, **named)
     model, info = kind.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
     name = Path(place).name
     if missing := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):

@@ -24,8 +24,10 @@ from customize.runs.folder import (
     read_info,
     samples,
 )
-from customize.runs.output import locked, make_folder, refuse_model
+from customize.runs.output import check_writable, locked, make_folder, refuse_model
 from customize.trainers.settings import ModelConfig, TrainConfig, is_first_process
+
+FLAG = "--output_dir"
 
 
 @contextmanager
@@ -38,17 +40,28 @@ def claimed_output(
     if not is_first_process():
         yield
         return
-    output, flag = Path(train_config.output_dir), "--output_dir"
-    base = model_config.pretrained_model_name_or_path
-    refuse_model(output, flag, embedded.folder_of(base))
-    with locked(make_folder(output, flag), flag):
+    output = Path(train_config.output_dir)
+    refuse_model(output, FLAG, embedded.folder_of(model_config.pretrained_model_name_or_path))
+    with locked(make_folder(output, FLAG), FLAG):
         put_in_place(output)
-        check_free(output, train_config.overwrite_output_dir, resumes_here(train_config), flag)
-        resumed_folder(train_config)  # says so if there is none
-        check_progress(train_config)
-        if train_config.overwrite_output_dir:
-            check_inputs(output, config)
+        _check_contents(output, train_config, config)
         yield
+
+
+def check_output(model_config: ModelConfig, train_config: TrainConfig, config: Mapping[str, Any]) -> None:
+    """UserError where `claimed_output` would refuse; nothing is made, moved or locked."""
+    output = Path(train_config.output_dir)
+    refuse_model(output, FLAG, embedded.folder_of(model_config.pretrained_model_name_or_path))
+    check_writable(output, FLAG)
+    _check_contents(output, train_config, config)
+
+
+def _check_contents(output: Path, train_config: TrainConfig, config: Mapping[str, Any]) -> None:
+    check_free(output, train_config.overwrite_output_dir, resumes_here(train_config), FLAG)
+    resumed_folder(train_config)  # says so if there is none
+    check_progress(train_config)
+    if train_config.overwrite_output_dir:
+        check_inputs(output, config)
 
 
 def resumes_here(train_config: TrainConfig) -> bool:

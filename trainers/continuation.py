@@ -22,12 +22,20 @@ MAY_CHANGE = {
     *("push_to_hub", "hub_model_id", "hub_private_repo"),
     *("gradient_checkpointing", "enable_xformers_memory_efficient_attention", "allow_tf32"),
     *("cache_latents", "cache_dir", "dataloader_num_workers", "sample_batch_size"),
-    *("max_pixels", "strict", "allow_outside_files"),
+    *("max_pixels", "strict", "allow_outside_files", "dry_run", "memory_limit"),
 }
 # Paths of what is compared by its contents: it may have moved.
 COMPARED = {"instance_data_dir", "class_data_dir", "concepts_list", "train_data_dir", "domain_encoder"}
 PLACES = ("single_file_config", "pretrained_vae_model_name_or_path")  # of parts of the base model
-OWN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub"}  # of each command
+# of each command
+OWN = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "dry_run",
+    "memory_limit",
+}
 
 
 def earlier_settings(given: Mapping[str, Any], known: Mapping[str, Flag]) -> dict[str, Any]:

@@ -18,16 +18,31 @@ from customize.errors import UserError, nearest, parameters_named
 from customize.quiet import quiet_libraries
 from customize.randomness import fixed_randomness
 from customize.runs.card import write_card
-from customize.trainers.claim import check_progress, claimed_output, clear_output, resumed_folder
+from customize.runs.output import check_writable
+from customize.trainers.claim import (
+    check_output,
+    check_progress,
+    claimed_output,
+    clear_output,
+    resumed_folder,
+)
 from customize.trainers.continuation import PLACES, check_same_inputs, check_same_settings, earlier_settings
+from customize.trainers.dry_run import dry_run
 from customize.trainers.interruption import interruption
 from customize.trainers.loop import train
+from customize.trainers.memory import RunPlan
 from customize.trainers.methods.base import Method
-from customize.trainers.optimizers import check_optimizer, optimizer_defaults
-from customize.trainers.prepare import add_assistant, load_backbone
+from customize.trainers.optimizers import check_optimizer, make_optimizer, optimizer_defaults
+from customize.trainers.prepare import add_assistant, check_quantizations, load_backbone
 from customize.trainers.registry import display_name, find_method, general_usage
-from customize.trainers.scorers import make_scorer
-from customize.trainers.settings import ModelConfig, TrainConfig, check_settings, make_accelerator
+from customize.trainers.scorers import check_scored, make_scorer
+from customize.trainers.session import enable_xformers
+from customize.trainers.settings import (
+    ModelConfig,
+    TrainConfig,
+    check_settings,
+    make_accelerator,
+)
 
 HELP = {"--help", "-h"}
 Configs = tuple[ModelConfig, Any, TrainConfig, Any]  # of base model, data, training and method
@@ -61,18 +76,20 @@ def train_command(words: list[str]) -> None:
     if HELP & set(words):
         return print(usage(words[0]))
     quiet_libraries()
-    print(f"the run is in {run(words)}")
+    if folder := run(words):
+        print(f"the run is in {folder}")
 
 
-def run(words: list[str]) -> Path:
-    """Trains the method `words[0]` under the settings of the other words; returns the run folder."""
+def run(words: list[str]) -> Path | None:
+    """Trains the method `words[0]` under the settings of the other words; returns the run folder, None for a
+    dry run, which makes none."""
     made, defaults = complete(words[0], read_given(configs(find_method(words[0])), words[1:]))
     return launch(words[0], *made, defaults=defaults)
 
 
-def train_method(method: str, **settings: Any) -> Path:
-    """Trains a method from Python; returns the run folder. `settings` have the names of the command line's
-    flags.
+def train_method(method: str, **settings: Any) -> Path | None:
+    """Trains a method from Python; returns the run folder, None for a dry run, which makes none. `settings`
+    have the names of the command line's flags.
 
     UserError for a method or a setting that does not exist, and for what the user can mend.
     """
@@ -121,7 +138,7 @@ def launch(
     train_config: TrainConfig,
     method_config: Any,
     defaults: Mapping[str, Any] | None = None,
-) -> Path:
+) -> Path | None:
     """Checks what can be checked, prepares, trains, and writes the run folder with its model card.
 
     `data_config` and `method_config` are instances of the method's `Source.Config` and `Config`; `defaults`
@@ -136,6 +153,9 @@ def launch(
     check_optimizer(train_config)
     kind.check_settings(model_config, train_config, method_config)
     config = {k: v for part in parts for k, v in asdict(part).items()}
+    if train_config.dry_run:
+        report(name, kind, parts, config, defaults or {})
+        return None
     with claimed_output(model_config, train_config, config):
         resumed = resumed_folder(train_config)
         check_same_settings(resumed, config, table(configs(kind)))
@@ -173,17 +193,58 @@ def launch(
         check_same_inputs(resumed, info)
         clear_output(train_config, accelerator)
         if accelerator.is_main_process:
-            if embedded.is_embedded(base):
-                starts = getattr(method_config, "initializer_token", "").split("+")
-                classes = [concept.class_prompt for concept in source.concepts]
-                embedded.warn_of_words(
-                    source.captions, method.learned_words, classes, starts, train_config.validation_prompt
-                )
+            warn_of_words(source, method, base, train_config)
             print(plan(name, base, data, method, train_config, accelerator.num_processes))
             if defaults:
                 print(f"used, as nothing else is set: {described(defaults)}")
         train(method, data, train_config, accelerator, info, scorer)
         return finish(model_config, train_config, source.concepts, accelerator)
+
+
+def report(
+    name: str, kind: type[Method], parts: Configs, config: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Prints what a run would be and how much memory it would take. UserError for what the run would refuse,
+    as far as weights do not decide it."""
+    model_config, data_config, train_config, _ = parts
+    base = model_config.pretrained_model_name_or_path
+    check_output(model_config, train_config, config)
+    if model_config.cache_dir:
+        check_writable(Path(model_config.cache_dir), "--cache_dir")
+    resumed = resumed_folder(train_config)
+    check_same_settings(resumed, config, table(configs(kind)))
+    source: Any = kind.Source.read(data_config, base, train_config.seed)
+    if train_config.validation_metric == "score":
+        check_scored(train_config, source.concepts)
+    accelerator = make_accelerator(train_config)
+    check_quantizations(model_config, accelerator)
+
+    def check(method: Method, data: TrainingData) -> None:
+        if train_config.num_train_epochs:
+            train_config.max_train_steps = steps_of(data, train_config, accelerator)
+            check_progress(train_config)
+        if "" not in data.digests:  # of class images that are still to be drawn
+            check_same_inputs(resumed, data.described() | method.described())
+        make_optimizer(method, train_config, accelerator.num_processes)
+        if train_config.enable_xformers_memory_efficient_attention:
+            enable_xformers(method)
+        warn_of_words(source, method, base, train_config)
+        print(plan(name, base, data, method, train_config, accelerator.num_processes))
+        if defaults:
+            print(f"used, as nothing else is set: {described(defaults)}")
+
+    planned = RunPlan(kind, *parts, source)
+    print(dry_run(display_name(name), planned, accelerator, check))
+
+
+def warn_of_words(source: Any, method: Method, base: str, config: TrainConfig) -> None:
+    """Warns of words that the embedded base model does not know, if it is the one that is trained on."""
+    if embedded.is_embedded(base):
+        starts = getattr(method.config, "initializer_token", "").split("+")
+        classes = [concept.class_prompt for concept in source.concepts]
+        embedded.warn_of_words(
+            source.captions, method.learned_words, classes, starts, config.validation_prompt
+        )
 
 
 def preparation(

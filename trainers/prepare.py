@@ -3,6 +3,7 @@
 import itertools
 import json
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,29 @@ from customize.trainers.settings import ModelConfig
 RECIPE = "Class image"  # what the PNG files of class images hold of how they were drawn
 
 
-def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Accelerator) -> Backbone:
+def precision(accelerator: Accelerator) -> torch.dtype:
+    """The type of frozen weights."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def check_quantizations(model_config: ModelConfig, accelerator: Accelerator) -> None:
+    """UserError for a quantisation that does not run on this machine."""
+    for name in ("quantize", "quantize_text_encoder"):
+        if (kind := getattr(model_config, name)) != "none":
+            check_quantization(f"--{name}", kind, accelerator.device, precision(accelerator))
+
+
+def load_backbone(
+    model_config: ModelConfig, data_config: Any, accelerator: Accelerator, empty: bool = False
+) -> Backbone:
     """The frozen base model in the training precision (its autoencoder in float32), with the weights that are
-    to be quantised so; all but the denoiser is on the device. UserError for a quantisation that does not run
-    here."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    for flag in ("quantize", "quantize_text_encoder"):
-        if (kind := getattr(model_config, flag)) != "none":
-            check_quantization(f"--{flag}", kind, accelerator.device, dtype)
+    to be quantised so; all but the denoiser is on the device. If `empty`, it has no weights and is on the
+    meta device. UserError for a quantisation that does not run here."""
+    check_quantizations(model_config, accelerator)
+    dtype = precision(accelerator)
     name = model_config.pretrained_model_name_or_path
-    backbone = wrap(load_base(name, dtype, **base_options(vars(model_config))), name)
+    backbone = wrap(load_base(name, dtype, empty=empty, **base_options(vars(model_config))), name)
+    backbone.is_empty = empty
     names = ("guidance_scale", "max_sequence_length", "timestep_sampling", "timestep_shift")
     backbone.configure(**{name: getattr(model_config, name) for name in names})
     data_config.resolution = data_config.resolution or backbone.native_resolution
@@ -51,6 +65,8 @@ def load_backbone(model_config: ModelConfig, data_config: Any, accelerator: Acce
             stacklevel=2,
         )
     decode_whole(backbone.vae.float())
+    if empty:
+        return backbone
     backbone.quantize(model_config.quantize, model_config.quantize_text_encoder, accelerator.device)
     with backbone.denoiser_left_out():
         return backbone.to(accelerator.device)
@@ -91,8 +107,11 @@ def class_images(
     prompt, so call this before any adapter is added.
 
     The user's own images there are used as they are. Images that an earlier run has drawn are drawn anew if
-    it had another class prompt, resolution or base model; whatever its seed, they are used again.
+    it had another class prompt, resolution or base model; whatever its seed, they are used again. In a dry
+    run, whose base model is empty, nothing is drawn or written: `stand_ins` replace what is missing.
     """
+    if backbone.is_empty:
+        return stand_ins(concept, index, folder, count, config)
     folder.mkdir(parents=True, exist_ok=True)
     recipe = json.dumps(
         {
@@ -128,6 +147,18 @@ def class_images(
         for i, image in zip(numbers, images, strict=True):
             save_image(image, folder / f"class-{i:05d}.png", texts={RECIPE: recipe})
     return (have if len(have) >= count else read())[:count]
+
+
+def stand_ins(concept: Concept, index: int, folder: Path, count: int, config: DataConfig) -> list[ImageFile]:
+    """The class images that are there, and for each missing one the first image of the subject, whose size it
+    will have; stand-ins have no digest."""
+    options: dict[str, Any] = {"strict": config.strict, "max_pixels": config.max_pixels}
+    options["allow_outside_files"] = config.allow_outside_files
+    is_used = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    have = find_images(folder, concept.class_prompt, index, True, **options) if is_used else []
+    own = find_images(concept.instance_data_dir, concept.class_prompt, index, **options)[0]
+    missing = replace(own, caption=concept.class_prompt, mask=None, is_prior=True, digest="")
+    return (have + [missing] * (count - len(have)))[:count]
 
 
 def remove_others(folder: Path, recipe: str, prompt: str) -> None:

@@ -38,13 +38,8 @@ def encoder_scorer(
     return score
 
 
-def make_scorer(
-    settings: Any, base: str, concepts: list[Concept], images: Sequence[ImageFile], initializer: str = ""
-) -> Scorer:
-    """The scorer of a run: the judge on the embedded base model, CLIP and DINO on others.
-
-    UserError for several concepts, and where the metrics' libraries are missing.
-    """
+def check_scored(settings: Any, concepts: list[Concept]) -> None:
+    """UserError for several concepts, and for a validation prompt without the subject's words."""
     if len(concepts) != 1:
         raise UserError("--validation_metric score is for one concept; use loss with several.")
     words = subject_words(concepts[0].instance_prompt)
@@ -53,6 +48,16 @@ def make_scorer(
             f"--validation_prompt: the score needs '{words or 'an --instance_prompt'}' in every validation "
             "prompt."
         )
+
+
+def make_scorer(
+    settings: Any, base: str, concepts: list[Concept], images: Sequence[ImageFile], initializer: str = ""
+) -> Scorer:
+    """The scorer of a run: the judge on the embedded base model, CLIP and DINO on others.
+
+    UserError for several concepts, and where the metrics' libraries are missing.
+    """
+    check_scored(settings, concepts)
     references = [read_image_file(image)[0] for image in images]
     if embedded.is_embedded(base):
         return embedded.subject_score(references)

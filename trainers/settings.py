@@ -1,6 +1,7 @@
 """Settings of every run: base model and training."""
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from customize import embedded
 from customize.backbones.quantize import Quantization
 from customize.config import option
-from customize.errors import UserError, first_line
+from customize.errors import UserError, first_line, shortened
 from customize.trainers.methods.base import Method
 
 
@@ -179,6 +180,26 @@ class TrainConfig:
     )
     report_to: str = option("", "tracker of accelerate that gets the losses, such as tensorboard or wandb")
     export_kohya: bool = option(False, "also write the LoRA in kohya's layout, for A1111 and ComfyUI")
+    dry_run: bool = option(
+        False, "check settings and data, print the memory that the run would take, and write nothing"
+    )
+    memory_limit: str = option(
+        "",
+        "memory of a device, such as 12GB (of 10^9 bytes) or 12GiB: --dry_run says which settings bring a "
+        "run below it; empty: none",
+    )
+
+
+UNITS = {"MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30}
+
+
+def size_of(text: str) -> int:
+    """Bytes of a size such as 12GB or 12 GiB; UserError for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,6}(?:\.\d+)?)\s*([MG]i?B)\s*", text, re.IGNORECASE)
+    size = int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
+    if not size:
+        raise UserError(f"--memory_limit: '{shortened(text)}' is no size; write it as 12GB, 12GiB or 900MB.")
+    return size
 
 
 def is_first_process() -> bool:
@@ -223,6 +244,10 @@ def check_settings(
         )
     if model_config.push_to_hub and not model_config.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id USER/NAME.")
+    if train_config.memory_limit:
+        size_of(train_config.memory_limit)
+        if not train_config.dry_run:
+            raise UserError("--memory_limit is for --dry_run, which compares with it; add that one.")
     scored = train_config.validation_metric == "score"
     if scored and not train_config.validation_prompt:
         raise UserError(

@@ -33,7 +33,7 @@ CASES = (
 PROPOSED = {"instance_prompt", "class_prompt", "placeholder_token", "initializer_token"}
 TEXTS = PROPOSED | {"lora_layers"}
 OUTSIDE = {"push_to_hub", "hub_private_repo", "allow_outside_files", "dataloader_num_workers"}
-SET_HERE = OUTSIDE | {"overwrite_output_dir", "validation_steps", "checkpointing_steps"}
+SET_HERE = OUTSIDE | {"dry_run", "overwrite_output_dir", "validation_steps", "checkpointing_steps"}
 # what visitors may set: nothing that takes more memory or time than the page's own settings
 GUESTS = PROPOSED | {"max_train_steps", "learning_rate", "lr_scheduler", "rank", "seed", "snr_gamma"}
 VALIDATIONS = 5  # of a run

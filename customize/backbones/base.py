@@ -110,6 +110,7 @@ class Backbone(nn.Module):
     ] = {}  # of the components in kohya's LoRA files; none: it has no such layout
     timestep_sampling: TimestepSampling = "uniform"  # as the family's official training script draws times
     timestep_shift = 0.0  # of the times of flow models; 0: the scheduler's
+    is_empty = False  # whether it has no weights, for a dry run
     resolution = 0  # side of the images that this run trains on and draws, in pixels
     place: Tensor  # empty; moves as the backbone does
 
@@ -218,6 +219,8 @@ class Backbone(nn.Module):
     def quantize(self, denoiser: str, text_encoders: str, device: torch.device) -> None:
         """Holds the weights of the blocks of the denoiser and of the text encoders in int8, fp8 or nf4, on
         the device; `none` leaves them. Before adapters are added. UserError if there are no such layers."""
+        if denoiser == text_encoders == "none":
+            return
         self.fingerprint()
         if denoiser != "none" and not quantize(self.denoiser, denoiser, device):
             raise UserError(f"--quantize {denoiser}: this model has no layers for it; leave it out.")
@@ -392,6 +395,12 @@ class Backbone(nn.Module):
         own = type(self)._encode_negative is not Backbone._encode_negative
         key = key_of(model, *["negative"] * own, self.empty_prompt)
         self.negative = cache.get(key, self._encode_negative)
+
+    @torch.no_grad()
+    def keep_prompts(self, prompts: Iterable[str]) -> None:
+        """As `cache_prompts`, without a cache: the encoders of a dry run have no weights to know them by."""
+        self.prompts |= {prompt: self._encode_prompt([prompt]) for prompt in dict.fromkeys(prompts)}
+        self.negative = self._encode_negative()
 
     def prompt_arguments(self, prompt: str) -> dict[str, str | Tensor]:
         """The prompt as arguments of the pipeline's call: the text, or cached embeddings once the text

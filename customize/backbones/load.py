@@ -13,6 +13,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import is_torchvision_available
@@ -22,7 +23,7 @@ from customize.backbones.families import BACKBONES
 from customize.backbones.single_file import SingleFile
 from customize.backbones.text import SUFFIXES, clip_skip_works, text_parts
 from customize.errors import UserError, first_line, nearest, shortened
-from customize.tensor_checks import load_whole
+from customize.tensor_checks import load_whole, reads_weights, without_weights
 
 FLAG = "--pretrained_model_name_or_path"
 INDEX = "model_index.json"
@@ -34,6 +35,9 @@ LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 SETTINGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
+CONFIGURATIONS = ["*.json", "*.txt", "*.model", "*.jinja"]  # all files of a model but its weights
+
+
 UNUSED = "safety_checker"  # it would paint images black, and training has no use for it
 
 
@@ -42,6 +46,7 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     vae_name: str = "",
     single_file_config: str = "",
+    empty: bool = False,
     **options,
 ) -> DiffusionPipeline:
     """The diffusers pipeline of a base model: a folder, a hub id, one file, or `stickers`, the embedded one.
@@ -49,15 +54,20 @@ def load_base(
     Only safetensors are read. `vae_name` is the folder or hub id of an autoencoder to use instead of the
     model's. `single_file_config`: the folder or hub id that says how the model in a single file is built, and
     gives what the file lacks; empty: the one that diffusers knows for such a file. `options` go to diffusers
-    (`revision`, `variant`). Raises UserError for a missing or incomplete folder or file, for weights that do
-    not all load or are not finite, for settings that diffusers cannot use, and for a kind of pipeline that no
-    backbone wraps.
+    (`revision`, `variant`). An `empty` pipeline has models without weights, of the meta device; their
+    configurations are enough.
+
+    Raises UserError for a missing or incomplete folder or file, for weights that do not all load or are not
+    finite, for settings that diffusers cannot use, and for a kind of pipeline that no backbone wraps.
     """
     if not isinstance(name, str | Path):
         raise UserError(
             f"{FLAG}: a base model is named by text, not by a {type(name).__name__}; give a folder or a "
             "hub id."
         )
+    if empty:
+        with without_weights():
+            return load_base(name, dtype, vae_name, single_file_config, **options)
     _check_options(options)
     file = None
     if embedded.is_single_file(name):
@@ -69,14 +79,17 @@ def load_base(
         options["vae"] = _autoencoder(vae_name, dtype)
     listed = _components(folder)
     _check_torchvision(str(name), listed)
+    if not reads_weights():
+        options.pop("variant", None)  # of weight files
     try:
         kinds = _model_kinds(listed, options)
         if file:
             file.check_kind(_read_object(folder / INDEX)["_class_name"])
+        if file and reads_weights():
             file.complete(kinds)
         models = {
             part: file.component(part, kind, dtype)
-            if file and file.holds(part, kind)
+            if file and reads_weights() and file.holds(part, kind)
             else _model(folder / part, kind, dtype, options)
             for part, kind in kinds.items()
         }
@@ -162,6 +175,9 @@ def _folder(name: str, options: dict[str, Any]) -> Path:
             raise UserError(
                 f"{FLAG}: there is no folder '{name}'; give a diffusers folder, a hub id or 'stickers'."
             )
+        if not reads_weights():
+            revision = options.get("revision")
+            return Path(snapshot_download(name, revision=revision, allow_patterns=CONFIGURATIONS))
         return Path(DiffusionPipeline.download(name, use_safetensors=True, **({UNUSED: None} | options)))
     except Exception as error:
         raise _failed(name, error) from error

@@ -66,9 +66,14 @@ def quantize(module: nn.Module, kind: str, device: torch.device) -> int:
     return len(found)
 
 
+def in_block(name: str) -> bool:
+    """Whether a layer of this name belongs to one of the model's blocks, which are numbered."""
+    return any(part.isdigit() for part in name.split(".")[:-1])
+
+
 def _fits(name: str, layer: nn.Module, kind: str) -> bool:
-    if type(layer) is not nn.Linear or not any(part.isdigit() for part in name.split(".")[:-1]):
-        return False  # blocks are numbered
+    if type(layer) is not nn.Linear or not in_block(name):
+        return False
     # T5 casts what its last layers are given to the type of their weights, which are packed bytes
     return not (kind == "nf4" and name.endswith("DenseReluDense.wo"))
 

@@ -72,6 +72,35 @@ def make_folder(folder: Path, flag: str) -> Path:
     return folder
 
 
+def check_writable(folder: Path, flag: str) -> None:
+    """UserError where `make_folder` would fail or another program writes into the folder; nothing is made."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    reason = "" if os.access(place, os.W_OK | os.X_OK) else "Permission denied"
+    if reason := reason if place.is_dir() else "Not a directory":
+        raise UserError(f"{flag}: cannot write into '{folder}' ({reason}); choose another folder.")
+    if _is_locked(folder / LOCK):
+        raise _taken(folder, flag)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a program holds a lock, which is not touched."""
+    try:
+        import fcntl
+
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # there is none, or it cannot be asked for
+        return False
+    return False
+
+
+def _taken(folder: Path, flag: str) -> UserError:
+    holder = _holder(folder / LOCK)
+    return UserError(f"{flag}: '{folder}' is being written by {holder}; wait for it, or choose another.")
+
+
 def refuse_model(folder: Path, flag: str, base: str = "") -> None:
     """UserError if the folder is that of a diffusers pipeline, or lies within the base model's folder."""
     if os.path.exists(folder / "model_index.json"):
@@ -94,9 +123,7 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=WAIT)
     except Timeout:
-        raise UserError(
-            f"{flag}: '{folder}' is being written by {_holder(path)}; wait for it, or choose another."
-        ) from None
+        raise _taken(folder, flag) from None
     except OSError as error:  # a file system without locks
         warnings.warn(
             f"'{folder}' cannot be locked ({error.strerror}): let no other program write into it.",
