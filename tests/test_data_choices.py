@@ -42,7 +42,7 @@ from customize.trainers.methods.break_for_make import BreakForMake
 from customize.trainers.methods.dreambooth import DreamBooth
 from customize.trainers.methods.mcpl import MCPL
 from tiny import random, tiny
-from tiny_families import FAMILIES, tiny_family
+from tiny_families import OF_TEXT, tiny_family
 
 LORA = "pytorch_lora_weights.safetensors"
 PROMPT = "a photo of sks dog"
@@ -374,7 +374,7 @@ def test_a_dropped_caption_is_what_the_unconditional_half_of_a_drawing_gets(base
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OF_TEXT)
 def test_a_dropped_caption_on_other_families(family):
     """Against the negative prompt that validation draws with, which tests/test_families.py compares."""
     backbone = wrap(tiny_family(family), family)

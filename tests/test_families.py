@@ -23,13 +23,12 @@ from customize.trainers.methods.base import Method, MethodConfig
 from customize.trainers.methods.dreambooth import DreamBooth, DreamBoothConfig
 from customize.trainers.validation import sample
 from tiny import random
-from tiny_families import FAMILIES, tiny_family
+from tiny_families import EDIT, FAMILIES, OF_TEXT, tiny_family
 
 PROMPTS = ["a photo of sks dog", "the cat on grass in red style"]
 SIDES = {"height": 32, "width": 64}
-EDIT = "qwen_image_edit"  # is always shown images, and encodes prompts together with them
 families = pytest.mark.parametrize("family", FAMILIES)
-families_of_text = pytest.mark.parametrize("family", [name for name in FAMILIES if name != EDIT])
+families_of_text = pytest.mark.parametrize("family", OF_TEXT)
 
 
 def backbone_of(family: str):

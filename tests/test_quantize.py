@@ -24,7 +24,7 @@ from customize.data.concepts import Concept
 from customize.errors import UserError
 from customize.trainers.methods.dreambooth import DreamBooth
 from tiny import BASES, tiny
-from tiny_families import FAMILIES, tiny_family
+from tiny_families import FAMILIES, OF_TEXT, tiny_family
 
 KINDS = ("int8", "fp8", "nf4")
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ def test_the_embedded_model_predicts_nearly_as_before(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("base", [*BASES, *FAMILIES])
+@pytest.mark.parametrize("base", [*BASES, *OF_TEXT])
 def test_lora_trains_beside_quantised_weights_and_loads_without_them(kind, base, tmp_path):
     backbone = wrap(pipe_of(base), base)
     backbone.resolution = 32

@@ -455,6 +455,9 @@ FAMILIES = {
     "kontext": kontext,
 }
 
+EDIT = "qwen_image_edit"  # is always shown images, and encodes prompts together with them
+OF_TEXT = [name for name in FAMILIES if name != EDIT]
+
 
 def tiny_family(name: str):
     """The pipeline with the same random weights at every call, quiet and in evaluation mode."""

@@ -167,11 +167,7 @@ def launch(
                 word = method_config.starting_word
                 scorer = make_scorer(train_config, base, source.concepts, source.images, word)
         backbone = load_backbone(model_config, data_config, accelerator)
-        if backbone.needs_references and not kind.shows_references:
-            raise UserError(
-                f"'{base}' edits images and draws nothing without one: train it with in_context, or use "
-                "another base model."
-            )
+        kind.check_base(backbone)
         source.check(backbone)
         info: dict[str, Any] = {"base_model": embedded.lasting_name(base), "method": display_name(name)}
         info["base_fingerprint"] = backbone.fingerprint()

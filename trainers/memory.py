@@ -146,6 +146,7 @@ def estimate(
     with without_weights():
         backbone = load_backbone(_unquantized(plan.model), plan.data, _as(accelerator, plan), empty=True)
         asked.data.resolution = plan.data.resolution  # as it is now known
+        plan.method.check_base(backbone)
         plan.source.check(backbone)
         if plan.model.assistant_lora:
             add_assistant(backbone, plan.model.assistant_lora)

@@ -75,6 +75,15 @@ class Method(nn.Module):
         """UserError for settings that this method cannot be run with; called before a model is loaded."""
 
     @classmethod
+    def check_base(cls, backbone: Backbone) -> None:
+        """UserError for a base model that this method cannot train."""
+        if backbone.needs_references and not cls.shows_references:
+            raise UserError(
+                f"'{backbone.name}' edits images and draws nothing without one: train it with in_context, or "
+                "use another base model."
+            )
+
+    @classmethod
     def prepare_data(
         cls, source: Any, backbone: Backbone, train_config: Any, method_config: Any, accelerator: Any
     ) -> None:
