@@ -726,7 +726,8 @@ def quick_demo(monkeypatch):
     monkeypatch.setattr(demo, "train_method", trained)
     monkeypatch.setattr(demo, "load_base", lambda *_: None)
     monkeypatch.setattr(demo, "load_pipeline", lambda *_: None)
-    monkeypatch.setattr(demo, "draw", lambda *_: drawn)
+    monkeypatch.setattr(demo, "load_subject_pipeline", lambda *_: None)
+    monkeypatch.setattr(demo, "draw", lambda *_, **__: drawn)
 
 
 def test_the_demo_replaces_nothing_unasked(quick_demo, train, tmp_path, capsys):
