@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import re
 import runpy
 import statistics
@@ -101,6 +102,7 @@ def stand_in_for_torchvision() -> None:
         "Normalize": lambda mean, std: (
             lambda x: (x - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
         ),
+        "RandomHorizontalFlip": lambda p: lambda x: x.transpose(0) if random.random() < p else x,
         "Compose": lambda steps: lambda x: reduce(lambda x, step: step(x), steps, x),
     }
     functions = {
@@ -108,6 +110,7 @@ def stand_in_for_torchvision() -> None:
         "center_crop": lambda x, size: x.crop(
             [(side + sign * n) // 2 for sign in (-1, 1) for side, n in zip(x.size, size[::-1], strict=True)]
         ),
+        "crop": lambda x, top, left, height, width: x.crop((left, top, left + width, top + height)),
         "hflip": lambda x: x.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
         "to_tensor": parts["ToTensor"](),
         "normalize": lambda x, mean, std: parts["Normalize"](mean, std)(x),
@@ -227,6 +230,7 @@ def main() -> None:
         help="a diffusers folder; else the embedded model, or random weights of its size",
     )
     parser.add_argument("--lora_layers", default="attention", help="what the script trains, by our names")
+    parser.add_argument("--train_batch_size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=10, help="first steps, which are not timed")
     parser.add_argument("--repeats", type=int, default=5)
@@ -242,7 +246,8 @@ def main() -> None:
         model = model or (
             MODEL if (MODEL / "model_index.json").exists() else random_model(work / "random weights", world)
         )
-        flags = f"--resolution {SIDE} --train_batch_size 4 --rank 8 --max_train_steps {options.steps}"
+        flags = f"--resolution {SIDE} --train_batch_size {options.train_batch_size} --rank 8"
+        flags += f" --max_train_steps {options.steps}"
         flags += " --learning_rate 1e-4 --seed 0 --lr_scheduler constant --lr_warmup_steps 0"
         flags += " --mixed_precision no --report_to tensorboard"
         words = [
