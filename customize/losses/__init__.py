@@ -5,6 +5,7 @@ from customize.losses.context import context_attention, context_embedding
 from customize.losses.contrastive import (
     appearance_contrast,
     cross_modal_contrast,
+    direction_contrast,
     info_nce,
     nearest_word_contrast,
     supervised_contrast,
@@ -22,6 +23,7 @@ __all__ = [
     "contrastive_flow",
     "cross_modal_contrast",
     "denoising",
+    "direction_contrast",
     "info_nce",
     "nearest_word_contrast",
     "subject_fidelity",
