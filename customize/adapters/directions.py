@@ -45,7 +45,9 @@ class Directions(nn.Module, Adapter):
 
     def save(self, folder: Path) -> dict[str, Any]:
         state = dict(zip(self.names, self.vectors, strict=True))
-        save_file({name: own.detach().float().cpu().contiguous() for name, own in state.items()}, folder / FILE)
+        save_file(
+            {name: own.detach().float().cpu().contiguous() for name, own in state.items()}, folder / FILE
+        )
         return {}
 
     @staticmethod

@@ -13,12 +13,13 @@ from customize.losses.contrastive import (
 from customize.losses.contrastive_flow import contrastive_flow
 from customize.losses.denoising import denoising
 from customize.losses.fidelity import subject_fidelity
-from customize.losses.inclusion import attribute_directions, semantic_consistency
+from customize.losses.inclusion import attribute_differences, attribute_directions, semantic_consistency
 
 __all__ = [
     "appearance_contrast",
     "attend_and_excite",
     "attention_contrast",
+    "attribute_differences",
     "attribute_directions",
     "context_attention",
     "context_embedding",

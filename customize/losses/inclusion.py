@@ -14,9 +14,23 @@ def attribute_directions(images: Tensor, texts: Tensor) -> Tensor:
     `images` and `texts` (categories, dim) are mean unit vectors of the categories' images and prompts in one
     space; two or more categories.
     """
-    first, second = torch.triu_indices(len(images), len(images), 1, device=images.device)
-    alike = F.cosine_similarity(images[first] - images[second], texts[first] - texts[second], dim=-1)
-    return (1 - alike).mean()
+    wanted, found = _differences(images), _differences(texts)
+    return (1 - F.cosine_similarity(wanted, found, dim=-1)).mean()
+
+
+def attribute_differences(images: Tensor, texts: Tensor) -> Tensor:
+    """As `attribute_directions`, with lengths (ours, not of the paper): mean over pairs i < j of
+
+    |images_i - images_j - (texts_i - texts_j)|^2 / |images_i - images_j|^2
+    """
+    wanted, found = _differences(images), _differences(texts)
+    squares = wanted.square().sum(-1).clamp(min=1e-12)
+    return ((wanted - found).square().sum(-1) / squares).mean()
+
+
+def _differences(vectors: Tensor) -> Tensor:
+    first, second = torch.triu_indices(len(vectors), len(vectors), 1, device=vectors.device)
+    return vectors[first] - vectors[second]
 
 
 def semantic_consistency(texts: Tensor, original: Tensor, least: float = 0.8) -> Tensor:

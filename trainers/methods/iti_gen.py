@@ -7,14 +7,14 @@ images do (directional alignment), over all combinations of the attributes' word
 without words (semantic consistency). No denoiser takes part, so the words serve every base model of the same
 text encoder. Prompts of all combinations are drawn equally often: `inclusive_prompts`.
 
-The word that all words start from, and one reference set held in memory instead of batches, are choices of
-this project.
+The word that all words start from, one mean over all references instead of batches, and `--alignment
+difference` are choices of this project.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from customize.config import option
 from customize.data.concepts import Concept
 from customize.data.images import ImageFile, read_image_file
 from customize.errors import UserError, shortened
-from customize.losses.inclusion import attribute_directions, semantic_consistency
+from customize.losses.inclusion import attribute_differences, attribute_directions, semantic_consistency
 from customize.trainers.methods.base import Method, MethodConfig
 
 
@@ -47,11 +47,21 @@ class ITIGenConfig(MethodConfig):
     )
     initializer_token: str = option("photo", "the word that the words of all categories start from")
     num_vectors: int = option(3, "vectors of each category's word", least=1)
+    alignment: Literal["cosine", "difference"] = option(
+        "cosine",
+        "how prompts of two categories are to differ as their images do. cosine: in the direction, as in the "
+        "paper; difference: also in length, for text encoders that would else learn words too weak to be seen",
+    )
     consistency_weight: float = option(
-        1.0, "weight of semantic consistency: prompts with the words stay near the prompt without; 0 is off", least=0
+        1.0,
+        "weight of semantic consistency: prompts with the words stay near the prompt without; 0 is off",
+        least=0,
     )
     consistency_floor: float = option(
-        0.8, "cosine to the prompt without words above which semantic consistency is content", least=-1, most=1
+        0.8,
+        "cosine to the prompt without words above which semantic consistency is content",
+        least=-1,
+        most=1,
     )
 
     @property
@@ -81,6 +91,7 @@ class ITIGen(Method):
     Config = ITIGenConfig
     denoises = False
     defaults = {"learning_rate": 0.01, "max_train_steps": 150, "cache_latents": False}
+    embedded_defaults = {"learning_rate": 3e-3, "max_train_steps": 100, "alignment": "difference"}
 
     def __init__(self, backbone: Backbone, config: ITIGenConfig, concepts: list[Concept]):
         super().__init__(backbone, config, concepts)
@@ -88,8 +99,12 @@ class ITIGen(Method):
         words = [word for own in self.attributes for word in own]
         self.categories = [_word_of(concept, words) for concept in concepts]  # of each concept
         if missing := [word for word in words if word not in self.categories]:
-            raise UserError(f"--attributes: no concept's prompt says {missing[0]}; add its folder and prompt.")
-        templates = {c.instance_prompt.replace(w, "{}") for c, w in zip(concepts, self.categories, strict=True)}
+            raise UserError(
+                f"--attributes: no concept's prompt says {missing[0]}; add its folder and prompt."
+            )
+        templates = {
+            c.instance_prompt.replace(w, "{}") for c, w in zip(concepts, self.categories, strict=True)
+        }
         if len(templates) > 1:
             first, second = sorted(templates)[:2]
             raise UserError(
@@ -97,7 +112,9 @@ class ITIGen(Method):
                 f"and '{shortened(second)}'."
             )
         [self.template] = templates
-        self.tokens = LearnedWords(backbone, dict.fromkeys(words, config.initializer_token), config.num_vectors)
+        self.tokens = LearnedWords(
+            backbone, dict.fromkeys(words, config.initializer_token), config.num_vectors
+        )
         self.adapters.append(self.tokens)
         names = config.clip_models or [embedded.NAME] * embedded.is_embedded(backbone.name)
         if len(names) != len(backbone.text_encoders):
@@ -126,7 +143,9 @@ class ITIGen(Method):
         for space in self.spaces:
             embeds = space.images([read_image_file(image)[0] for image in images])
             own = {
-                word: embeds[[i for i, image in enumerate(images) if self.categories[image.concept] == word]].mean(0)
+                word: embeds[
+                    [i for i, image in enumerate(images) if self.categories[image.concept] == word]
+                ].mean(0)
                 for word in self.tokens.words
             }
             found = [torch.stack([own[word] for word in words]) for words in self.attributes]
@@ -135,14 +154,15 @@ class ITIGen(Method):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """The losses of all combinations; the batch does not count."""
         combinations = inclusive_prompts(self.template, self.attributes)
+        aligned = {"cosine": attribute_directions, "difference": attribute_differences}[self.config.alignment]
         plain, config = " ".join(self.template.format("").split()), self.config
-        terms: dict[str, list[Tensor]] = {"direction": [], "consistency": []}
+        terms: dict[str, list[Tensor]] = {"alignment": [], "consistency": []}
         for space, references in zip(self.spaces, self.references, strict=True):
             *texts, original = space.texts([*combinations.values(), plain]).unbind(0)
             by_words = dict(zip(combinations, texts, strict=True))
             for images, words in zip(references, self.attributes, strict=True):
                 means = [torch.stack([t for c, t in by_words.items() if word in c]).mean(0) for word in words]
-                terms["direction"].append(attribute_directions(images, torch.stack(means)))
+                terms["alignment"].append(aligned(images, torch.stack(means)))
             near = semantic_consistency(torch.stack(texts), original, config.consistency_floor)
             terms["consistency"].append(config.consistency_weight * near)
         return {name: torch.stack(values).mean() for name, values in terms.items()}

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from customize import embedded
 from customize.adapters.directions import Directions, check_directions, direction_text
 from customize.backbones.base import Backbone, Condition, Step
 from customize.config import option
@@ -41,15 +42,29 @@ class NoiseCLRConfig(MethodConfig):
         21, "directions that are compared with each other in a step", least=2, essential=True
     )
     direction_temperature: float = option(
-        0.5, "temperature of the contrast between directions: lower pushes similar ones further apart", above=0
+        0.5,
+        "temperature of the contrast between directions: lower pushes similar ones further apart",
+        above=0,
     )
 
 
 class NoiseCLR(Method):
     Config = NoiseCLRConfig
     denoises = False
-    defaults = {"learning_rate": 1e-3, "max_train_steps": 1000, "train_batch_size": 6, "validation_steps": 1000}
-    embedded_defaults = {"num_directions": 20, "directions_per_step": 6, "max_train_steps": 300}
+    defaults = {
+        "learning_rate": 1e-3,
+        "max_train_steps": 1000,
+        "train_batch_size": 6,
+        "validation_steps": 1000,
+    }
+    embedded_defaults = {
+        "learning_rate": 1e-2,
+        "lr_scheduler": "cosine",
+        "max_train_steps": 300,
+        "num_directions": 20,
+        "directions_per_step": 6,
+        "validation_steps": 300,
+    }
 
     def __init__(self, backbone: Backbone, config: NoiseCLRConfig, concepts: list[Concept]):
         super().__init__(backbone, config, concepts)
@@ -64,7 +79,8 @@ class NoiseCLR(Method):
     @classmethod
     def defaults_for(cls, base: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Captions are not read; that of images without one is what the contact sheet shows."""
-        shown = given.get("instance_prompt", "a photo")
+        usual = "a fox on green grass" if embedded.is_embedded(base) else "a photo"
+        shown = given.get("instance_prompt", usual)
         return super().defaults_for(base, given) | {"instance_prompt": shown, "validation_prompt": [shown]}
 
     @classmethod
@@ -111,7 +127,9 @@ class NoiseCLR(Method):
         seed = options.pop("generator").initial_seed()
 
         def drawn() -> Image.Image:
-            image = super(NoiseCLR, self).draw(prompt, **options, generator=torch.Generator().manual_seed(seed))
+            image = super(NoiseCLR, self).draw(
+                prompt, **options, generator=torch.Generator().manual_seed(seed)
+            )
             return image.resize((SIDE, SIDE))
 
         found = [drawn()]
@@ -124,7 +142,9 @@ class NoiseCLR(Method):
 
 def numbered(image: Image.Image, number: int) -> Image.Image:
     """The image with a number in its corner."""
-    ImageDraw.Draw(image).text((4, 2), str(number), "white", font_size=14, stroke_width=2, stroke_fill="black")
+    ImageDraw.Draw(image).text(
+        (4, 2), str(number), "white", font_size=14, stroke_width=2, stroke_fill="black"
+    )
     return image
 
 
