@@ -94,8 +94,8 @@ def _vectors(backbone: Backbone, directions: Sequence[Direction]) -> list[Tensor
 
 
 def with_text(kwargs: Mapping[str, Any], text: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of a denoiser's call, with `text`, of one prompt, in the place of the prompts' and without
-    injected subjects. UserError where the prompts have another length."""
+    """The arguments of a denoiser's call, with `text`, of one prompt, in the place of the prompts' and
+    without injected subjects. UserError where the prompts have another length."""
     made = dict(kwargs) | ({"cross_attention_kwargs": None} if "cross_attention_kwargs" in kwargs else {})
     added = dict(kwargs.get("added_cond_kwargs") or {})
     for name, value in text.items():

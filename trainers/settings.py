@@ -244,9 +244,7 @@ def check_settings(
         )
     given = (name for name in ("holdout", "caption_dropout") if getattr(data_config, name))
     if not method.denoises and (name := next(given, "")):
-        raise UserError(
-            f"--{name}: this method has no diffusion loss, which it changes or measures; leave it out."
-        )
+        raise UserError(f"--{name}: this method has no diffusion loss; leave it out.")
     if not method.denoises and train_config.validation_metric == "score":
         raise UserError("--validation_metric score rates runs of one subject; leave it out here.")
     if model_config.push_to_hub and not model_config.hub_model_id:

@@ -1,5 +1,5 @@
-"""Directions: vectors that stand in for a whole prompt, whose effect on the denoiser's output is added to that
-of any other prompt (NoiseCLR, Dalva and Yanardag, 2024, arXiv 2312.05390)."""
+"""Directions: vectors that stand in for a whole prompt, whose effect on the denoiser's output is added to
+that of any other prompt (NoiseCLR, Dalva and Yanardag, 2024, arXiv 2312.05390)."""
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
@@ -25,8 +25,8 @@ WORD = "<direction>"  # in whose place a direction's vector is read
 
 
 class Directions(nn.Module, Adapter):
-    """`vectors` holds, for each text encoder, the trained vectors of all directions: (count, dim), float32. They
-    start as random as the encoder's embeddings are spread."""
+    """`vectors` holds, for each text encoder, the trained vectors of all directions: (count, dim), float32.
+    They start as random as the encoder's embeddings are spread."""
 
     files = (FILE,)
 
@@ -81,8 +81,8 @@ def load_directions(folder: Path, backbone: Backbone) -> list[Tensor]:
 
 
 def direction_text(backbone: Backbone, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The denoiser's text arguments, batch first, for n directions: their vectors (n, dim) for each text encoder,
-    each the only word of its prompt. Gradients flow into them."""
+    """The denoiser's text arguments, batch first, for n directions: their vectors (n, dim) for each text
+    encoder, each the only word of its prompt. Gradients flow into them."""
     for tokenizer in backbone.tokenizers:
         if WORD not in tokenizer.get_vocab():
             tokenizer.add_tokens([WORD])
@@ -92,8 +92,8 @@ def direction_text(backbone: Backbone, vectors: Sequence[Tensor]) -> dict[str, T
 
 
 def check_directions(backbone: Backbone) -> None:
-    """UserError for a base model in whose calls a direction's text could not take the place of any prompt's: its
-    prompts differ in length, or its pipeline passes them under other names."""
+    """UserError for a base model in whose calls a direction's text could not take the place of any prompt's:
+    its prompts differ in length, or its pipeline passes them under other names."""
     with torch.no_grad():
         texts = [backbone.encode_prompt([prompt]) for prompt in ("a", "a photo of a dog")]
     lengths = {text["encoder_hidden_states"].shape[1] for text in texts}

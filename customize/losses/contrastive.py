@@ -130,8 +130,8 @@ def nearest_word_contrast(
 
 
 def direction_contrast(effects: Tensor, temperature: float = 0.5) -> Tensor:
-    """NoiseCLR's contrast (Dalva and Yanardag, 2024, arXiv 2312.05390): a direction changes all images alike, and
-    each image otherwise than the other directions do.
+    """NoiseCLR's contrast (Dalva and Yanardag, 2024, arXiv 2312.05390): a direction changes all images alike,
+    and each image otherwise than the other directions do.
 
     `effects` (directions, images, dim), two or more of both: what direction k changes of the denoiser's
     output for image a, e_ka = eps(x_a, d_k) - eps(x_a, nothing). Mean over directions k of

@@ -2,12 +2,12 @@
 
     python examples/benchmarks/directions.py --steps 300
 
-96 rendered scenes teach. Then eight prompts are drawn from the same noise plainly and with each direction, and
-the judge says what an image shows. Of the judged values that a direction adds, such as a background or a
+96 rendered scenes teach. Then eight prompts are drawn from the same noise plainly and with each direction,
+and the judge says what an image shows. Of the judged values that a direction adds, such as a background or a
 tint, one is the most frequent: match is the share of the images that get it. Purity is the share of this one
-factor among all factors that a direction changes, kept are the images that still show their thing. Directions
-that are not trained are the baseline. Prints a Markdown table and a line for each direction; the run with its
-contact sheet is in --output.
+factor among all changes of factors; kept are the images that still show their thing. Directions that are not
+trained are the baseline. Prints a Markdown table and a line for each direction; the run with its contact sheet
+is in --output.
 """
 
 import argparse

@@ -3,11 +3,12 @@
     python examples/benchmarks/inclusion.py background
     python examples/benchmarks/inclusion.py background light --thing bus
 
-For each category of the named factors, forty rendered scenes of any thing are the references. Before, the thing
-is drawn from its plain prompt; then as often from the prompts of all combinations. The judge says what each
-image shows. Shown: images with the category whose word the prompt says; divergence: Kullback-Leibler, in nats,
-of the shown categories from equal shares (0 is balanced, what no category shows counts as a category of share
-0.001); kept: images of the thing. Prints a Markdown table; a sheet and the run are in --output.
+For each category of the named factors, forty rendered scenes of any thing are the references. Before, the
+thing is drawn from its plain prompt; then as often from the prompts of all combinations. The judge says what
+each image shows. Shown: images with the category whose word the prompt says (before: as many as chance would
+give); divergence: Kullback-Leibler, in nats, of the shown categories from equal shares (0 is balanced; images
+without any of the categories count as one more, of share 0.001); kept: images of the thing. Prints a Markdown
+table; a sheet and the run are in --output.
 """
 
 import argparse
@@ -24,12 +25,12 @@ import torch
 from PIL import Image
 
 import customize
+from customize.attributes import inclusive_prompts
 from customize.quiet import quiet_libraries
 from customize.runs.output import save_image
 from customize.stickers import World, draw_scene
 from customize.stickers.judge import Verdicts, judge
 from customize.stickers.scene import FACTORS, draw_factors
-from customize.trainers.methods.iti_gen import inclusive_prompts
 from customize.trainers.validation import sheet
 
 REFERENCES = 40

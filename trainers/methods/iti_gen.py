@@ -1,5 +1,5 @@
-"""ITI-GEN: words for the categories of attributes, such as skin tones or ages, learned from reference images, so
-that drawing each equally often is inclusive (Zhang et al., 2023, arXiv 2309.05569).
+"""ITI-GEN: words for the categories of attributes, such as age, learned from reference images: drawn equally
+often, they make images inclusive (Zhang et al., 2023, arXiv 2309.05569).
 
 Each category is a concept of `--concepts_list`: a folder of reference images and a prompt with the category's
 word, such as "a photo of a person <young>". In CLIP's space, prompts of two categories must differ as their
@@ -13,7 +13,6 @@ difference` are choices of this project.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -22,11 +21,12 @@ from torch import Tensor
 from customize import embedded
 from customize.adapters.encoders.joint_space import load_joint_space
 from customize.adapters.words import LearnedWords
+from customize.attributes import inclusive_prompts, read_attributes, split_prompts
 from customize.backbones.base import Backbone
 from customize.config import option
 from customize.data.concepts import Concept
 from customize.data.images import ImageFile, read_image_file
-from customize.errors import UserError, shortened
+from customize.errors import UserError
 from customize.losses.inclusion import attribute_differences, attribute_directions, semantic_consistency
 from customize.trainers.methods.base import Method, MethodConfig
 
@@ -49,8 +49,8 @@ class ITIGenConfig(MethodConfig):
     num_vectors: int = option(3, "vectors of each category's word", least=1)
     alignment: Literal["cosine", "difference"] = option(
         "cosine",
-        "how prompts of two categories are to differ as their images do. cosine: in the direction, as in the "
-        "paper; difference: also in length, for text encoders that would else learn words too weak to be seen",
+        "how prompts of two categories differ as their images do. cosine: in direction, as in the paper; "
+        "difference: in length too, where words would else be too weak to be seen",
     )
     consistency_weight: float = option(
         1.0,
@@ -59,7 +59,7 @@ class ITIGenConfig(MethodConfig):
     )
     consistency_floor: float = option(
         0.8,
-        "cosine to the prompt without words above which semantic consistency is content",
+        "cosine to the prompt without the words up to which semantic consistency draws prompts",
         least=-1,
         most=1,
     )
@@ -67,24 +67,6 @@ class ITIGenConfig(MethodConfig):
     @property
     def starting_word(self) -> str:
         return self.initializer_token
-
-
-def read_attributes(text: str) -> list[list[str]]:
-    """The words of each attribute's categories; UserError unless each has two or more, all different."""
-    found = [[word.strip() for word in part.split("+")] for part in text.split(",")]
-    words = [word for own in found for word in own]
-    if not all(words) or len(set(words)) < len(words) or min(map(len, found)) < 2:
-        raise UserError(
-            "--attributes: name two or more different words for each attribute, such as '<young>+<old>' or "
-            "'<young>+<old>,<dark>+<light>'."
-        )
-    return found
-
-
-def inclusive_prompts(template: str, attributes: Sequence[Sequence[str]]) -> dict[tuple[str, ...], str]:
-    """The prompts of all combinations of categories, one of each attribute: `template` with the words in the
-    place of {}. Drawn equally often, they are balanced over every attribute."""
-    return {words: template.format(" ".join(words)) for words in product(*attributes)}
 
 
 class ITIGen(Method):
@@ -97,30 +79,17 @@ class ITIGen(Method):
         super().__init__(backbone, config, concepts)
         self.attributes = read_attributes(config.attributes)
         words = [word for own in self.attributes for word in own]
-        self.categories = [_word_of(concept, words) for concept in concepts]  # of each concept
-        if missing := [word for word in words if word not in self.categories]:
-            raise UserError(
-                f"--attributes: no concept's prompt says {missing[0]}; add its folder and prompt."
-            )
-        templates = {
-            c.instance_prompt.replace(w, "{}") for c, w in zip(concepts, self.categories, strict=True)
-        }
-        if len(templates) > 1:
-            first, second = sorted(templates)[:2]
-            raise UserError(
-                f"--concepts_list: prompts must differ in the category's word alone, not as '{shortened(first)}' "
-                f"and '{shortened(second)}'."
-            )
-        [self.template] = templates
-        self.tokens = LearnedWords(
-            backbone, dict.fromkeys(words, config.initializer_token), config.num_vectors
-        )
+        prompts = [concept.instance_prompt for concept in concepts]
+        self.categories, self.template = split_prompts(prompts, words)  # the category of each concept
+        starts = dict.fromkeys(words, config.initializer_token)
+        self.tokens = LearnedWords(backbone, starts, config.num_vectors)
         self.adapters.append(self.tokens)
         names = config.clip_models or [embedded.NAME] * embedded.is_embedded(backbone.name)
         if len(names) != len(backbone.text_encoders):
             raise UserError(
                 f"--clip_models names {len(names)} CLIP models, and this base model has "
-                f"{len(backbone.text_encoders)} text encoders; name one for each (Stable Diffusion 1.x, 2.x, XL)."
+                f"{len(backbone.text_encoders)} text encoders; name one for each, which must be CLIP's (Stable "
+                "Diffusion 1.x, 2.x, XL)."
             )
         parts = zip(names, backbone.tokenizers, backbone.text_encoders, strict=True)
         self.spaces = torch.nn.ModuleList(load_joint_space(*part) for part in parts)
@@ -166,14 +135,3 @@ class ITIGen(Method):
             near = semantic_consistency(torch.stack(texts), original, config.consistency_floor)
             terms["consistency"].append(config.consistency_weight * near)
         return {name: torch.stack(values).mean() for name, values in terms.items()}
-
-
-def _word_of(concept: Concept, words: Sequence[str]) -> str:
-    """The one word of a category that a concept's prompt says."""
-    said = [word for word in words if word in concept.instance_prompt]
-    if len(said) != 1:
-        raise UserError(
-            f"--concepts_list: the prompt '{shortened(concept.instance_prompt)}' must say one of the words of "
-            f"--attributes, not {len(said)}."
-        )
-    return said[0]

@@ -5,9 +5,9 @@ A direction is a prompt of one learned vector. Its effect on a noisy image is th
 denoiser's outputs with it and without a prompt. By contrast of effects, one direction must change all images
 alike, and an image otherwise than other directions do. All images of a step have the same time.
 
-The paper takes one direction in each step and compares it with others; here each of `--directions_per_step`
-is compared with the others of them, which is the same in the mean. Masks weight the effects. How a direction
-starts (random, as spread as the embeddings) and the strength of the contact sheet are choices of this project.
+The paper compares one direction in each step with others; here each of `--directions_per_step` is compared
+with the others of them, which is the same in the mean. Choices of this project: directions start random, as
+spread as the embeddings; masks weight the effects; the strength of the contact sheet.
 """
 
 from collections.abc import Mapping
@@ -42,9 +42,7 @@ class NoiseCLRConfig(MethodConfig):
         21, "directions that are compared with each other in a step", least=2, essential=True
     )
     direction_temperature: float = option(
-        0.5,
-        "temperature of the contrast between directions: lower pushes similar ones further apart",
-        above=0,
+        0.5, "temperature of the contrast between directions: lower pushes similar ones apart more", above=0
     )
 
 
@@ -110,8 +108,8 @@ class NoiseCLR(Method):
         return {"contrast": direction_contrast(effects, self.config.direction_temperature)}
 
     def effects(self, step: Step, chosen: Tensor) -> Tensor:
-        """What the directions with the numbers `chosen` (n,) change of the prediction for each image, under its
-        mask: (n, images, values)."""
+        """What the directions of the numbers `chosen` (n,) change of the prediction for each image, under
+        its mask: (n, images, values)."""
         text = direction_text(self.backbone, [own[chosen] for own in self.directions.vectors])
         mask = step.batch.get("mask", torch.ones_like(step.noisy[:, :1]))
         weight = F.interpolate(mask.float(), step.noisy.shape[-2:], mode="area")
@@ -123,14 +121,12 @@ class NoiseCLR(Method):
         return torch.stack(found)
 
     def draw(self, prompt: str, **options: Any) -> Image.Image:
-        """The contact sheet: the prompt as the base model draws it, then with each direction, by its number."""
+        """The contact sheet: the prompt as the base model draws it, then with each direction."""
         seed = options.pop("generator").initial_seed()
 
         def drawn() -> Image.Image:
-            image = super(NoiseCLR, self).draw(
-                prompt, **options, generator=torch.Generator().manual_seed(seed)
-            )
-            return image.resize((SIDE, SIDE))
+            same = torch.Generator().manual_seed(seed)
+            return super(NoiseCLR, self).draw(prompt, **options, generator=same).resize((SIDE, SIDE))
 
         found = [drawn()]
         for i in range(self.config.num_directions):
@@ -142,9 +138,8 @@ class NoiseCLR(Method):
 
 def numbered(image: Image.Image, number: int) -> Image.Image:
     """The image with a number in its corner."""
-    ImageDraw.Draw(image).text(
-        (4, 2), str(number), "white", font_size=14, stroke_width=2, stroke_fill="black"
-    )
+    style = {"font_size": 14, "stroke_width": 2, "stroke_fill": "black"}
+    ImageDraw.Draw(image).text((4, 2), str(number), "white", **style)
     return image
 
 

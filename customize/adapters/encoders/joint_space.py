@@ -48,8 +48,8 @@ class JointSpace(nn.Module):
 
 
 def load_joint_space(name: str, tokenizer: Any, encoder: Any) -> JointSpace:
-    """The space of a CLIP model (folder, hub id, or `stickers`) whose text half is `encoder`. UserError if it is
-    none, or not of this encoder."""
+    """The space of a CLIP model (folder, hub id, or `stickers`) whose text half is `encoder`. UserError if it
+    is none, or not of this encoder."""
     images = load_image_encoder(name)
     if embedded.is_embedded(name):  # its images were fitted to the mean of the text's states
         return JointSpace(tokenizer, encoder, images, lambda states, ends: states.mean(1))
