@@ -62,17 +62,18 @@ def directed(pipe: DiffusionPipeline, directions: Sequence[Direction]) -> Iterat
 @contextmanager
 def steered(backbone: Backbone, vectors: Sequence[Tensor], strengths: Sequence[float]) -> Iterator[None]:
     """As `directed`, for directions of these vectors (directions, dim) for each text encoder."""
-    with torch.no_grad():
-        text, nothing = direction_text(backbone, vectors), backbone.encode_unconditional()
-    rows = [{name: value[i : i + 1] for name, value in text.items()} for i in range(len(strengths))]
+    texts = [_texts(backbone, vectors)]
 
     def steer(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
         if torch.is_grad_enabled():  # attention guidance looks ahead
             return output
-        without, total = module.forward(*args, **with_text(kwargs, nothing))[0], output[0]
-        for own, strength in zip(rows, strengths, strict=True):
-            effect = module.forward(*args, **with_text(kwargs, own))[0] - without
-            total = total + strength * effect
+        length = kwargs["encoder_hidden_states"].shape[1]
+        if backbone.text_length and length != texts[0][0]["encoder_hidden_states"].shape[1]:
+            texts[0] = _texts(backbone, vectors, length)
+        without, *others = (module.forward(*args, **with_text(kwargs, own))[0] for own in texts[0])
+        total = output[0]
+        for strength, other in zip(strengths, others, strict=True):
+            total = total + strength * (other - without)
         return (total, *output[1:]) if isinstance(output, tuple) else type(output)(sample=total)
 
     handle = backbone.denoiser.register_forward_hook(steer, with_kwargs=True)
@@ -80,6 +81,25 @@ def steered(backbone: Backbone, vectors: Sequence[Tensor], strengths: Sequence[f
         yield
     finally:
         handle.remove()
+
+
+@torch.no_grad()
+def _texts(backbone: Backbone, vectors: Sequence[Tensor], length: int = 0) -> list[dict[str, Tensor]]:
+    """The text arguments of no prompt and of each direction; `length`: tokens of the whole text, 0: as the base
+    model has them."""
+    own = backbone.text_length
+    try:
+        nothing = backbone.encode_unconditional()
+        if length:  # T5 or a language model reads what others leave
+            backbone.text_length += length - nothing["encoder_hidden_states"].shape[1]
+            nothing = backbone.encode_unconditional()
+        text = direction_text(backbone, vectors)
+    finally:
+        backbone.text_length = own
+    return [
+        nothing,
+        *({name: value[i : i + 1] for name, value in text.items()} for i in range(len(vectors[0]))),
+    ]
 
 
 def _vectors(backbone: Backbone, directions: Sequence[Direction]) -> list[Tensor]:
@@ -106,7 +126,7 @@ def with_text(kwargs: Mapping[str, Any], text: Mapping[str, Tensor]) -> dict[str
         if given.shape[1:] != value.shape[1:]:
             raise UserError(
                 f"directions: a prompt has {given.shape[1]} tokens here and a direction {value.shape[1]}; "
-                "leave max_sequence_length, or the run with a hard path, out."
+                "draw with a run that has no hard path."
             )
         held[name] = value.to(given).expand_as(given)
     return made | ({"added_cond_kwargs": added} if added else {})

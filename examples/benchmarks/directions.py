@@ -6,8 +6,8 @@
 and the judge says what an image shows. Of the judged values that a direction adds, such as a background or a
 tint, one is the most frequent: match is the share of the images that get it. Purity is the share of this one
 factor among all changes of factors; kept are the images that still show their thing. Directions that are not
-trained are the baseline. Prints a Markdown table and a line for each direction; the run with its contact sheet
-is in --output.
+trained are the baseline. Prints a Markdown table and a line for each direction; the run with its contact
+sheet is in --output.
 """
 
 import argparse

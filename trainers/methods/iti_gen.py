@@ -88,8 +88,8 @@ class ITIGen(Method):
         if len(names) != len(backbone.text_encoders):
             raise UserError(
                 f"--clip_models names {len(names)} CLIP models, and this base model has "
-                f"{len(backbone.text_encoders)} text encoders; name one for each, which must be CLIP's (Stable "
-                "Diffusion 1.x, 2.x, XL)."
+                f"{len(backbone.text_encoders)} text encoders; name one for each, which must be CLIP's "
+                "(Stable Diffusion 1.x, 2.x, XL)."
             )
         parts = zip(names, backbone.tokenizers, backbone.text_encoders, strict=True)
         self.spaces = torch.nn.ModuleList(load_joint_space(*part) for part in parts)

@@ -66,6 +66,7 @@ class NoiseCLR(Method):
 
     def __init__(self, backbone: Backbone, config: NoiseCLRConfig, concepts: list[Concept]):
         super().__init__(backbone, config, concepts)
+        check_directions(backbone)
         if config.directions_per_step > config.num_directions:
             raise UserError(
                 f"--directions_per_step {config.directions_per_step} is more than --num_directions "
@@ -88,11 +89,6 @@ class NoiseCLR(Method):
             raise UserError(
                 "--train_batch_size 1: a direction is what changes several images alike; give 2 or more."
             )
-
-    @classmethod
-    def check_base(cls, backbone: Backbone) -> None:
-        super().check_base(backbone)
-        check_directions(backbone)
 
     def draw_times(self, n: int) -> Tensor:
         """One time for all images of a batch."""
@@ -125,15 +121,18 @@ class NoiseCLR(Method):
         seed = options.pop("generator").initial_seed()
 
         def drawn() -> Image.Image:
-            same = torch.Generator().manual_seed(seed)
-            return super(NoiseCLR, self).draw(prompt, **options, generator=same).resize((SIDE, SIDE))
+            return super(NoiseCLR, self).draw(
+                prompt, **options, generator=torch.Generator().manual_seed(seed)
+            )
 
         found = [drawn()]
-        for i in range(self.config.num_directions):
-            vectors = [own[i : i + 1] for own in self.directions.vectors]
+        for vectors in zip(*(own.split(1) for own in self.directions.vectors), strict=True):
             with steered(self.backbone, vectors, [STRENGTH]):
-                found.append(numbered(drawn(), i))
-        return sheet([("", image) for image in found], COLUMNS)
+                found.append(drawn())
+            if self.backbone.is_empty:  # a dry run, whose images have no pixels
+                return found[1]
+        small = [image.resize((SIDE, SIDE)) for image in found]
+        return sheet([("", small[0]), *(("", numbered(own, i)) for i, own in enumerate(small[1:]))], COLUMNS)
 
 
 def numbered(image: Image.Image, number: int) -> Image.Image:
