@@ -85,8 +85,8 @@ def steered(backbone: Backbone, vectors: Sequence[Tensor], strengths: Sequence[f
 
 @torch.no_grad()
 def _texts(backbone: Backbone, vectors: Sequence[Tensor], length: int = 0) -> list[dict[str, Tensor]]:
-    """The text arguments of no prompt and of each direction; `length`: tokens of the whole text, 0: as the base
-    model has them."""
+    """The text arguments of no prompt and of each direction; `length`: tokens of the whole text, 0: as the
+    base model has them."""
     own = backbone.text_length
     try:
         nothing = backbone.encode_unconditional()

@@ -50,8 +50,12 @@ class JointSpace(nn.Module):
 def load_joint_space(name: str, tokenizer: Any, encoder: Any) -> JointSpace:
     """The space of a CLIP model (folder, hub id, or `stickers`) whose text half is `encoder`. UserError if it
     is none, or not of this encoder."""
-    images = load_image_encoder(name)
     if embedded.is_embedded(name):  # its images were fitted to the mean of the text's states
+        images = load_image_encoder(name)
+        if images.vision.config.projection_dim != encoder.config.hidden_size:
+            raise UserError(
+                f"--clip_models: '{name}' is of another text encoder; name this one's CLIP model."
+            )
         return JointSpace(tokenizer, encoder, images, lambda states, ends: states.mean(1))
     try:
         projection = load_whole(CLIPTextModelWithProjection, name).text_projection
@@ -63,8 +67,9 @@ def load_joint_space(name: str, tokenizer: Any, encoder: Any) -> JointSpace:
             f"--clip_models: the texts of '{name}' are {projection.in_features} wide, and those of the base "
             f"model's text encoder {encoder.config.hidden_size}; name the CLIP model that it is a half of."
         )
-    projection.requires_grad_(False)
-    projection.to(encoder.device)
-    return JointSpace(
-        tokenizer, encoder, images, lambda states, ends: projection(states[range(len(states)), ends].float())
-    )
+    projection.requires_grad_(False).to(encoder.device)
+
+    def pooled(states: Tensor, ends: Tensor) -> Tensor:
+        return projection(states[range(len(states)), ends].to(projection.weight.dtype))
+
+    return JointSpace(tokenizer, encoder, load_image_encoder(name), pooled)
