@@ -163,6 +163,7 @@ def test_trains_and_draws_again_or_refuses(base, tmp_path):
         assert not (tmp_path / "run" / "run.json").exists()
         return
     run = customize.train("noiseclr", **settings)
+    assert "Directions found in" in (run / "README.md").read_text()
     pipe = customize.load_pipeline(run)
     pipe.set_progress_bar_config(disable=True)
     vectors = load_directions(run, wrap(pipe))
