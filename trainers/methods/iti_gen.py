@@ -92,7 +92,7 @@ class ITIGen(Method):
                 "(Stable Diffusion 1.x, 2.x, XL)."
             )
         parts = zip(names, backbone.tokenizers, backbone.text_encoders, strict=True)
-        self.spaces = torch.nn.ModuleList(load_joint_space(*part) for part in parts)
+        self.spaces: Any = torch.nn.ModuleList(load_joint_space(*part) for part in parts)
         # for each space and attribute, the mean vectors of its categories' images (categories, dim)
         self.references: list[list[Tensor]] = []
 

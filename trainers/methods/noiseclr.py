@@ -137,8 +137,8 @@ class NoiseCLR(Method):
 
 def numbered(image: Image.Image, number: int) -> Image.Image:
     """The image with a number in its corner."""
-    style = {"font_size": 14, "stroke_width": 2, "stroke_fill": "black"}
-    ImageDraw.Draw(image).text((4, 2), str(number), "white", **style)
+    draw = ImageDraw.Draw(image)
+    draw.text((4, 2), str(number), "white", font_size=14, stroke_width=2, stroke_fill="black")
     return image
 
 

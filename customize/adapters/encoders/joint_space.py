@@ -21,6 +21,8 @@ class JointSpace(nn.Module):
     """`pooled` maps a text encoder's last hidden states (prompts, length, width) and where each prompt ends
     (prompts,) to vectors of the image encoder's space."""
 
+    image_encoder: ImageEncoder
+
     def __init__(
         self, tokenizer: Any, encoder: Any, images: ImageEncoder, pooled: Callable[[Tensor, Tensor], Tensor]
     ):
