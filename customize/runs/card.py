@@ -37,7 +37,7 @@ from customize.pipelines import load_pipeline
 from customize.pipelines.directions import Direction, directed
 
 pipe = load_pipeline("{folder}")  # the base model
-with directed(pipe, [Direction("{folder}", 0, 3.0)]):  # the folder of these files, a number, a strength
+with directed(pipe, [Direction("{folder}", 0, 1.0)]):  # the folder of these files, a number, a strength
     pipe({prompt}).images[0].save("image.png")
 ```"""
 

@@ -101,7 +101,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--directions", type=int, default=20)
-    parser.add_argument("--strength", type=float, default=3.0)
+    parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--output", type=Path, default=Path("runs/directions"))
     options = parser.parse_args()
     quiet_libraries()

@@ -30,7 +30,7 @@ from customize.pipelines.directions import steered
 from customize.trainers.methods.base import Method, MethodConfig
 from customize.trainers.validation import sheet
 
-STRENGTH = 3.0  # of the directions in the contact sheet
+STRENGTH = 1.0  # of the directions in the contact sheet
 SIDE = 128  # pixels of an image in it
 COLUMNS = 10
 
