@@ -22,6 +22,8 @@ class JointSpace(nn.Module):
     (prompts,) to vectors of the image encoder's space."""
 
     image_encoder: ImageEncoder
+    pooled: Callable[[Tensor, Tensor], Tensor]
+    encoder: Any
 
     def __init__(
         self, tokenizer: Any, encoder: Any, images: ImageEncoder, pooled: Callable[[Tensor, Tensor], Tensor]
