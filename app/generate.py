@@ -96,6 +96,11 @@ class GenerateConfig:
         "rest of the prompt counts (CoRe); 10 is usual, 0 is off",
         least=0,
     )
+    direction: list[str] = option(
+        [],
+        "directions that noiseclr has found, to draw along beside the prompt, each as RUN:NUMBER=STRENGTH, "
+        "such as runs/directions:3=1.5; a negative strength goes the other way",
+    )
     output: str | None = option(
         None, "folder of the images; none means RUN/generated, or ./generated if RUN is no folder"
     )
@@ -197,6 +202,8 @@ def check_request(run: str, prompts: list[str], config: GenerateConfig) -> None:
                 f"'{prompt}' is a folder, not a prompt: give one RUN, and describe the image in words."
             )
     lora_weights(config.lora)
+    if config.direction:
+        directions_of(config)
     if config.strength != GenerateConfig.strength and not config.init_image:
         raise UserError("--strength needs --init_image, the image to start from.")
     if (config.attention_guidance == "none") != (not config.attention_groups):
@@ -426,7 +433,24 @@ def draw(
         **{name: value for name, value in optional.items() if value not in (None, "")},
         **given,
     }
-    return pipe(**as_called(pipe, arguments)).images
+    with along(pipe, config):
+        return pipe(**as_called(pipe, arguments)).images
+
+
+def directions_of(config: GenerateConfig) -> list[Any]:
+    """The directions of --direction; UserError for one that cannot be read."""
+    from customize.pipelines.directions import parse_direction
+
+    return [parse_direction(text) for text in config.direction]
+
+
+def along(pipe: Any, config: GenerateConfig) -> AbstractContextManager[None]:
+    """Context in which images follow the directions of --direction, if there are any."""
+    if not config.direction:
+        return nullcontext()
+    from customize.pipelines.directions import directed
+
+    return directed(pipe, directions_of(config))
 
 
 def class_words(run: str) -> dict[str, str]:
@@ -495,7 +519,7 @@ def save(image: Any, folder: Path, run: str, prompt: str, seed: int, config: Gen
     for name in (*settings, "single_file_config", "attention_strength", "context_steps"):
         if getattr(config, name) != getattr(GenerateConfig, name):
             parameters[name] = getattr(config, name)
-    for name in ("attention_groups", "lora"):
+    for name in ("attention_groups", "lora", "direction"):
         if getattr(config, name):
             parameters[name] = getattr(config, name)
     if config.subject_images:

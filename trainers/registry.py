@@ -54,6 +54,14 @@ METHODS: dict[str, Entry] = {
         "customize.trainers.methods.ziplora:ZipLoRA",
         "trained LoRAs joined in one by a coefficient for each column (Shah et al., 2023)",
     ),
+    "noiseclr": Entry(
+        "customize.trainers.methods.noiseclr:NoiseCLR",
+        "directions such as older or in fog, found in images without captions (Dalva and Yanardag, 2024)",
+    ),
+    "iti_gen": Entry(
+        "customize.trainers.methods.iti_gen:ITIGen",
+        "words for the categories of attributes, for images balanced over them (Zhang et al., 2023)",
+    ),
     "domain_tuning": Entry(
         "customize.trainers.methods.domain_tuning:DomainTuning",
         "a dozen steps from the word and LoRA that a domain encoder predicts (Arar et al., 2023)",

@@ -242,6 +242,11 @@ def check_settings(
             "--caption_dropout: this method learns a word, which a dropped caption does not say; leave it "
             "out."
         )
+    given = (name for name in ("holdout", "caption_dropout") if getattr(data_config, name))
+    if not method.denoises and (name := next(given, "")):
+        raise UserError(f"--{name}: this method has no diffusion loss; leave it out.")
+    if not method.denoises and train_config.validation_metric == "score":
+        raise UserError("--validation_metric score rates runs of one subject; leave it out here.")
     if model_config.push_to_hub and not model_config.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id USER/NAME.")
     if train_config.memory_limit:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from customize.adapters.base import Adapter
 from customize.adapters.components import Components
+from customize.adapters.directions import Directions
 from customize.adapters.domain import DomainEncoder
 from customize.adapters.dual_path import DualPath
 from customize.adapters.kohya import KohyaLora
@@ -21,6 +22,7 @@ ADAPTERS: dict[str, type[Adapter]] = {  # in the order in which they are loaded
     "outputs": OutputWords,
     "dual_path": DualPath,
     "domain": DomainEncoder,
+    "directions": Directions,
     "subject": SubjectAdapter,
 }
 

@@ -6,6 +6,7 @@ and a queue may add columns. `same` (rows, columns) is True where both are of on
 no negatives.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -126,6 +127,29 @@ def nearest_word_contrast(
     target = torch.zeros_like(logits)
     target[..., 0] = 1
     return info_nce(logits, target)
+
+
+def direction_contrast(effects: Tensor, temperature: float = 0.5) -> Tensor:
+    """NoiseCLR's contrast (Dalva and Yanardag, 2024, arXiv 2312.05390): a direction changes all images alike,
+    and each image otherwise than the other directions do.
+
+    `effects` (directions, images, dim), two or more of both: what direction k changes of the denoiser's
+    output for image a, e_ka = eps(x_a, d_k) - eps(x_a, nothing). Mean over directions k of
+
+        -log( mean_{a != b} exp(cos(e_ka, e_kb) / tau) / mean_{a, j != k} exp(cos(e_ka, e_ja) / tau) )
+    """
+    directions, images, _ = effects.shape
+    by_image = effects.transpose(0, 1)
+    alike = _without_diagonal(cosines(effects, effects) / temperature)  # (directions, images, images)
+    unlike = _without_diagonal(cosines(by_image, by_image) / temperature)  # (images, directions, directions)
+    positives = alike.logsumexp((1, 2)) - math.log(images * (images - 1))
+    negatives = unlike.logsumexp((0, 2)) - math.log(images * (directions - 1))
+    return (negatives - positives).mean()
+
+
+def _without_diagonal(logits: Tensor) -> Tensor:
+    itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    return logits.masked_fill(itself, -torch.inf)
 
 
 def _one_way(

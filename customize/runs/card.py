@@ -32,6 +32,16 @@ pipe("{prompt}", subject_images=["1.png", "2.png"]).images[0].save("image.png")
 ```"""
 
 
+USE_DIRECTIONS = """```python
+from customize.pipelines import load_pipeline
+from customize.pipelines.directions import Direction, directed
+
+pipe = load_pipeline("{folder}")  # the base model
+with directed(pipe, [Direction("{folder}", 0, 1.0)]):  # the folder of these files, a number, a strength
+    pipe({prompt}).images[0].save("image.png")
+```"""
+
+
 STOCK_WORDS = ("clip_l", "t5")  # text encoders of models whose stock pipelines load learned words
 
 
@@ -78,6 +88,9 @@ def card(folder: Path, info: dict[str, Any], concepts: Sequence[Concept]) -> str
     use = USE.format(folder=name, prompt=json.dumps(prompts[0]))
     if "in_context" in info:
         use = USE_ENCODER.format(folder=name, prompt="a photo of a dog on the beach")
+    if holds(folder, "directions"):
+        about = f"Directions found in `{base}` by **{info['method']}** in {info['step']} steps."
+        use = USE_DIRECTIONS.format(folder=name, prompt=json.dumps(prompts[0]))
     if holds(folder, "subject"):
         about = (
             f"An encoder of subjects for `{base}`, trained by **{info['method']}** in {info['step']} steps."

@@ -3,6 +3,7 @@
 run.json                              format, base model, method, configuration, library versions, files
 pytorch_lora_weights.safetensors      LoRA in diffusers' layout, alpha folded in
 learned_embeds[-WORD].safetensors     learned words
+directions.safetensors                directions of noiseclr
 subject.safetensors                   a subject encoder; ip_adapter.safetensors in IP-Adapter's layout
 unet/, transformer/, text_encoder/    only where a whole component was trained
 README.md                             the model card

@@ -55,6 +55,7 @@ class Method(nn.Module):
     Config: type[MethodConfig] = MethodConfig
     Source: type[Source] = SubjectImages  # reads the training data
     needs_captions: ClassVar[bool] = False  # of every showing, so that --caption_dropout is refused
+    denoises: ClassVar[bool] = True  # has the diffusion loss; else settings of that loss are refused
     shows_references = False  # whether the model is shown images of the subject beside the prompt
     defaults: ClassVar[dict[str, Any]] = {}  # settings that suit the method, where the user sets nothing
     embedded_defaults: ClassVar[dict[str, Any]] = {}  # and on the embedded base model
@@ -73,6 +74,9 @@ class Method(nn.Module):
     @classmethod
     def check_settings(cls, model_config: Any, train_config: Any, method_config: Any) -> None:
         """UserError for settings that this method cannot be run with; called before a model is loaded."""
+        given = (name for name in ("snr_gamma", "contrastive_flow_weight") if getattr(method_config, name))
+        if not cls.denoises and (name := next(given, "")):
+            raise UserError(f"--{name}: this method has no diffusion loss; leave it out.")
 
     @classmethod
     def check_base(cls, backbone: Backbone) -> None:
