@@ -374,9 +374,9 @@ def check_subjects(run: str, config: GenerateConfig) -> None:
     for flag in ("subject_adapter", "image_encoder", "side_by_side", "subject_scale"):
         if getattr(config, flag) != getattr(GenerateConfig, flag):
             raise UserError(f"--{flag} needs --subject_images, images of what the prompt calls <s>.")
-    from customize.adapters import holds
+    from customize.adapters import holds_encoder
 
-    if holds(run, "subject"):
+    if holds_encoder(run):
         raise UserError(
             f"'{run}' is a subject encoder: name images of what the prompt calls <s> with --subject_images."
         )

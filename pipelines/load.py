@@ -8,7 +8,7 @@ from diffusers import ControlNetModel, DiffusionPipeline
 from diffusers.models.controlnets import MultiControlNetModel
 
 from customize import embedded
-from customize.adapters import holds
+from customize.adapters import holds_encoder
 from customize.adapters.encoders.image_encoder import ReferenceFit
 from customize.backbones.families import family_of
 from customize.backbones.load import load_base
@@ -139,7 +139,7 @@ def load_subject_pipeline(
         return with_references(stock, info.get("in_context", untrained)["reference_resolution"])
     pipe = _for_task(stock, task, controlnet)
     base = info["base_model"]
-    if not adapter and holds(run, "subject"):
+    if not adapter and holds_encoder(run):
         adapter = run
     elif not adapter and embedded.is_embedded(base):
         adapter = embedded.NAME

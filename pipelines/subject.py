@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize import embedded
-from customize.adapters.attention import is_installed, text_layers, use_xformers
+from customize.adapters.attention import use_xformers
 from customize.adapters.embedding_hooks import replaced_words
 from customize.adapters.encoders.image_encoder import (
     ImageEncoder,
@@ -39,7 +39,7 @@ from customize.adapters.encoders.image_encoder import (
     image_encoder_of,
     load_image_encoder,
 )
-from customize.adapters.subject_files import adapter_file, load_adapter
+from customize.adapters.subject_files import adapter_file, load_adapter, load_own_reader, reads_by_itself
 from customize.backbones.text import clip_skip_works, text_parts
 from customize.errors import UserError
 from customize.pipelines.conditioning import SubjectCall, stack_references, with_words
@@ -149,16 +149,18 @@ class SubjectMixin(Stock):
         file = adapter_file(str(name))
         if (file.parent / INFO).exists():
             open_run(file.parent)  # says so if its files are not as they were written
-        image_encoder = (
-            image_encoder
-            if isinstance(image_encoder, ImageEncoder)
-            else self._find_image_encoder(file, image_encoder)
-        )
-        self.adapter = load_adapter(file, self, image_encoder).to(self.unet.dtype)
+        if reads_by_itself(file):
+            if image_encoder:
+                raise UserError(f"image_encoder: '{file}' reads images without one; leave it out.")
+            self.adapter = load_own_reader(file, self).to(self.unet.dtype)
+        else:
+            if not isinstance(image_encoder, ImageEncoder):
+                image_encoder = self._find_image_encoder(file, image_encoder)
+            self.adapter = load_adapter(file, self, image_encoder).to(self.unet.dtype)
+            vision = image_encoder.vision.to(self.unet.device, self.unet.dtype)
+            self.register_modules(image_encoder=vision, feature_extractor=image_encoder.processor)
         of_run = read_info(file.parent)["config"] if (file.parent / INFO).exists() else {}
         self.reference_fit = reference_fit or of_run.get("reference_fit", "stretch")
-        image_encoder.vision.to(self.unet.device, self.unet.dtype)
-        self.register_modules(image_encoder=image_encoder.vision, feature_extractor=image_encoder.processor)
 
     def _find_image_encoder(self, file: Path, name: str) -> ImageEncoder:
         if not name and (file.parent / INFO).exists():
@@ -222,10 +224,8 @@ class SubjectMixin(Stock):
         images = [opened(image) for image in listed]
         if not 1 <= len(images) <= MAX_REFERENCES:
             raise UserError(f"a subject takes 1 to {MAX_REFERENCES} reference images, not {len(images)}.")
-        image_encoder: Any = image_encoder_of(self, self.reference_fit)
         self._place_adapter()
-        pixels = image_encoder.pixels(images).to(self._execution_device, self.unet.dtype)
-        return self.adapter.encoder.read(image_encoder(pixels))
+        return self.adapter.features(self, images)
 
     def _place_adapter(self) -> None:
         """Moves the adapter to the denoiser's device and precision; while it is trained, only to the
@@ -284,11 +284,11 @@ class SubjectMixin(Stock):
         self._check_prompts(prompts, subjects, kwargs)
         if not self.adapter.has_words:
             kwargs |= {name: without_subjects(kwargs[name]) for name in TEXTS if kwargs.get(name)}
-        if not is_installed(
-            self.unet, self.adapter.branches
+        if not self.adapter.is_installed(
+            self.unet
         ):  # but those of another pipeline with the same denoiser
             self.adapter.install(self.unet)
-        strengths, scales = scales_of(subject_scale, list(text_layers(self.unet).values()))
+        strengths, scales = scales_of(subject_scale, self.adapter.layer_names)
         features, references = stack_references(subjects)
         call = SubjectCall(
             self.adapter,

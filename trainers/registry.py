@@ -75,6 +75,10 @@ METHODS: dict[str, Entry] = {
         "customize.trainers.methods.ip_adapter:IPAdapter",
         "an encoder of images: visual tokens alone (Ye et al., 2023)",
     ),
+    "reference_unet": Entry(
+        "customize.trainers.methods.reference_unet:ReferenceUNetMethod",
+        "the UNet reads the images itself, and its attention is joined with them (Face Fusion, 2024)",
+    ),
 }
 
 

@@ -2,17 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from customize import embedded
+from customize.adapters import reference_unet
 from customize.adapters.attention import TextGate
 from customize.adapters.encoders.image_encoder import ImageEncoder
 from customize.adapters.encoders.ip_adapter import from_released
 from customize.adapters.encoders.multimodal import MultimodalConfig, MultimodalEncoder
+from customize.adapters.reference_unet import ReferenceUNet
 from customize.adapters.subject import FILE, RELEASED, SubjectAdapter, from_header, layer_widths
 from customize.backbones.text import text_parts
 from customize.errors import UserError, first_line
@@ -47,6 +49,17 @@ def load_adapter(path: Path, pipe: DiffusionPipeline, image_encoder: ImageEncode
     # copied, as tensors in a file's memory are not aligned, which changes sums in their last bit
     adapter.load_state_dict({name: value.float().clone() for name, value in state.items()}, assign=True)
     return adapter.install(pipe.unet).eval().requires_grad_(False)
+
+
+def reads_by_itself(path: Path) -> bool:
+    """Whether the file is an encoder that reads images without a CLIP vision model."""
+    return path.suffix == ".safetensors" and "reference_unet" in header(path)
+
+
+def load_own_reader(path: Path, pipe: Any) -> ReferenceUNet:
+    """The encoder of a file that `reads_by_itself`, installed in a pipeline's denoiser; UserError if it was
+    made for another base model or is damaged."""
+    return ReferenceUNet.read(path, pipe)
 
 
 def _config(path: Path, about: dict) -> MultimodalConfig:
@@ -155,10 +168,10 @@ def adapter_file(name: str) -> Path:
     """The encoder's file: `name` itself, the one in that run folder, or that of the embedded `stickers`;
     UserError if there is none."""
     path = embedded.SUBJECT_ENCODER if embedded.is_embedded(name) else Path(name)
-    for found in (path, *(path / name for name in (FILE, RELEASED))):
+    for found in (path, *(path / name for name in (FILE, RELEASED, reference_unet.FILE))):
         if found.is_file():
             return found
     raise UserError(
-        f"there is no subject encoder at '{name}': give a run folder of custom_contrast or ip_adapter, "
-        "or a file."
+        f"there is no subject encoder at '{name}': give a run folder of custom_contrast, ip_adapter or "
+        "reference_unet, or a file."
     )
