@@ -186,8 +186,9 @@ def moved(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     a, b = np.cos(angle) / scale, np.sin(angle) / scale
     half = side / 2
     matrix = (a, b, half - a * (half + x) - b * (half + y), -b, a, half + b * (half + x) - a * (half + y))
+    nothing = (255, 255, 255, 0)[: len(square.getbands())]  # PIL reads NOTHING as opaque here
     return square.transform(
-        (side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=NOTHING
+        (side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=nothing
     )
 
 
