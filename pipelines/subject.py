@@ -39,7 +39,8 @@ from customize.adapters.encoders.image_encoder import (
     image_encoder_of,
     load_image_encoder,
 )
-from customize.adapters.subject_files import adapter_file, load_adapter, load_own_reader, reads_by_itself
+from customize.adapters.seecoder import GUIDANCE, text_of
+from customize.adapters.subject_files import OWN_READERS, adapter_file, kind_of, load_adapter
 from customize.backbones.text import clip_skip_works, text_parts
 from customize.errors import UserError
 from customize.pipelines.conditioning import SubjectCall, stack_references, with_words
@@ -52,7 +53,9 @@ from customize.pipelines.inputs import (
     each_prompt,
     opened,
     scales_of,
+    refuse_subject_options,
     side_by_side,
+    single_images,
     texts_of,
     without_subjects,
 )
@@ -149,10 +152,10 @@ class SubjectMixin(Stock):
         file = adapter_file(str(name))
         if (file.parent / INFO).exists():
             open_run(file.parent)  # says so if its files are not as they were written
-        if reads_by_itself(file):
+        if (kind := kind_of(file)) in OWN_READERS:
             if image_encoder:
                 raise UserError(f"image_encoder: '{file}' reads images without one; leave it out.")
-            self.adapter = load_own_reader(file, self).to(self.unet.dtype)
+            self.adapter = OWN_READERS[kind].read(file, self).to(self.unet.dtype)
         else:
             if not isinstance(image_encoder, ImageEncoder):
                 image_encoder = self._find_image_encoder(file, image_encoder)
@@ -244,7 +247,8 @@ class SubjectMixin(Stock):
         attention_maps: Sequence[str] = (),
         **kwargs: Any,
     ):
-        """The stock pipeline's call, and of subjects:
+        """The stock pipeline's call, and of subjects (with an encoder that takes the place of the prompt, such
+        as SeeCoder, one image, or a list of lists of one for several images, and no prompt):
 
         `subject_images`: one image or a list of up to four (PIL or path) of the subject that the prompt
         calls `<s>`; a dictionary of these by word (`<s>`, `<s2>`, `<s3>`, `<s4>`) for several subjects;
@@ -257,6 +261,9 @@ class SubjectMixin(Stock):
         `attention_maps`: for each word, a gray image for each image. UserError for references that do not fit
         the prompt, and for words that it does not say.
         """
+        if subject_images is not None and self.adapter is not None and self.adapter.replaces_prompt:
+            refuse_subject_options(subject_scale, subject_masks, attention_maps)
+            return self._from_images(subject_images, by_name(super().__call__, args, kwargs))
         if attention_maps:
             return self._with_maps(
                 attention_maps,
@@ -302,6 +309,18 @@ class SubjectMixin(Stock):
         call.make_regions = self._region_maker(subject_masks, call.present, kwargs)
         with self._drawing(call):
             return super().__call__(**kwargs)
+
+    def _from_images(self, images: Any, kwargs: dict) -> Any:
+        """The stock call with the contexts of images instead of texts; without an image, zeros."""
+        self._refuse_ip_arguments(kwargs)
+        if texts := [name for name in TEXTS if any(texts_of(kwargs.get(name)) or ())]:
+            raise UserError(f"{texts[0]}: the image takes the place of the prompt; leave it out.")
+        context = self._as_adapter(torch.cat([self.encode_references(one) for one in single_images(images)]))
+        named = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
+        given = {named[name]: value for name, value in text_of(context, self.unet).items()}
+        given |= {f"negative_{name}": torch.zeros_like(value) for name, value in given.items()}
+        kwargs = {name: value for name, value in kwargs.items() if name not in TEXTS}
+        return super().__call__(**({"guidance_scale": GUIDANCE} | kwargs | given))
 
     def _refuse_ip_arguments(self, kwargs: dict) -> None:
         for name in ("ip_adapter_image", "ip_adapter_image_embeds"):

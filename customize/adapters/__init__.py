@@ -11,6 +11,7 @@ from customize.adapters.kohya import KohyaLora
 from customize.adapters.lora import Lora
 from customize.adapters.output_words import OutputWords
 from customize.adapters.reference_unet import ReferenceUNet
+from customize.adapters.seecoder import SeeCoderAdapter
 from customize.adapters.subject import SubjectAdapter
 from customize.adapters.words import LearnedWords
 
@@ -24,6 +25,7 @@ ADAPTERS: dict[str, type[Adapter]] = {  # in the order in which they are loaded
     "domain": DomainEncoder,
     "subject": SubjectAdapter,
     "reference_unet": ReferenceUNet,
+    "seecoder": SeeCoderAdapter,
 }
 
 

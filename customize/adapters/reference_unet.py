@@ -154,6 +154,7 @@ class ReferenceUNet(nn.Module, Adapter):
 
     files = (FILE,)
     reads_images = True
+    replaces_prompt = False
     has_words = False
 
     def __init__(self, pipe: Any, resolution: int, join: Join = "self", noise: ReferenceNoise = "none"):

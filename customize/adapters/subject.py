@@ -53,6 +53,7 @@ class SubjectAdapter(nn.Module, Adapter):
 
     files = (FILE, RELEASED)
     reads_images = True
+    replaces_prompt = False
 
     @property
     def changes_text(self) -> bool:

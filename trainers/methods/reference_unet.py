@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize.adapters.reference_unet import Join, ReferenceNoise, ReferenceUNet
-from customize.adapters.subject_files import adapter_file, reads_by_itself
+from customize.adapters.subject_files import adapter_file, kind_of
 from customize.backbones.base import Condition
 from customize.config import option
 from customize.errors import UserError
@@ -46,7 +46,7 @@ class ReferenceUNetMethod(EncoderMethod):
     def start_from(self, name: str) -> ReferenceUNet:
         """The adapter of an earlier run; UserError if it joins other layers or reads references otherwise."""
         path, made = adapter_file(name), self.make_adapter()
-        if not reads_by_itself(path):
+        if kind_of(path) != "reference_unet":
             raise UserError(f"--pretrained_adapter: '{path}' is no run of reference_unet; name one.")
         found = ReferenceUNet.read(path, self.backbone.pipe)
         for flag, name in (("--join", "join"), ("--reference_noise", "noise"), ("--resolution", "resolution")):
