@@ -210,7 +210,7 @@ def check_request(run: str, prompts: list[str], config: GenerateConfig) -> None:
     if not prompts:
         raise UserError(f'write "PROMPT" after RUN: customize generate {run} "{example_prompt(run)}".')
     for prompt in prompts:
-        if Path(prompt[:200]).is_dir():
+        if prompt and Path(prompt[:200]).is_dir():
             raise UserError(
                 f"'{prompt}' is a folder, not a prompt: give one RUN, and describe the image in words."
             )

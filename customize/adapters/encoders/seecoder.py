@@ -39,7 +39,8 @@ class SeeCoderConfig:
 
 
 def norm(dim: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, dim), dim)
+    """In 32 groups, as released, or in fewer, so that each has two channels at least."""
+    return nn.GroupNorm(math.gcd(32, dim // 2), dim)
 
 
 class DecoderLayer(nn.Module):
