@@ -64,14 +64,18 @@ def each_prompt(images: Any, count: int) -> list[Any]:
 def single_images(images: Any) -> list[Any]:
     """The one image of each row, for an encoder that takes the place of the prompt: of one image, of a
     dictionary that gives one to `<s>`, or of a list of lists of one. UserError for several images in a row."""
-    nested = isinstance(images, list | tuple) and bool(images) and all(
-        isinstance(row, list | tuple | Mapping) for row in images
+    nested = (
+        isinstance(images, list | tuple)
+        and bool(images)
+        and all(isinstance(row, list | tuple | Mapping) for row in images)
     )
     found = []
     for row in images if nested else [images]:
         if isinstance(row, Mapping):
             if [*row] != [WORDS[0]]:
-                raise UserError(f"subject_images: one image takes the place of the prompt; give {WORDS[0]} alone.")
+                raise UserError(
+                    f"subject_images: one image takes the place of the prompt; give {WORDS[0]} alone."
+                )
             row = row[WORDS[0]]
         row = list(row) if isinstance(row, list | tuple) else [row]
         if len(row) != 1:

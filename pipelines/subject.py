@@ -52,8 +52,8 @@ from customize.pipelines.inputs import (
     check_length,
     each_prompt,
     opened,
-    scales_of,
     refuse_subject_options,
+    scales_of,
     side_by_side,
     single_images,
     texts_of,
@@ -291,9 +291,7 @@ class SubjectMixin(Stock):
         self._check_prompts(prompts, subjects, kwargs)
         if not self.adapter.has_words:
             kwargs |= {name: without_subjects(kwargs[name]) for name in TEXTS if kwargs.get(name)}
-        if not self.adapter.is_installed(
-            self.unet
-        ):  # but those of another pipeline with the same denoiser
+        if not self.adapter.is_installed(self.unet):  # but those of another pipeline with the same denoiser
             self.adapter.install(self.unet)
         strengths, scales = scales_of(subject_scale, self.adapter.layer_names)
         features, references = stack_references(subjects)

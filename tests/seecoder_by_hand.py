@@ -124,7 +124,11 @@ class ByHand:
             return (place >= side - WINDOW) + (place >= side - shift) if shift else 0
 
         qkv = self.linear(f"{name}.attn.qkv", rolled)
-        table, out, size = self.state[f"{name}.attn.relative_position_bias_table"], torch.zeros_like(rolled), dim // heads
+        table, out, size = (
+            self.state[f"{name}.attn.relative_position_bias_table"],
+            torch.zeros_like(rolled),
+            dim // heads,
+        )
         for r in range(tall):
             for c in range(wide):
                 top, left = r // WINDOW * WINDOW, c // WINDOW * WINDOW
@@ -139,7 +143,9 @@ class ByHand:
                         scores.append(q @ k / size**0.5 + table[row, h] - 100.0 * apart)
                     shares = torch.stack(scores).softmax(0)
                     values = [qkv[y, z, 2 * dim + h * size : 2 * dim + (h + 1) * size] for y, z in near]
-                    out[r, c, h * size : (h + 1) * size] = sum(s * v for s, v in zip(shares, values, strict=True))
+                    out[r, c, h * size : (h + 1) * size] = sum(
+                        s * v for s, v in zip(shares, values, strict=True)
+                    )
         out = self.linear(f"{name}.attn.proj", out).roll((shift, shift), (0, 1))[:height, :width]
         x = x + out
         inner = F.gelu(self.linear(f"{name}.mlp.fc1", self.norm(f"{name}.norm2", x)))
@@ -150,8 +156,12 @@ class ByHand:
         weight, bias = (self.state[f"imencoder.patch_embed.proj.{name}"] for name in ("weight", "bias"))
         x = torch.stack(
             [
-                torch.stack([(weight * image[:, r : r + 4, c : c + 4]).sum((1, 2, 3)) + bias
-                             for c in range(0, image.shape[2], 4)])
+                torch.stack(
+                    [
+                        (weight * image[:, r : r + 4, c : c + 4]).sum((1, 2, 3)) + bias
+                        for c in range(0, image.shape[2], 4)
+                    ]
+                )
                 for r in range(0, image.shape[1], 4)
             ]
         )
@@ -209,7 +219,9 @@ class ByHand:
                 waves = {"rs": [], "rc": [], "cs": [], "cc": []}
                 for k in range(20):
                     frequency = (least / 2) ** (k / 19)
-                    y, z = ((p + 0.5 - side / 2) / least * 2 * math.pi for p, side in ((r, height), (c, width)))
+                    y, z = (
+                        (p + 0.5 - side / 2) / least * 2 * math.pi for p, side in ((r, height), (c, width))
+                    )
                     waves["rs"].append(math.sin(y * frequency))
                     waves["rc"].append(math.cos(y * frequency))
                     waves["cs"].append(math.sin(z * frequency))

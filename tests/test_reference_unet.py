@@ -25,7 +25,6 @@ from customize.trainers.launch import run
 from customize.trainers.methods.reference_unet import ReferenceUNetMethod
 from tiny import BASES, random, tiny, woken
 
-
 UNETS = ("sd15", "sdxl")
 CASES = {
     "self": {},
@@ -144,8 +143,9 @@ def test_the_encoder_reads_what_enters_the_stock_layers(base, case):
         step += 400
         drawn = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0))
         latents = stock.scheduler.add_noise(latents, drawn.expand_as(latents), step)
-    text = stock.encode_prompt(prompt=["", ""], device="cpu", num_images_per_prompt=1,
-                               do_classifier_free_guidance=False)
+    text = stock.encode_prompt(
+        prompt=["", ""], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
     added = {}
     if base == "sdxl":
         ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]]).expand(2, -1)
@@ -214,8 +214,13 @@ def test_prompts_without_a_subject_and_several_images_of_each():
     pipe = build("sd15").eval().pipe
     options = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
     seeds = [torch.Generator().manual_seed(i) for i in range(4)]
-    drawn = pipe(["a <s> dog", "a cat"], subject_images=[[noise(0)], None], generator=seeds,
-                 num_images_per_prompt=2, **options).images
+    drawn = pipe(
+        ["a <s> dog", "a cat"],
+        subject_images=[[noise(0)], None],
+        generator=seeds,
+        num_images_per_prompt=2,
+        **options,
+    ).images
     seeds = [torch.Generator().manual_seed(i) for i in range(2, 4)]
     alone = tiny("sd15")("a cat", num_images_per_prompt=2, generator=seeds, **options).images
     assert np.abs(drawn[2:] - alone).max() < 1e-5
@@ -320,7 +325,8 @@ def test_another_base_model_and_an_image_encoder_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "header", ["{", "[]", '{"join": "self"}', '{"join": "x", "noise": "none", "resolution": 32, "layers": []}']
+    "header",
+    ["{", "[]", '{"join": "self"}', '{"join": "x", "noise": "none", "resolution": 32, "layers": []}'],
 )
 def test_a_damaged_header_is_refused(header, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / FILE, {"reference_unet": header})

@@ -135,7 +135,9 @@ def inputs_kept(unet: UNet2DConditionModel, names: Sequence[str]) -> Iterator[di
     """Context in which a run of the UNet leaves the input of each named layer."""
     kept: dict[str, Tensor] = {}
     handles = [
-        unet.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: kept.update({name: args[0]}))
+        unet.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: kept.update({name: args[0]})
+        )
         for name in names
     ]
     try:

@@ -99,7 +99,15 @@ class SeeCoderAdapter(nn.Module, Adapter):
             if reason := misfit(state, encoder.state_dict()):
                 raise ValueError(reason)
             side = about.get("resolution", RESOLUTION)
-        except (AttributeError, AssertionError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+        except (
+            AttributeError,
+            AssertionError,
+            KeyError,
+            ValueError,
+            TypeError,
+            IndexError,
+            RuntimeError,
+        ) as error:
             raise UserError(
                 f"'{path}' is damaged or no SeeCoder ({first_line(error)}); download it again."
             ) from error

@@ -49,7 +49,11 @@ class ReferenceUNetMethod(EncoderMethod):
         if kind_of(path) != "reference_unet":
             raise UserError(f"--pretrained_adapter: '{path}' is no run of reference_unet; name one.")
         found = ReferenceUNet.read(path, self.backbone.pipe)
-        for flag, name in (("--join", "join"), ("--reference_noise", "noise"), ("--resolution", "resolution")):
+        for flag, name in (
+            ("--join", "join"),
+            ("--reference_noise", "noise"),
+            ("--resolution", "resolution"),
+        ):
             if getattr(found, name) != getattr(made, name):
                 raise UserError(
                     f"--pretrained_adapter: '{path}' was trained with {flag} {getattr(found, name)}; give the "

@@ -124,7 +124,9 @@ class SeeCoderMethod(Method):
     def start_from(self, name: str) -> SeeCoderAdapter:
         path = adapter_file(name)
         if kind_of(path) != "seecoder":
-            raise UserError(f"--pretrained_adapter: '{path}' is no SeeCoder; name a run of seecoder or a file.")
+            raise UserError(
+                f"--pretrained_adapter: '{path}' is no SeeCoder; name a run of seecoder or a file."
+            )
         found = SeeCoderAdapter.read(path, self.backbone.pipe)
         found.resolution = self.side
         return found.train().requires_grad_(True)

@@ -96,7 +96,9 @@ class Decoder(nn.Module):
         for layer in self.transformer.layers:
             joined = layer(joined)
         parts = joined.split([x.shape[1] for x in tokens], 1)
-        refined = {tag: x.transpose(1, 2).reshape(p.shape) for tag, x, p in zip(order, parts, projected, strict=True)}
+        refined = {
+            tag: x.transpose(1, 2).reshape(p.shape) for tag, x, p in zip(order, parts, projected, strict=True)
+        }
         return [refined[tag] + self.lateral_layers[tag](features[tag]) for tag in SCALES]
 
 
@@ -116,7 +118,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int, width: int = 2048):
         super().__init__()
-        self.linear1, self.linear2, self.norm = nn.Linear(dim, width), nn.Linear(width, dim), nn.LayerNorm(dim)
+        self.linear1, self.linear2, self.norm = (
+            nn.Linear(dim, width),
+            nn.Linear(width, dim),
+            nn.LayerNorm(dim),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x + self.linear2(F.relu(self.linear1(x))))
@@ -128,7 +134,13 @@ class Positions(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        layers = [nn.Linear(4 * FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim)]
+        layers = [
+            nn.Linear(4 * FREQUENCIES, dim),
+            nn.SiLU(),
+            nn.Linear(dim, dim),
+            nn.SiLU(),
+            nn.Linear(dim, dim),
+        ]
         nn.init.zeros_(layers[-1].weight)
         nn.init.zeros_(layers[-1].bias)
         self.mlp = nn.Sequential(*layers)
@@ -157,7 +169,9 @@ class QueryTransformer(nn.Module):
         self.globals = config.global_queries
         self.pe_layer = Positions(dim) if config.position_aware else None
         self.transformer_selfatt_layers = nn.ModuleList(Attention(dim, heads, "self_attn") for _ in layers)
-        self.transformer_crossatt_layers = nn.ModuleList(Attention(dim, heads, "multihead_attn") for _ in layers)
+        self.transformer_crossatt_layers = nn.ModuleList(
+            Attention(dim, heads, "multihead_attn") for _ in layers
+        )
         self.transformer_feedforward_layers = nn.ModuleList(FeedForward(dim) for _ in layers)
         self.init_query, self.query_pos_embedding = nn.Embedding(queries, dim), nn.Embedding(queries, dim)
         self.level_embed = nn.Embedding(len(SCALES), dim)
