@@ -150,8 +150,8 @@ def prompts_or_none(run: str, prompts: list[str], config: GenerateConfig) -> lis
     if replaces_prompt(config.subject_adapter or run):
         if any(prompt.strip() for prompt in prompts):
             raise UserError(
-                f"'{config.subject_adapter or run}' draws from an image in the place of the prompt: leave the "
-                "prompt out."
+                f"'{config.subject_adapter or run}' draws from an image in the place of the prompt: leave "
+                "the prompt out."
             )
         return [""]
     if not all(prompt.strip() for prompt in prompts):

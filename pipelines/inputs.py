@@ -63,7 +63,8 @@ def each_prompt(images: Any, count: int) -> list[Any]:
 
 def single_images(images: Any) -> list[Any]:
     """The one image of each row, for an encoder that takes the place of the prompt: of one image, of a
-    dictionary that gives one to `<s>`, or of a list of lists of one. UserError for several images in a row."""
+    dictionary that gives one to `<s>`, or of a list of lists of one. UserError for several images in a
+    row."""
     nested = (
         isinstance(images, list | tuple)
         and bool(images)
@@ -80,8 +81,8 @@ def single_images(images: Any) -> list[Any]:
         row = list(row) if isinstance(row, list | tuple) else [row]
         if len(row) != 1:
             raise UserError(
-                f"subject_images: one image takes the place of the prompt, not {len(row)}; give one, or a list "
-                "of lists of one."
+                f"subject_images: one image takes the place of the prompt, not {len(row)}; give one, or a "
+                "list of lists of one."
             )
         found += row
     return found

@@ -247,8 +247,8 @@ class SubjectMixin(Stock):
         attention_maps: Sequence[str] = (),
         **kwargs: Any,
     ):
-        """The stock pipeline's call, and of subjects (with an encoder that takes the place of the prompt, such
-        as SeeCoder, one image, or a list of lists of one for several images, and no prompt):
+        """The stock pipeline's call, and of subjects (with an encoder that takes the place of the prompt,
+        such as SeeCoder, one image, or a list of lists of one for several images, and no prompt):
 
         `subject_images`: one image or a list of up to four (PIL or path) of the subject that the prompt
         calls `<s>`; a dictionary of these by word (`<s>`, `<s2>`, `<s3>`, `<s4>`) for several subjects;

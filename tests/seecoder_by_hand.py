@@ -1,5 +1,5 @@
-"""SeeCoder in its released layout (Prompt-Free Diffusion, arXiv 2305.16223), written out token by token for one
-image, and a tiny checkpoint of random weights in that layout."""
+"""SeeCoder in its released layout (Prompt-Free Diffusion, arXiv 2305.16223), written out token by token for
+one image, and a tiny checkpoint of random weights in that layout."""
 
 import math
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_encoder_training import image, subjects, trained  # noqa: F401
+from test_encoder_training import image, subjects, trained
 from test_subject_tasks import call, stock_of
 from torch import nn
 
@@ -25,6 +25,7 @@ from customize.trainers.launch import run
 from customize.trainers.methods.reference_unet import ReferenceUNetMethod
 from tiny import BASES, random, tiny, woken
 
+assert subjects  # a fixture
 UNETS = ("sd15", "sdxl")
 CASES = {
     "self": {},

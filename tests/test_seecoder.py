@@ -1,4 +1,5 @@
-"""SeeCoder: its released layout against a re-computation by loops, and an image in the place of the prompt."""
+"""SeeCoder: its released layout against a re-computation by loops, and an image in the place of the
+prompt."""
 
 import json
 
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from seecoder_by_hand import DIM, GLOBALS, LOCALS, PREFIX, ByHand, checkpoint
-from test_encoder_training import subjects, trained  # noqa: F401
+from test_encoder_training import subjects, trained
 from test_reference_unet import noise
 from test_subject_tasks import NAMES, call, stock_of
 from transformers import SwinBackbone, SwinConfig, SwinForImageClassification
@@ -23,6 +24,7 @@ from customize.trainers.launch import run
 from customize.trainers.methods.seecoder import SeeCoderMethod
 from tiny import BASES, random, tiny
 
+assert subjects  # a fixture
 UNETS = ("sd15", "sdxl")
 SMALL = {"decoder_layers": 1, "query_layers": 3, "local_queries": 6}
 CASES = {"plain": {}, "reference": {"shown": "reference"}, "positions": {"position_aware": True}}
@@ -128,7 +130,7 @@ def test_several_images_and_several_drawings_of_each(released):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("base", UNETS)
-def test_it_trains_saves_and_reloads(base, case, subjects, tmp_path):  # noqa: F811
+def test_it_trains_saves_and_reloads(base, case, subjects, tmp_path):
     method = build(base, **CASES[case])
     before = {name: value.detach().clone() for name, value in method.named_parameters()}
     names = set(method.trainable())
@@ -166,7 +168,7 @@ def test_a_swin_transformer_that_is_named_is_frozen(kind, tmp_path):
     assert loaded("sd15", tmp_path / ".." / FILE).adapter.encoder.imencoder.channels == [12, 24, 48, 96]
 
 
-def test_a_released_file_is_gone_on_from_with_its_swin_frozen(released, subjects, tmp_path):  # noqa: F811
+def test_a_released_file_is_gone_on_from_with_its_swin_frozen(released, subjects, tmp_path):
     backbone = wrap(tiny("sd15"), "tiny")
     backbone.resolution = 32
     method = SeeCoderMethod(backbone, SeeCoderMethod.Config(pretrained_adapter=str(released)))
@@ -178,7 +180,7 @@ def test_a_released_file_is_gone_on_from_with_its_swin_frozen(released, subjects
     assert not loaded("sd15", tmp_path / "run").adapter.encoder.config.decoder_attends
 
 
-def test_a_run_is_trained_and_drawn_from_the_command_line(subjects, tmp_path):  # noqa: F811
+def test_a_run_is_trained_and_drawn_from_the_command_line(subjects, tmp_path):
     tiny("sd15").save_pretrained(tmp_path / "base")
     flags = {"pretrained_model_name_or_path": tmp_path / "base", "train_data_dir": subjects, "resolution": 32}
     flags |= {"holdout": 2, "validation_steps": 2, "train_batch_size": 2, "max_train_steps": 2}

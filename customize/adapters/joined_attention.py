@@ -5,8 +5,8 @@ subject's weight, of the reference's mask and of the subject's region at the que
 
     out = sum_k m_k exp(s_k) v_k / sum_k m_k exp(s_k)
 
-so that a weight of 0 leaves the base model's layer, and a weight of 2 counts a reference twice. Reference: the
-masked, concatenated attention of Face Fusion (arXiv 2409.19111, eq. 4).
+so that a weight of 0 leaves the base model's layer, and a weight of 2 counts a reference twice. It stands for
+the masked, concatenated attention of Face Fusion (arXiv 2409.19111, eq. 4).
 """
 
 from dataclasses import dataclass, field
@@ -108,8 +108,8 @@ class JoinedAttention(CrossAttention):
         return self.attend(query, torch.cat([key, more_keys], 1), torch.cat([value, more_values], 1), bias)
 
     def keys_values(self, attn: Any, subjects: Any, dtype: torch.dtype) -> Any:
-        """Keys and values of all references of a sample, (samples, tokens, heads, dim), from the cache if they
-        were made before."""
+        """Keys and values of all references of a sample, (samples, tokens, heads, dim), from the cache if
+        they were made before."""
         if subjects.cache is not None and self.name in subjects.cache:
             return subjects.cache[self.name]
         states = subjects.tokens.states[self.name].flatten(1, 3).to(self.branch.to_k.weight.dtype)

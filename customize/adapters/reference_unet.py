@@ -62,7 +62,9 @@ class ReferenceEncoder(nn.Module):
     pixels, channels + 1), to `ReferenceStates`. It owns no weights: it reads with the pipeline's UNet."""
 
     has_blank = False
-    unet: UNet2DConditionModel
+    unet: Any
+    text: Tensor
+    pooled: Tensor | None
 
     def __init__(self, pipe: Any, join: Join, noise: ReferenceNoise):
         super().__init__()

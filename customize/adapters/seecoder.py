@@ -48,8 +48,8 @@ class SeeCoderAdapter(nn.Module, Adapter):
         return True
 
     def pixels(self, images: Sequence[Image.Image], fit: ReferenceFit) -> Tensor:
-        """Images as squares (n, 3, side, side) in [0, 1], which is what the encoder reads; what is transparent
-        becomes white."""
+        """Images as squares (n, 3, side, side) in [0, 1], which is what the encoder reads; what is
+        transparent becomes white."""
         side = self.resolution, self.resolution
         squares = [squared(flatten(image), fit).resize(side, Image.Resampling.BICUBIC) for image in images]
         return torch.stack([to_tensor(square) for square in squares])

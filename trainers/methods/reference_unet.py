@@ -1,11 +1,11 @@
-"""Reference UNet: the UNet reads the references itself, and its attention is joined with theirs (Face Fusion,
+"""Reference UNet: the UNet reads the references itself, and its attention is joined with them (Face Fusion,
 "Fusion is all you need", 2024, arXiv 2409.19111).
 
-Where a layer of the UNet attends, the states of the references at the same layer give further keys and values,
-by matrices of their own, which alone are trained. Background of a reference that is cut out is masked. Of the
-paper, which has no code, only reviews were read: they join references with the text's keys and values
-(`--join cross`). The default, self-attention, is this project's: there the layer's own keys are of images too.
-The other flags and the start of the matrices are choices of this project.
+Where a layer of the UNet attends, the states of the references at the same layer give further keys and
+values, by matrices of their own, which alone are trained. Background of a reference that is cut out is
+masked. Of the paper, which has no code, only reviews were read: they join references with the text's keys and
+values (`--join cross`). The default, self-attention, is this project's: there the layer's own keys are of
+images too. The other flags and the start of the matrices are choices of this project.
 """
 
 from collections.abc import Sequence
@@ -56,8 +56,8 @@ class ReferenceUNetMethod(EncoderMethod):
         ):
             if getattr(found, name) != getattr(made, name):
                 raise UserError(
-                    f"--pretrained_adapter: '{path}' was trained with {flag} {getattr(found, name)}; give the "
-                    "same."
+                    f"--pretrained_adapter: '{path}' was trained with {flag} {getattr(found, name)}; give "
+                    "the same."
                 )
         return found.train().requires_grad_(True)
 

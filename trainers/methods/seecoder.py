@@ -1,10 +1,10 @@
-"""SeeCoder: an encoder of one image that takes the place of the prompt (Prompt-Free Diffusion, Xu et al., 2023,
-arXiv 2305.16223).
+"""SeeCoder: an encoder of one image that takes the place of the prompt (Prompt-Free Diffusion, Xu et al.,
+2023, arXiv 2305.16223).
 
 A Swin transformer, kept frozen, a decoder and a query transformer make of an image the states that the UNet
-else reads of a prompt; the UNet is frozen too. The loss is the diffusion loss alone. Which image is shown is not
-said by what was read of the paper: by default the target itself, as prompts were that describe it. Shares of
-dropped images, for which the context is zeros as at inference, and the small Swin are choices of this project.
+else reads of a prompt; the UNet is frozen too. The loss is the diffusion loss alone. What was read of the
+paper does not say which image is shown in training: by default it is the target itself. The share of dropped
+images, for which the context is zeros as at inference, and the small Swin are choices of this project.
 """
 
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ SIZES = ("decoder_layers", "query_layers", "global_queries", "local_queries", "h
 class SeeCoderMethodConfig(MethodConfig):
     swin: str = option(
         "",
-        "Swin transformer that reads the image, kept frozen: folder or hub id; empty: a new small one, trained "
-        "too",
+        "Swin transformer that reads the image, kept frozen: folder or hub id; empty: a new small one, "
+        "trained too",
         essential=True,
     )
     pretrained_adapter: str = option(

@@ -9,7 +9,7 @@ are named and shaped as in the released files; `swin_layout.py` names those of t
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,10 +81,10 @@ class Decoder(nn.Module):
         self.inproj_layers = nn.ModuleDict(
             {tag: nn.Sequential(nn.Conv2d(size, dim, 1), norm(dim)) for tag, size in sizes.items()}
         )
-        self.transformer = nn.Module()
-        self.transformer.layers = nn.ModuleList(
+        layers = [
             DecoderLayer(dim, config.heads, config.decoder_attends) for _ in range(config.decoder_layers)
-        )
+        ]
+        self.transformer = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         self.level_embed = nn.Parameter(torch.randn(len(SCALES), dim))
         self.lateral_layers = nn.ModuleDict({tag: LateralConv(size, dim) for tag, size in sizes.items()})
 
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         projected = [self.inproj_layers[tag](features[tag]) for tag in order]
         tokens = [x.flatten(2).transpose(1, 2) + self.level_embed[i] for i, x in enumerate(projected)]
         joined = torch.cat(tokens, 1)
-        for layer in self.transformer.layers:
+        for layer in cast(nn.ModuleList, self.transformer["layers"]):
             joined = layer(joined)
         parts = joined.split([x.shape[1] for x in tokens], 1)
         refined = {
@@ -141,9 +141,9 @@ class Positions(nn.Module):
             nn.SiLU(),
             nn.Linear(dim, dim),
         ]
-        nn.init.zeros_(layers[-1].weight)
-        nn.init.zeros_(layers[-1].bias)
         self.mlp = nn.Sequential(*layers)
+        for parameter in layers[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Of features (batch, channels, height, width), as (1, height * width, dim)."""

@@ -1,4 +1,5 @@
-"""Names of a Swin transformer's parameters in its authors' files, which SeeCoder's hold, and in transformers."""
+"""Names of a Swin transformer's parameters in its authors' files, which SeeCoder's hold, and in
+transformers."""
 
 import re
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ STAGE = re.compile(r"^hidden_states_norms\.stage(\d+)")
 
 
 def authors_name(name: str) -> str:
-    """The authors' name of a parameter of transformers' `SwinBackbone`, other than queries, keys and values."""
+    """The authors' name of a parameter of transformers' `SwinBackbone`, other than queries, keys and
+    values."""
     for pattern, becomes in RENAMED:
         name = re.sub(pattern, becomes, name)
     return STAGE.sub(lambda found: f"norm{int(found[1]) - 1}", name)
@@ -41,8 +43,8 @@ def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_authors(state: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    """The state under transformers' `names`. KeyError where a tensor is missing. What follows from the window's
-    size is left out."""
+    """The state under transformers' `names`. KeyError where a tensor is missing. What follows from the
+    window's size is left out."""
     found, used = {}, set()
     for name in names:
         letter = re.search(r"\.attention\.([qkv])_proj\.", name)
@@ -58,7 +60,8 @@ def from_authors(state: Mapping[str, Tensor], names: list[str]) -> dict[str, Ten
 
 def sizes_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of `SwinConfig` that the shapes of the authors' tensors say. KeyError for other files."""
-    depths, heads = [], []
+    depths: list[int] = []
+    heads: list[int] = []
     while f"layers.{len(depths)}.blocks.0.norm1.weight" in state:
         stage = f"layers.{len(depths)}.blocks"
         heads.append(state[f"{stage}.0.attn.relative_position_bias_table"].shape[1])
