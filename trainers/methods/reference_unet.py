@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from customize.adapters.reference_unet import Join, ReferenceNoise, ReferenceUNet
+from customize.adapters.encoders.reference_unet import Join, ReferenceNoise
+from customize.adapters.reference_unet import ReferenceUNet
 from customize.adapters.subject_files import adapter_file, kind_of
 from customize.backbones.base import Condition
 from customize.config import option
