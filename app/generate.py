@@ -109,7 +109,8 @@ def generate(words: list[str]) -> None:
     (run, *prompts), config = split(words, GenerateConfig, ["RUN"], more=True)
     check_run(run)
     prompts += prompts_in(config.prompts_file) if config.prompts_file else []
-    prompts = prompts_or_none(run, prompts, config)
+    if not prompts and replaces_prompt(config.subject_adapter or run):
+        prompts = [""]
     check_request(run, prompts, config)
     check_context(run, prompts, config)
     subjects = subject_files(config.subject_images)
@@ -140,23 +141,6 @@ def generate(words: list[str]) -> None:
             print(path)
             for word, own in maps.items():
                 print(save_map(own[i], path, word))
-
-
-def prompts_or_none(run: str, prompts: list[str], config: GenerateConfig) -> list[str]:
-    """The prompts; an empty one where an image takes the place of the prompt. UserError where both are
-    given, or an empty prompt with nothing in its place."""
-    from customize.adapters.subject_files import replaces_prompt
-
-    if replaces_prompt(config.subject_adapter or run):
-        if any(prompt.strip() for prompt in prompts):
-            raise UserError(
-                f"'{config.subject_adapter or run}' draws from an image in the place of the prompt: leave "
-                "the prompt out."
-            )
-        return [""]
-    if not all(prompt.strip() for prompt in prompts):
-        raise UserError('"PROMPT" is empty: describe the image.')
-    return prompts
 
 
 def prompts_in(path: str) -> list[str]:
@@ -230,6 +214,14 @@ def check_request(run: str, prompts: list[str], config: GenerateConfig) -> None:
         raise UserError("--height and --width are those of --init_image; leave them out.")
     if config.init_image and not Path(config.init_image).is_file():
         raise UserError(f"--init_image: there is no file '{config.init_image}'.")
+    instead = replaces_prompt(config.subject_adapter or run)
+    if instead and any(prompt.strip() for prompt in prompts):
+        raise UserError(
+            f"'{config.subject_adapter or run}' draws from an image in the place of the prompt: leave the "
+            "prompt out."
+        )
+    if not instead and not all(prompt.strip() for prompt in prompts):
+        raise UserError('"PROMPT" is empty: describe the image.')
     for name in ("height", "width"):
         if (getattr(config, name) or 0) % 8:
             raise UserError(f"--{name} must be a multiple of 8, not {getattr(config, name)}.")
@@ -443,6 +435,13 @@ def draw(
         **given,
     }
     return pipe(**as_called(pipe, arguments)).images
+
+
+def replaces_prompt(name: str) -> bool:
+    """Whether `name`, a run or a file, is an encoder that takes the place of the prompt."""
+    from customize.adapters import subject_files
+
+    return subject_files.replaces_prompt(name)
 
 
 def class_words(run: str) -> dict[str, str]:
