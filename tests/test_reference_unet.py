@@ -345,3 +345,31 @@ def test_a_file_that_lacks_a_tensor_or_is_not_finite_is_refused(tmp_path):
         save_file(changed, path, {"reference_unet": about})
         with pytest.raises(UserError, match=str(path.name)):
             with_subjects(tiny("sd15")).load_subject_adapter(tmp_path)
+
+
+# training and drawing agree
+
+
+def test_training_conditions_as_the_pipeline_draws():
+    method = build("sd15").eval()
+    views = method.reference_pixels([noise(0), noise(1), noise(2), noise(3)]).view(2, 1, 2, 4, 32, 32)
+    batch = {"references": views, "present": torch.tensor([[True], [True]]), "prompt": [PROMPT, "a <s> cat"]}
+    batch |= {"shows_target": torch.tensor([False, False])}
+    t = torch.tensor([0.2, 0.7])
+    given = method.condition(batch, t).injected.tokens
+    assert given.weight.tolist() == [[1.0], [1.0]]
+    for row, shown in enumerate((noise(0), noise(2))):  # the first view alone, in evaluation mode
+        features = method.pipe.encode_references(shown)
+        alone = method.adapter.encoder(features[None], torch.ones(1, 1).bool(), t[:1])
+        for name, value in alone.states.items():
+            assert torch.allclose(given.states[name][row], value[:1], atol=1e-5)
+    method.config.dropout_image, method.config.dropout_text, method.config.dropout_both = 1.0, 0.0, 0.0
+    assert not method.train().condition(batch, t).injected.tokens.weight.any()
+
+
+def test_a_reference_that_is_the_target_is_not_shown():
+    method = build("sd15", multi_reference_rate=1.0).train()
+    views = method.reference_pixels([noise(i) for i in range(4)]).view(2, 1, 2, 4, 32, 32)
+    batch = {"references": views, "present": torch.tensor([[True], [True]]), "prompt": [PROMPT] * 2}
+    mask = method.condition(batch | {"shows_target": torch.tensor([False, True])}, torch.zeros(2))
+    assert mask.injected.tokens.mask.amax((-1, -2)).tolist() == [[[1.0, 1.0]], [[1.0, 0.0]]]
