@@ -119,9 +119,10 @@ def load_subject_pipeline(
     """A pipeline that draws subjects from images, without tuning.
 
     `run` is a run of custom_contrast, ip_adapter, reference_unet or seecoder (whose image takes the place of
-    the prompt), or a base model (folder, hub id, `stickers`); Flux.2, Flux.1 Kontext and Qwen-Image-Edit-Plus, and runs on them, are shown the images themselves. Else,
-    with a base model, or a run of a method that trains no encoder (LoRA, words), `adapter` names the encoder
-    (run, file, released IP-Adapter or SeeCoder), by default that of the embedded stickers. The pipeline's call is that of
+    the prompt), or a base model (folder, hub id, `stickers`); Flux.2, Flux.1 Kontext and
+    Qwen-Image-Edit-Plus, and runs on them, are shown the images themselves. Else, with a base model, or a run
+    of a method that trains no encoder (LoRA, words), `adapter` names the encoder (run, file, released
+    IP-Adapter or SeeCoder), by default that of the embedded stickers. The pipeline's call is that of
     diffusers' pipeline for the `task`; "controlnet" needs `controlnet`, a ControlNetModel or a list of them.
     `reference_fit` says how references that are not square become square: "stretch", "pad" or "crop"; empty:
     as in the run. `base_model` and `options` go to `load_pipeline`. UserError for a task that does not exist
