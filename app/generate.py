@@ -114,6 +114,8 @@ def generate(words: list[str]) -> None:
     (run, *prompts), config = split(words, GenerateConfig, ["RUN"], more=True)
     check_run(run)
     prompts += prompts_in(config.prompts_file) if config.prompts_file else []
+    if not prompts and replaces_prompt(config.subject_adapter or run):
+        prompts = [""]
     check_request(run, prompts, config)
     check_context(run, prompts, config)
     subjects = subject_files(config.subject_images)
@@ -197,7 +199,7 @@ def check_request(run: str, prompts: list[str], config: GenerateConfig) -> None:
     if not prompts:
         raise UserError(f'write "PROMPT" after RUN: customize generate {run} "{example_prompt(run)}".')
     for prompt in prompts:
-        if Path(prompt[:200]).is_dir():
+        if prompt and Path(prompt[:200]).is_dir():
             raise UserError(
                 f"'{prompt}' is a folder, not a prompt: give one RUN, and describe the image in words."
             )
@@ -219,7 +221,13 @@ def check_request(run: str, prompts: list[str], config: GenerateConfig) -> None:
         raise UserError("--height and --width are those of --init_image; leave them out.")
     if config.init_image and not Path(config.init_image).is_file():
         raise UserError(f"--init_image: there is no file '{config.init_image}'.")
-    if not all(prompt.strip() for prompt in prompts):
+    instead = replaces_prompt(config.subject_adapter or run)
+    if instead and any(prompt.strip() for prompt in prompts):
+        raise UserError(
+            f"'{config.subject_adapter or run}' draws from an image in the place of the prompt: leave the "
+            "prompt out."
+        )
+    if not instead and not all(prompt.strip() for prompt in prompts):
         raise UserError('"PROMPT" is empty: describe the image.')
     for name in ("height", "width"):
         if (getattr(config, name) or 0) % 8:
@@ -381,9 +389,9 @@ def check_subjects(run: str, config: GenerateConfig) -> None:
     for flag in ("subject_adapter", "image_encoder", "side_by_side", "subject_scale"):
         if getattr(config, flag) != getattr(GenerateConfig, flag):
             raise UserError(f"--{flag} needs --subject_images, images of what the prompt calls <s>.")
-    from customize.adapters import holds
+    from customize.adapters import holds_encoder
 
-    if holds(run, "subject"):
+    if holds_encoder(run):
         raise UserError(
             f"'{run}' is a subject encoder: name images of what the prompt calls <s> with --subject_images."
         )
@@ -451,6 +459,13 @@ def along(pipe: Any, config: GenerateConfig) -> AbstractContextManager[None]:
     from customize.pipelines.directions import directed
 
     return directed(pipe, directions_of(config))
+
+
+def replaces_prompt(name: str) -> bool:
+    """Whether `name`, a run or a file, is an encoder that takes the place of the prompt."""
+    from customize.adapters import subject_files
+
+    return subject_files.replaces_prompt(name)
 
 
 def class_words(run: str) -> dict[str, str]:

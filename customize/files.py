@@ -31,6 +31,15 @@ def header(path: Path) -> dict[str, str]:
         raise damaged(path, error) from error
 
 
+def names_of(path: Path) -> set[str]:
+    """The names of the tensors of a safetensors file; UserError if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, error) from error
+
+
 def tensors_of(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; UserError if it is damaged."""
     try:

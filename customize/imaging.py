@@ -89,6 +89,9 @@ def to_srgb(image: Image.Image) -> Image.Image:
     return made
 
 
+NOTHING = "#ffffff00"  # around an image: white, and transparent in images that can be
+
+
 def flatten(image: Image.Image, background: str = "white") -> Image.Image:
     """The image in RGB; what is transparent shows the background."""
     if not image.has_transparency_data:

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customize.adapters.attention import Injected
-from customize.adapters.encoders.output import Encoded
-from customize.adapters.subject import SubjectAdapter, add_subject_words
+from customize.adapters.subject import add_subject_words
 from customize.pipelines.inputs import Subjects
 from customize.prompts import WORDS
 
@@ -21,7 +19,7 @@ class SubjectCall:
     """The subjects of one call: a row for each prompt, a column for each of the first `WORDS`. What
     depends on time is computed once for each time bin of the encoder."""
 
-    adapter: SubjectAdapter
+    adapter: Any  # a SubjectAdapter or a ReferenceUNet
     features: Tensor  # (prompts, subjects, references, tokens, features)
     references: Tensor  # (prompts, subjects, references): which there are
     strengths: Tensor  # (subjects,): weight of each subject's visual branch
@@ -35,8 +33,8 @@ class SubjectCall:
     blank: Tensor | None = None
     block_texts: dict[int, Tensor] = field(default_factory=dict)  # (text_blocks, prompts, length, dim)
     pooled: dict[int, Tensor] = field(default_factory=dict)  # of XL: (prompts, dim)
-    _encoded: dict[int, Encoded] = field(default_factory=dict)
-    _injected: dict[tuple[int, bool], Injected] = field(default_factory=dict)
+    _encoded: dict[int, Any] = field(default_factory=dict)
+    _injected: dict[tuple[int, bool], Any] = field(default_factory=dict)
 
     @property
     def present(self) -> Tensor:
@@ -48,15 +46,18 @@ class SubjectCall:
         """The weight of each subject's visual branch, (prompts, subjects)."""
         return self.present.to(self.features.dtype) * self.strengths
 
-    def encoded(self, bins: int) -> Encoded:
+    def encoded(self, bins: int) -> Any:
         """All subjects of the call in a time bin, encoded: (prompts * subjects, ...)."""
         if bins not in self._encoded:
+            if self.adapter.encoder.depends_on_step:  # earlier steps would fill the memory
+                self._encoded.clear()
+                self._injected.clear()
             encoder, features = self.adapter.encoder, self.features[self.present]
             t = encoder.middle_of(torch.full((len(features),), float(bins), device=features.device))
             self._encoded[bins] = encoder(features, self.references[self.present], t).spread(self.present)
         return self._encoded[bins]
 
-    def injected(self, bins: int, guided: bool) -> Injected:
+    def injected(self, bins: int, guided: bool) -> Any:
         """The input of the attention processors in a time bin, with or without an unconditional half."""
         if (bins, guided) not in self._injected:
             texts = self.block_texts.get(bins)

@@ -61,6 +61,40 @@ def each_prompt(images: Any, count: int) -> list[Any]:
     return list(images)
 
 
+def single_images(images: Any) -> list[Any]:
+    """The one image of each row, for an encoder that takes the place of the prompt: of one image, of a
+    dictionary that gives one to `<s>`, or of a list of lists of one. UserError for several images in a
+    row."""
+    nested = (
+        isinstance(images, list | tuple)
+        and bool(images)
+        and all(isinstance(row, list | tuple | Mapping) for row in images)
+    )
+    found = []
+    for row in images if nested else [images]:
+        if isinstance(row, Mapping):
+            if [*row] != [WORDS[0]]:
+                raise UserError(
+                    f"subject_images: one image takes the place of the prompt; give {WORDS[0]} alone."
+                )
+            row = row[WORDS[0]]
+        row = list(row) if isinstance(row, list | tuple) else [row]
+        if len(row) != 1:
+            raise UserError(
+                f"subject_images: one image takes the place of the prompt, not {len(row)}; give one, or a "
+                "list of lists of one."
+            )
+        found += row
+    return found
+
+
+def refuse_subject_options(scale: Any, masks: Any, maps: Sequence[str]) -> None:
+    """UserError for what does not go with an image in the place of the prompt."""
+    used = {"subject_scale": scale != 1.0, "subject_masks": masks is not None, "attention_maps": bool(maps)}
+    for name in (name for name, is_used in used.items() if is_used):
+        raise UserError(f"{name}: the image takes the place of the prompt and has no words; leave it out.")
+
+
 def opened(image: Any, kind: str = "reference") -> Image.Image:
     """An image, or the image in a file, upright and in 8 bits. UserError if it is neither, or too large.
     No address is fetched."""

@@ -8,7 +8,7 @@ from diffusers import ControlNetModel, DiffusionPipeline
 from diffusers.models.controlnets import MultiControlNetModel
 
 from customize import embedded
-from customize.adapters import holds
+from customize.adapters import holds_encoder
 from customize.adapters.encoders.image_encoder import ReferenceFit
 from customize.backbones.families import family_of
 from customize.backbones.load import load_base
@@ -118,10 +118,11 @@ def load_subject_pipeline(
 ) -> Any:
     """A pipeline that draws subjects from images, without tuning.
 
-    `run` is a run of custom_contrast or ip_adapter, or a base model (folder, hub id, `stickers`); Flux.2,
-    Flux.1 Kontext and Qwen-Image-Edit-Plus, and runs on them, are shown the images themselves. Else,
-    with a base model, or a run of a method that trains no encoder (LoRA, words), `adapter` names the encoder
-    (run, file, released IP-Adapter), by default that of the embedded stickers. The pipeline's call is that of
+    `run` is a run of custom_contrast, ip_adapter, reference_unet or seecoder (whose image takes the place of
+    the prompt), or a base model (folder, hub id, `stickers`); Flux.2, Flux.1 Kontext and
+    Qwen-Image-Edit-Plus, and runs on them, are shown the images themselves. Else, with a base model, or a run
+    of a method that trains no encoder (LoRA, words), `adapter` names the encoder (run, file, released
+    IP-Adapter or SeeCoder), by default that of the embedded stickers. The pipeline's call is that of
     diffusers' pipeline for the `task`; "controlnet" needs `controlnet`, a ControlNetModel or a list of them.
     `reference_fit` says how references that are not square become square: "stretch", "pad" or "crop"; empty:
     as in the run. `base_model` and `options` go to `load_pipeline`. UserError for a task that does not exist
@@ -139,13 +140,14 @@ def load_subject_pipeline(
         return with_references(stock, info.get("in_context", untrained)["reference_resolution"])
     pipe = _for_task(stock, task, controlnet)
     base = info["base_model"]
-    if not adapter and holds(run, "subject"):
+    if not adapter and holds_encoder(run):
         adapter = run
     elif not adapter and embedded.is_embedded(base):
         adapter = embedded.NAME
     if not adapter:
         raise UserError(
-            f"'{run}' has no subject encoder: name one, a run of custom_contrast or ip_adapter, or a file."
+            f"'{run}' has no subject encoder: name one, a run of custom_contrast, ip_adapter, reference_unet "
+            "or seecoder, or a file."
         )
     pipe.load_subject_adapter(adapter, image_encoder, reference_fit)
     return pipe

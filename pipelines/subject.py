@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize import embedded
-from customize.adapters.attention import is_installed, text_layers, use_xformers
+from customize.adapters.attention import use_xformers
 from customize.adapters.embedding_hooks import replaced_words
 from customize.adapters.encoders.image_encoder import (
     ImageEncoder,
@@ -39,7 +39,8 @@ from customize.adapters.encoders.image_encoder import (
     image_encoder_of,
     load_image_encoder,
 )
-from customize.adapters.subject_files import adapter_file, load_adapter
+from customize.adapters.seecoder import GUIDANCE, text_of
+from customize.adapters.subject_files import OWN_READERS, adapter_file, kind_of, load_adapter
 from customize.backbones.text import clip_skip_works, text_parts
 from customize.errors import UserError
 from customize.pipelines.conditioning import SubjectCall, stack_references, with_words
@@ -51,8 +52,10 @@ from customize.pipelines.inputs import (
     check_length,
     each_prompt,
     opened,
+    refuse_subject_options,
     scales_of,
     side_by_side,
+    single_images,
     texts_of,
     without_subjects,
 )
@@ -149,16 +152,18 @@ class SubjectMixin(Stock):
         file = adapter_file(str(name))
         if (file.parent / INFO).exists():
             open_run(file.parent)  # says so if its files are not as they were written
-        image_encoder = (
-            image_encoder
-            if isinstance(image_encoder, ImageEncoder)
-            else self._find_image_encoder(file, image_encoder)
-        )
-        self.adapter = load_adapter(file, self, image_encoder).to(self.unet.dtype)
+        if (kind := kind_of(file)) in OWN_READERS:
+            if image_encoder:
+                raise UserError(f"image_encoder: '{file}' reads images without one; leave it out.")
+            self.adapter = OWN_READERS[kind].read(file, self).to(self.unet.dtype)
+        else:
+            if not isinstance(image_encoder, ImageEncoder):
+                image_encoder = self._find_image_encoder(file, image_encoder)
+            self.adapter = load_adapter(file, self, image_encoder).to(self.unet.dtype)
+            vision = image_encoder.vision.to(self.unet.device, self.unet.dtype)
+            self.register_modules(image_encoder=vision, feature_extractor=image_encoder.processor)
         of_run = read_info(file.parent)["config"] if (file.parent / INFO).exists() else {}
         self.reference_fit = reference_fit or of_run.get("reference_fit", "stretch")
-        image_encoder.vision.to(self.unet.device, self.unet.dtype)
-        self.register_modules(image_encoder=image_encoder.vision, feature_extractor=image_encoder.processor)
 
     def _find_image_encoder(self, file: Path, name: str) -> ImageEncoder:
         if not name and (file.parent / INFO).exists():
@@ -222,10 +227,8 @@ class SubjectMixin(Stock):
         images = [opened(image) for image in listed]
         if not 1 <= len(images) <= MAX_REFERENCES:
             raise UserError(f"a subject takes 1 to {MAX_REFERENCES} reference images, not {len(images)}.")
-        image_encoder: Any = image_encoder_of(self, self.reference_fit)
         self._place_adapter()
-        pixels = image_encoder.pixels(images).to(self._execution_device, self.unet.dtype)
-        return self.adapter.encoder.read(image_encoder(pixels))
+        return self.adapter.features(self, images)
 
     def _place_adapter(self) -> None:
         """Moves the adapter to the denoiser's device and precision; while it is trained, only to the
@@ -244,7 +247,8 @@ class SubjectMixin(Stock):
         attention_maps: Sequence[str] = (),
         **kwargs: Any,
     ):
-        """The stock pipeline's call, and of subjects:
+        """The stock pipeline's call, and of subjects (with an encoder that takes the place of the prompt,
+        such as SeeCoder, one image, or a list of lists of one for several images, and no prompt):
 
         `subject_images`: one image or a list of up to four (PIL or path) of the subject that the prompt
         calls `<s>`; a dictionary of these by word (`<s>`, `<s2>`, `<s3>`, `<s4>`) for several subjects;
@@ -257,6 +261,9 @@ class SubjectMixin(Stock):
         `attention_maps`: for each word, a gray image for each image. UserError for references that do not fit
         the prompt, and for words that it does not say.
         """
+        if subject_images is not None and self.adapter is not None and self.adapter.replaces_prompt:
+            refuse_subject_options(subject_scale, subject_masks, attention_maps)
+            return self._from_images(subject_images, by_name(super().__call__, args, kwargs))
         if attention_maps:
             return self._with_maps(
                 attention_maps,
@@ -284,11 +291,9 @@ class SubjectMixin(Stock):
         self._check_prompts(prompts, subjects, kwargs)
         if not self.adapter.has_words:
             kwargs |= {name: without_subjects(kwargs[name]) for name in TEXTS if kwargs.get(name)}
-        if not is_installed(
-            self.unet, self.adapter.branches
-        ):  # but those of another pipeline with the same denoiser
+        if not self.adapter.is_installed(self.unet):  # but those of another pipeline with the same denoiser
             self.adapter.install(self.unet)
-        strengths, scales = scales_of(subject_scale, list(text_layers(self.unet).values()))
+        strengths, scales = scales_of(subject_scale, self.adapter.layer_names)
         features, references = stack_references(subjects)
         call = SubjectCall(
             self.adapter,
@@ -302,6 +307,18 @@ class SubjectMixin(Stock):
         call.make_regions = self._region_maker(subject_masks, call.present, kwargs)
         with self._drawing(call):
             return super().__call__(**kwargs)
+
+    def _from_images(self, images: Any, kwargs: dict) -> Any:
+        """The stock call with the contexts of images instead of texts; without an image, zeros."""
+        self._refuse_ip_arguments(kwargs)
+        if texts := [name for name in TEXTS if any(texts_of(kwargs.get(name)) or ())]:
+            raise UserError(f"{texts[0]}: the image takes the place of the prompt; leave it out.")
+        context = self._as_adapter(torch.cat([self.encode_references(one) for one in single_images(images)]))
+        named = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
+        given = {named[name]: value for name, value in text_of(context, self.unet).items()}
+        given |= {f"negative_{name}": torch.zeros_like(value) for name, value in given.items()}
+        kwargs = {name: value for name, value in kwargs.items() if name not in TEXTS}
+        return super().__call__(**({"guidance_scale": GUIDANCE} | kwargs | given))
 
     def _refuse_ip_arguments(self, kwargs: dict) -> None:
         for name in ("ip_adapter_image", "ip_adapter_image_embeds"):

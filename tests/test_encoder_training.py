@@ -90,7 +90,7 @@ def dataset(subjects: Path, method) -> Folders:
     config = ReferenceConfig(
         train_data_dir=str(subjects), resolution=32, instance_prompt="a photo of <s> dog"
     )
-    return Folders(config, read_folders(config), method.image_encoder.pixels, seed=0)
+    return Folders(config, read_folders(config), method.reference_pixels, seed=0)
 
 
 def trained(method, subjects: Path, folder: Path, steps: int = 4, **settings):
@@ -102,7 +102,7 @@ def trained(method, subjects: Path, folder: Path, steps: int = 4, **settings):
     about = {
         "base_model": method.backbone.name,
         "method": "x",
-        "config": {"image_encoder": method.config.image_encoder},
+        "config": {"image_encoder": getattr(method.config, "image_encoder", "")},
     }
     train(method, ReferenceData(data, held_out=held), config, make_accelerator(config), about)
     return method.eval()

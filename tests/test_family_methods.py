@@ -31,6 +31,8 @@ METHODS = {
     "domain_encoder": {"image_encoder": "stickers", "rank": 2, "hard_path": 0.0, "learning_rate": 1e-3},
     "custom_contrast": {},
     "ip_adapter": {},
+    "reference_unet": {},
+    "seecoder": {"decoder_layers": 1, "query_layers": 3},
     "in_context": {"reference_resolution": 64, "rank": 2, "instance_prompt": "a photo of a <s> dog"},
 }
 # what a method needs that only some models have, as its refusal says
@@ -41,6 +43,8 @@ REFUSED = {
     ("core", "*"): MAPS,
     ("custom_contrast", "*"): UNETS,
     ("ip_adapter", "*"): UNETS,
+    ("reference_unet", "*"): UNETS,
+    ("seecoder", "*"): UNETS,
     ("in_context", "*"): r"shown images \(Flux\.2, Flux\.1 Kontext, Qwen-Image-Edit-Plus\)",
     ("*", "qwen_image_edit"): r"edits images .* train it with in_context",
 }
@@ -48,7 +52,7 @@ WORKS = {("mcpl", "kontext"), ("core", "kontext")}
 WORKS |= {("in_context", family) for family in ("klein", "flux2", "kontext", "qwen_image_edit")}
 
 
-ENCODERS = {"domain_encoder", "custom_contrast", "ip_adapter", "in_context"}
+ENCODERS = {"domain_encoder", "custom_contrast", "ip_adapter", "reference_unet", "seecoder", "in_context"}
 
 
 @pytest.fixture(scope="module")

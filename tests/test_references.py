@@ -22,7 +22,7 @@ from customize.data.sources import ReferenceSource, StreamedData
 from customize.data.streams import Streamed, read_rows, shuffled, split_rows
 from customize.data.training_data import Preparation
 from customize.errors import UserError
-from customize.imaging import to_tensor
+from customize.imaging import flatten, to_tensor
 from customize.stickers import Drawing, Scene, World
 from customize.stickers.bench import bench_subjects
 from customize.stickers.restyle import Restyled
@@ -32,7 +32,7 @@ WHITE = (255, 255, 255)
 
 def pixels(images) -> torch.Tensor:
     """What the image encoder would be given, here in [0, 1] and as large as the images are."""
-    return torch.stack([to_tensor(image) for image in images])
+    return torch.stack([to_tensor(flatten(image)) for image in images])
 
 
 def flat(subject: int, view: int = 0, size=(8, 8)) -> Image.Image:
@@ -124,7 +124,7 @@ def test_the_target_lies_between_minus_one_and_one():
 
 def test_references_are_moved_only_if_asked_for():
     plain, augmented = of_disc(segment_rate=1.0), of_disc(segment_rate=1.0, augment=True)
-    assert torch.equal(plain["references"][0, 1], to_tensor(disc().cut_out))
+    assert torch.equal(plain["references"][0, 1], to_tensor(flatten(disc().cut_out)))
     assert not torch.equal(augmented["references"][0, 1], plain["references"][0, 1])
     assert torch.equal(augmented["pixels"], plain["pixels"])
 

@@ -83,6 +83,14 @@ METHODS: dict[str, Entry] = {
         "customize.trainers.methods.ip_adapter:IPAdapter",
         "an encoder of images: visual tokens alone (Ye et al., 2023)",
     ),
+    "reference_unet": Entry(
+        "customize.trainers.methods.reference_unet:ReferenceUNetMethod",
+        "the UNet reads the images itself, and its attention is joined with them (Face Fusion, 2024)",
+    ),
+    "seecoder": Entry(
+        "customize.trainers.methods.seecoder:SeeCoderMethod",
+        "an encoder of one image that takes the place of the prompt (Prompt-Free Diffusion, Xu et al., 2023)",
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from customize.adapters import holds
+from customize.adapters import holds_encoder
 from customize.adapters.subject_files import adapter_file
 from customize.app.bench.bench import Bench, ImagesToScore, Subject
 from customize.app.bench.drawing import Sampling
@@ -112,7 +112,7 @@ def find_recipe(name: str) -> Recipe:
     """The recipe of a name, or that of the folder of an encoder's run; UserError for others."""
     if name in RECIPES:
         return RECIPES[name]
-    if holds(name, "subject"):
+    if holds_encoder(name):
         return Recipe(Path(name).name.replace("-", " ").replace("_", " "), "", "<s> {}", "", name)
     raise UserError(
         f"--methods: StickerBench has no recipe '{name}', nor is it a run of an encoder: "

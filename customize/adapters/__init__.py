@@ -11,6 +11,8 @@ from customize.adapters.dual_path import DualPath
 from customize.adapters.kohya import KohyaLora
 from customize.adapters.lora import Lora
 from customize.adapters.output_words import OutputWords
+from customize.adapters.reference_unet import ReferenceUNet
+from customize.adapters.seecoder import SeeCoderAdapter
 from customize.adapters.subject import SubjectAdapter
 from customize.adapters.words import LearnedWords
 
@@ -24,6 +26,8 @@ ADAPTERS: dict[str, type[Adapter]] = {  # in the order in which they are loaded
     "domain": DomainEncoder,
     "directions": Directions,
     "subject": SubjectAdapter,
+    "reference_unet": ReferenceUNet,
+    "seecoder": SeeCoderAdapter,
 }
 
 
@@ -35,3 +39,8 @@ def is_adapter_file(name: str | Path) -> bool:
 def holds(folder: str | Path, kind: str) -> bool:
     """Whether a run folder holds an adapter of this kind."""
     return any(True for pattern in ADAPTERS[kind].files for _ in Path(folder).glob(pattern))
+
+
+def holds_encoder(folder: str | Path) -> bool:
+    """Whether a run folder holds an encoder of images, of any kind."""
+    return any(adapter.reads_images and holds(folder, kind) for kind, adapter in ADAPTERS.items())

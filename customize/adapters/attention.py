@@ -6,6 +6,7 @@ cross-attention of IP-Adapter, arXiv 2308.06721, eq. 5). All attention goes thro
 `dispatch_attention_fn`, so that `unet.set_attention_backend(...)` takes effect.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
@@ -140,16 +141,24 @@ class CrossAttention:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if subjects is not None:
             context = self.text_of(context, subjects)
-        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
-        key = attn.to_k(context).unflatten(-1, (attn.heads, -1))
-        value = attn.to_v(context).unflatten(-1, (attn.heads, -1))
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
-            attention_mask = attention_mask.view(len(context), attn.heads, -1, attention_mask.shape[-1])
-        out = self.attend(query, key, value, attention_mask).flatten(2).to(query.dtype)
+        query, key, value, mask = self.projected(attn, hidden_states, context, attention_mask)
+        out = self.attend(query, key, value, mask).flatten(2).to(query.dtype)
         if subjects is not None:
             out = self.add_subjects(attn, out, hidden_states, query, subjects)
         return attn.to_out[1](attn.to_out[0](out))
+
+    @staticmethod
+    def projected(
+        attn: Any, hidden: Tensor, context: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The layer's own queries, keys and values (batch, tokens, heads, dim), and its mask of the text as
+        (batch, heads, 1, tokens), to be added to scores."""
+        projections = (attn.to_q, hidden), (attn.to_k, context), (attn.to_v, context)
+        query, key, value = (layer(states).unflatten(-1, (attn.heads, -1)) for layer, states in projections)
+        if mask is not None:
+            mask = attn.prepare_attention_mask(mask, context.shape[1], len(context))
+            mask = mask.view(len(context), attn.heads, -1, mask.shape[-1])
+        return query, key, value, mask
 
     def text_of(self, context: Tensor, subjects: Injected) -> Tensor:
         """The text (samples, length, dim) that this layer reads; in the conditional half, that of its
@@ -283,15 +292,23 @@ def install(denoiser: UNet2DConditionModel, branches: nn.ModuleDict, text_gate: 
     for number, name in text_layers(denoiser).items():
         block = blocks.index(name.partition(".transformer_blocks")[0])
         processors[f"{name}.processor"] = CrossAttention(name, branches[number], block, text_gate)
-    for name, before in denoiser.attn_processors.items():  # a backend that was chosen before counts on
+    set_processors(denoiser, processors)
+
+
+def set_processors(denoiser: UNet2DConditionModel, processors: Mapping[str, "CrossAttention"]) -> None:
+    """Gives attention layers our processors, by their names; a backend that was chosen before counts on."""
+    for name, before in denoiser.attn_processors.items():
         processors[name]._attention_backend = getattr(before, "_attention_backend", None)
-    denoiser.set_attn_processor(processors)
+    denoiser.set_attn_processor(dict(processors))
 
 
-def is_installed(denoiser: UNet2DConditionModel, branches: nn.ModuleDict) -> bool:
-    """Whether the denoiser's cross-attention layers have exactly these branches; UserError if their
-    processors are not ours."""
-    found = [denoiser.attn_processors[f"{name}.processor"] for name in text_layers(denoiser).values()]
+def is_installed(
+    denoiser: UNet2DConditionModel, branches: nn.ModuleDict, layers: Iterable[str] | None = None
+) -> bool:
+    """Whether the denoiser's `layers`, by default those of cross-attention, have exactly these branches;
+    UserError if their processors are not ours."""
+    names = text_layers(denoiser).values() if layers is None else layers
+    found = [denoiser.attn_processors[f"{name}.processor"] for name in names]
     if foreign := [
         type(processor).__name__ for processor in found if not isinstance(processor, CrossAttention)
     ]:

@@ -13,6 +13,7 @@ class Adapter:
     loaded."""
 
     files: ClassVar[tuple[str, ...]]  # names, or patterns, of what it writes into a run folder
+    reads_images: ClassVar[bool] = False  # whether it is an encoder, which a subject pipeline loads
 
     @property
     def changes_text(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,13 +22,14 @@ from customize.adapters.attention import (
     SubjectTokens,
     TextGate,
     install,
+    is_installed,
     make_branches,
     stacks,
     text_layers,
 )
 from customize.adapters.base import Adapter
 from customize.adapters.embedding_hooks import replaced_words
-from customize.adapters.encoders.image_encoder import ImageEncoder
+from customize.adapters.encoders.image_encoder import ImageEncoder, image_encoder_of
 from customize.adapters.encoders.ip_adapter import HEAD, ImagePrompt, Projection
 from customize.adapters.encoders.multimodal import MultimodalConfig, MultimodalEncoder
 from customize.adapters.encoders.output import Encoded
@@ -50,6 +52,8 @@ class SubjectAdapter(nn.Module, Adapter):
     """
 
     files = (FILE, RELEASED)
+    reads_images = True
+    replaces_prompt = False
 
     @property
     def changes_text(self) -> bool:
@@ -66,6 +70,22 @@ class SubjectAdapter(nn.Module, Adapter):
         """Gives the denoiser's attention layers our processors, with this adapter's branches."""
         install(denoiser, self.branches, self.text_gate)
         return self
+
+    def is_installed(self, denoiser: UNet2DConditionModel) -> bool:
+        """Whether the denoiser has this adapter's branches; UserError if its processors are not ours."""
+        return is_installed(denoiser, self.branches)
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers that have branches, in the order in which they run."""
+        return [name for name, _ in self.layers.values()]
+
+    def features(self, pipe: Any, images: Sequence[Image.Image]) -> Tensor:
+        """What the encoder reads of the images of one subject, (references, tokens, features), by the
+        pipeline's image encoder."""
+        image_encoder: Any = image_encoder_of(pipe, pipe.reference_fit)
+        pixels = image_encoder.pixels(images).to(pipe._execution_device, pipe.unet.dtype)
+        return self.encoder.read(image_encoder(pixels))
 
     @property
     def has_words(self) -> bool:

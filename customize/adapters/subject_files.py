@@ -9,15 +9,20 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from customize import embedded
+from customize.adapters import reference_unet, seecoder
 from customize.adapters.attention import TextGate
 from customize.adapters.encoders.image_encoder import ImageEncoder
 from customize.adapters.encoders.ip_adapter import from_released
 from customize.adapters.encoders.multimodal import MultimodalConfig, MultimodalEncoder
+from customize.adapters.reference_unet import ReferenceUNet
+from customize.adapters.seecoder import SeeCoderAdapter
 from customize.adapters.subject import FILE, RELEASED, SubjectAdapter, from_header, layer_widths
 from customize.backbones.text import text_parts
 from customize.errors import UserError, first_line
-from customize.files import header, tensors_of
+from customize.files import header, names_of, tensors_of
 from customize.tensor_checks import check_finite, misfit
+
+SIGN = "qtransformer.init_query.weight"  # of a SeeCoder's tensors, among released files
 
 
 def load_adapter(path: Path, pipe: DiffusionPipeline, image_encoder: ImageEncoder) -> SubjectAdapter:
@@ -47,6 +52,28 @@ def load_adapter(path: Path, pipe: DiffusionPipeline, image_encoder: ImageEncode
     # copied, as tensors in a file's memory are not aligned, which changes sums in their last bit
     adapter.load_state_dict({name: value.float().clone() for name, value in state.items()}, assign=True)
     return adapter.install(pipe.unet).eval().requires_grad_(False)
+
+
+# encoders that read images without a CLIP vision model
+OWN_READERS: dict[str, type[ReferenceUNet] | type[SeeCoderAdapter]] = {
+    "reference_unet": ReferenceUNet,
+    "seecoder": SeeCoderAdapter,
+}
+
+
+def kind_of(path: Path) -> str:
+    """Which kind of encoder a file holds: `subject` (also a released IP-Adapter), or one of `OWN_READERS`."""
+    if path.suffix != ".safetensors":
+        return "subject"
+    about = header(path)
+    found = next((kind for kind in OWN_READERS if kind in about), "")
+    return found or ("seecoder" if seecoder.PREFIX + SIGN in names_of(path) else "subject")
+
+
+def replaces_prompt(name: str) -> bool:
+    """Whether `name`, a run or a file, is an encoder that takes the place of the prompt."""
+    files = (path for path in (Path(name), Path(name, seecoder.FILE)) if path.is_file())
+    return any(kind_of(file) == "seecoder" for file in files)
 
 
 def _config(path: Path, about: dict) -> MultimodalConfig:
@@ -155,10 +182,10 @@ def adapter_file(name: str) -> Path:
     """The encoder's file: `name` itself, the one in that run folder, or that of the embedded `stickers`;
     UserError if there is none."""
     path = embedded.SUBJECT_ENCODER if embedded.is_embedded(name) else Path(name)
-    for found in (path, *(path / name for name in (FILE, RELEASED))):
+    for found in (path, *(path / name for name in (FILE, RELEASED, reference_unet.FILE, seecoder.FILE))):
         if found.is_file():
             return found
     raise UserError(
-        f"there is no subject encoder at '{name}': give a run folder of custom_contrast or ip_adapter, "
-        "or a file."
+        f"there is no subject encoder at '{name}': give a run folder of custom_contrast, ip_adapter, "
+        "reference_unet or seecoder, or a file."
     )

@@ -25,7 +25,7 @@ from customize.data.crops import fit, mask_weight, sizes_of
 from customize.data.dataset import to_device
 from customize.data.images import nothing_counts
 from customize.errors import UserError, shortened
-from customize.imaging import flatten, to_tensor
+from customize.imaging import NOTHING, flatten, to_tensor
 from customize.prompts import WORDS
 
 Pixels = Callable[[Sequence[Image.Image]], torch.Tensor]
@@ -131,11 +131,13 @@ class View:
 
     @property
     def cut_out(self) -> Image.Image:
-        """The subject alone on white, if its mask is known."""
+        """The subject alone on white, if its mask is known: transparent where there is nothing of it."""
         image = flatten(self.image)
         if self.mask is None:
             return image
-        return Image.composite(image, Image.new("RGB", image.size, "white"), self.mask)
+        alone = Image.composite(image, Image.new("RGB", image.size, "white"), self.mask)
+        alone.putalpha(self.mask.convert("L").point(lambda value: 255 if value else 0))
+        return alone
 
 
 def item(
@@ -177,15 +179,16 @@ def item(
 def moved(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """A random view: turned by up to 15 degrees, scaled, shifted and perhaps mirrored, on white."""
     side = min(max(image.size), 4096)  # the square of a panorama would not fit in memory
-    square = ImageOps.pad(image, (side, side), color="white")
+    square = ImageOps.pad(image, (side, side), color=NOTHING)
     square = ImageOps.mirror(square) if rng.random() < 0.5 else square
     scale, (x, y) = rng.uniform(0.7, 1.1), rng.uniform(-0.1, 0.1, 2) * side
     angle = np.deg2rad(rng.uniform(-15, 15))
     a, b = np.cos(angle) / scale, np.sin(angle) / scale
     half = side / 2
     matrix = (a, b, half - a * (half + x) - b * (half + y), -b, a, half + b * (half + x) - a * (half + y))
+    nothing = (255, 255, 255, 0)[: len(square.getbands())]  # PIL reads NOTHING as opaque here
     return square.transform(
-        (side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white"
+        (side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=nothing
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from customize.adapters import holds
+from customize.adapters import holds, holds_encoder
 from customize.adapters.lora_files import LORA
 from customize.data.concepts import Concept
 from customize.embedded import is_embedded
@@ -91,7 +91,7 @@ def card(folder: Path, info: dict[str, Any], concepts: Sequence[Concept]) -> str
     if holds(folder, "directions"):
         about = f"Directions found in `{base}` by **{info['method']}** in {info['step']} steps."
         use = USE_DIRECTIONS.format(folder=name, prompt=json.dumps(prompts[0]))
-    if holds(folder, "subject"):
+    if holds_encoder(folder):
         about = (
             f"An encoder of subjects for `{base}`, trained by **{info['method']}** in {info['step']} steps."
         )

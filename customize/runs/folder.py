@@ -5,6 +5,8 @@ pytorch_lora_weights.safetensors      LoRA in diffusers' layout, alpha folded in
 learned_embeds[-WORD].safetensors     learned words
 directions.safetensors                directions of noiseclr
 subject.safetensors                   a subject encoder; ip_adapter.safetensors in IP-Adapter's layout
+reference_unet.safetensors            an encoder whose references the UNet itself reads
+seecoder.safetensors                  SeeCoder in its released layout, an image in the place of the prompt
 unet/, transformer/, text_encoder/    only where a whole component was trained
 README.md                             the model card
 checkpoint-N/, best/                  the run at earlier steps

@@ -9,7 +9,8 @@ apart.
 
 Both kinds of encoder are fitted to the drawings' names first (examples/stickers/names.py). All variants of
 CustomContrast then go on from one encoder that was trained without contrast and location (`start`),
-IP-Adapter from one of its own kind (`ip_start`), with as many images each.
+IP-Adapter from one of its own kind (`ip_start`), with as many images each. A reference UNet has no names to
+learn, and sees as many images in one training.
 """
 
 import argparse
@@ -39,6 +40,7 @@ VARIANTS = {  # method, and flags beyond those of its YAML file
     "words": ("custom_contrast", f"{NEXT} --cscl_weight 0 --macl_weight 0 --no_location"),
     "cscl": ("custom_contrast", f"{NEXT} --cscl_weight {{cscl}} --macl_weight 0 --no_location"),
     "macl": ("custom_contrast", f"{NEXT} --cscl_weight 0 --macl_weight {{macl}} --no_location"),
+    "reference_unet": ("reference_unet", ""),
     "full": ("custom_contrast", f"{NEXT} {CONTRAST}"),
     "no_location": ("custom_contrast", f"{NEXT} {CONTRAST} --no_location"),
     "full_ratio": ("custom_contrast", f"{NEXT} {CONTRAST} --macl_form ratio"),
@@ -47,11 +49,13 @@ VARIANTS = {  # method, and flags beyond those of its YAML file
     "full_plain": ("custom_contrast", f"{NEXT} {CONTRAST} --macl_form plain"),
 }
 STARTS = ("start", "ip_start")
+WHOLE = ("reference_unet",)  # trained in one piece, for as many steps as others with what they start from
 
 
 def train(name: str, options) -> None:
     method, flags = VARIANTS[name]
     steps = options.start_steps if name in STARTS else options.steps
+    steps += options.start_steps if name in WHOLE else 0
     flags = flags.format(folder=FOLDER, cscl=options.cscl_weight, macl=options.macl_weight)
     output = FOLDER / name
     if (output / "run.json").exists():

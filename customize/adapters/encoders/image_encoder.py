@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from customize import embedded
 from customize.errors import UserError, first_line
-from customize.imaging import flatten
+from customize.imaging import NOTHING, flatten
 from customize.tensor_checks import load_whole
 
 OPENAI = {
@@ -79,7 +79,7 @@ def squared(image: Image.Image, fit: ReferenceFit) -> Image.Image:
         return image
     side = max(image.size) if fit == "pad" else min(image.size)
     if fit == "pad":
-        return ImageOps.pad(image, (side, side), color="white")
+        return ImageOps.pad(image, (side, side), color=NOTHING)
     return ImageOps.fit(image, (side, side))
 
 

@@ -36,6 +36,7 @@ class ImagePrompt(nn.Module):
     """`image_proj` is a `Projection` (plain) or a `Resampler` (Plus)."""
 
     location_dim = 0
+    depends_on_step = False
     has_blank = True  # trained with a blank image in the place of none, which the unconditional half is given
 
     def __init__(self, image_proj: Projection | Resampler):

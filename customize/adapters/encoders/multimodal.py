@@ -132,6 +132,7 @@ class MultimodalEncoder(nn.Module):
     """Features of references (batch, references, tokens, features) to `Encoded`."""
 
     released = False  # saved in a layout of our own
+    depends_on_step = False  # S+ changes between time bins, and is encoded once for each
     has_blank = False
 
     def __init__(self, config: MultimodalConfig):
