@@ -123,7 +123,8 @@ class Backbone(nn.Module):
         self.text_encoders = nn.ModuleList(encoders)
         expand_words(pipe)
         self.prompts: dict[str, dict[str, Tensor]] = {}  # text embeddings of prompts that were cached
-        self.register_buffer("place", torch.empty(0), persistent=False)
+        device = next(self.denoiser.parameters()).device
+        self.register_buffer("place", torch.empty(0, device=device), persistent=False)
         self.negative: dict[str, Tensor] = {}  # and of no prompt, as `_encode_negative` gives them
         self._as_loaded = ""  # the denoiser's fingerprint
         self._quantized_encoders: list[str] = []  # what tells the text encoders apart, once quantised
