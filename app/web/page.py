@@ -141,7 +141,7 @@ def start(
         quiet=True,
         **launch_options(),
     )
-    print(f"the page is at {blocks.local_url}; Ctrl-C ends it")
+    print(f"the page is at {blocks.local_url}; Ctrl-C ends it", flush=True)  # also into a pipe
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     stopped.wait()

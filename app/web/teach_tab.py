@@ -131,17 +131,16 @@ def _expert_form(page: Page, case: gr.Radio, base: gr.Dropdown, expert: gr.Textb
                         made = "; empty: made from your words above" if flag.name in PROPOSED else ""
                         element = component(flag._replace(help=flag.help + made), values[flag.name])
                         element.change(
-                            _setter(flag.name), [element, expert], expert, api_visibility="private"
+                            None, [element, expert], expert, js=_setter(flag.name), api_visibility="private"
                         )
 
     case.change(lambda: "{}", outputs=expert, api_visibility="private")
 
 
-def _setter(name: str) -> Any:
-    def change(value: Any, settings: str) -> str:
-        return json.dumps(json.loads(settings or "{}") | {name: value})
-
-    return change
+def _setter(name: str) -> str:
+    """JavaScript that puts a setting into the JSON of all that were changed. In the browser, as a change that
+    is sent while another one is on its way would not know of that one and undo it."""
+    return f"(value, settings) => JSON.stringify({{...JSON.parse(settings || '{{}}'), {name}: value}})"
 
 
 def _check(visitor: Visitor, found: list | None) -> tuple:
