@@ -83,7 +83,19 @@ def run_safely(
             _end_bars()
             print(f"error: {message}", file=sys.stderr)
         return 2
+    finally:
+        _write_out()
     return 0
+
+
+def _write_out() -> None:
+    """Writes out what was printed. Python would end with a code of its own where nobody listens any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def is_disk_full(error: BaseException) -> bool:
