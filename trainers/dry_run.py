@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from customize.data.training_data import TrainingData
 from customize.errors import UserError
 from customize.trainers.memory import (
-    PRECISIONS,
     Estimate,
     Phase,
     RunPlan,
@@ -18,6 +17,7 @@ from customize.trainers.memory import (
 )
 from customize.trainers.methods.base import Method
 from customize.trainers.optimizers import chosen
+from customize.trainers.prepare import PRECISIONS
 from customize.trainers.settings import size_of
 
 HELPS = 0.99  # a change that leaves more of what is above the limit than this is not proposed

@@ -189,10 +189,7 @@ def launch(
         check_same_inputs(resumed, info)
         clear_output(train_config, accelerator)
         if accelerator.is_main_process:
-            warn_of_words(source, method, base, train_config)
-            print(plan(name, base, data, method, train_config, accelerator.num_processes))
-            if defaults:
-                print(f"used, as nothing else is set: {described(defaults)}")
+            announce(name, source, data, method, train_config, accelerator, defaults or {})
         train(method, data, train_config, accelerator, info, scorer)
         return finish(model_config, train_config, source.concepts, accelerator)
 
@@ -224,13 +221,27 @@ def report(
         make_optimizer(method, train_config, accelerator.num_processes)
         if train_config.enable_xformers_memory_efficient_attention:
             enable_xformers(method)
-        warn_of_words(source, method, base, train_config)
-        print(plan(name, base, data, method, train_config, accelerator.num_processes))
-        if defaults:
-            print(f"used, as nothing else is set: {described(defaults)}")
+        announce(name, source, data, method, train_config, accelerator, defaults or {})
 
     planned = RunPlan(kind, *parts, source)
     print(dry_run(display_name(name), planned, accelerator, check))
+
+
+def announce(
+    name: str,
+    source: Any,
+    data: TrainingData,
+    method: Method,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    defaults: Mapping[str, Any],
+) -> None:
+    """Says what a run will do, and warns of words that its base model does not know."""
+    base = method.backbone.name
+    warn_of_words(source, method, base, config)
+    print(plan(name, base, data, method, config, accelerator.num_processes))
+    if defaults:
+        print(f"used, as nothing else is set: {described(defaults)}")
 
 
 def warn_of_words(source: Any, method: Method, base: str, config: TrainConfig) -> None:

@@ -23,11 +23,10 @@ from customize.data.training_data import Preparation, TrainingData
 from customize.tensor_checks import without_weights
 from customize.trainers.methods.base import Method
 from customize.trainers.optimizers import chosen
-from customize.trainers.prepare import add_assistant, load_backbone
+from customize.trainers.prepare import PRECISIONS, add_assistant, load_backbone
 from customize.trainers.settings import ModelConfig, TrainConfig
 from customize.trainers.simulation import Kind, Simulation, rounded, simulated
 
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CONTEXT = 600_000_000  # bytes that CUDA and its libraries take beside torch's tensors; assumed
 SLACK = 0.05  # share of torch's memory that lies idle between tensors; assumed
 # bytes that an optimizer keeps for each trained number; Adafactor's rows and columns are next to nothing

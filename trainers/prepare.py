@@ -30,9 +30,12 @@ from customize.trainers.settings import ModelConfig
 RECIPE = "Class image"  # what the PNG files of class images hold of how they were drawn
 
 
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 def precision(accelerator: Accelerator) -> torch.dtype:
     """The type of frozen weights."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return PRECISIONS.get(accelerator.mixed_precision, torch.float32)
 
 
 def check_quantizations(model_config: ModelConfig, accelerator: Accelerator) -> None:

@@ -225,3 +225,10 @@ class Method(nn.Module):
         return [
             word for adapter in self.adapters if isinstance(adapter, LearnedWords) for word in adapter.words
         ]
+
+
+def refuse_caches_and_exports(model_config: Any, train_config: Any) -> None:
+    """UserError for settings of LoRA and learned words that mean nothing to an encoder."""
+    if model_config.cache_dir or train_config.export_kohya:
+        flag = "--cache_dir" if model_config.cache_dir else "--export_kohya"
+        raise UserError(f"{flag} is for LoRA and learned words; an encoder sees new images at every step.")

@@ -30,7 +30,7 @@ from customize.data.sources import ReferenceSource
 from customize.errors import UserError
 from customize.losses.contrastive import nearest_word_contrast
 from customize.prompts import WORDS
-from customize.trainers.methods.base import Method, MethodConfig
+from customize.trainers.methods.base import Method, MethodConfig, refuse_caches_and_exports
 
 WORD = WORDS[0]
 
@@ -126,11 +126,7 @@ class DomainEncoding(Method):
     def check_settings(cls, model_config: Any, train_config: Any, method_config: Any) -> None:
         if train_config.validation_prompt or train_config.validation_metric == "score":
             raise UserError("domain_encoder draws no validation images: domain_tuning does; leave them out.")
-        if model_config.cache_dir or train_config.export_kohya:
-            flag = "--cache_dir" if model_config.cache_dir else "--export_kohya"
-            raise UserError(
-                f"{flag} is for LoRA and learned words; an encoder sees new images at every step."
-            )
+        refuse_caches_and_exports(model_config, train_config)
 
     @classmethod
     def prepare_data(

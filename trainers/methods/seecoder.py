@@ -25,7 +25,7 @@ from customize.backbones.base import Backbone, Condition
 from customize.config import check_ranges, option
 from customize.data.sources import ReferenceSource
 from customize.errors import UserError, first_line
-from customize.trainers.methods.base import Method, MethodConfig
+from customize.trainers.methods.base import Method, MethodConfig, refuse_caches_and_exports
 
 SMALL_SWIN = {"embed_dim": 48, "depths": [2, 2, 2, 2], "num_heads": [3, 6, 12, 24], "window_size": 4}
 SIZES = ("decoder_layers", "query_layers", "global_queries", "local_queries", "heads", "position_aware")
@@ -89,11 +89,7 @@ class SeeCoderMethod(Method):
     def check_settings(cls, model_config: Any, train_config: Any, method_config: Any) -> None:
         if train_config.validation_prompt or train_config.validation_metric == "score":
             raise UserError("seecoder draws from images, not from validation prompts; leave them out.")
-        if model_config.cache_dir or train_config.export_kohya:
-            flag = "--cache_dir" if model_config.cache_dir else "--export_kohya"
-            raise UserError(
-                f"{flag} is for LoRA and learned words; an encoder sees new images at every step."
-            )
+        refuse_caches_and_exports(model_config, train_config)
         defaults = {field.name: field.default for field in fields(method_config)}
         changed = [name for name in ("swin", *SIZES) if getattr(method_config, name) != defaults[name]]
         if method_config.pretrained_adapter and changed:
